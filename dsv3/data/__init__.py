@@ -1,0 +1,71 @@
+"""From text to batches, in NumPy: corpora, a tokenizer, packed rows, and a compressor's bits per byte.
+
+    train, held = split_documents(embedded_corpus())
+    tokenizer = train_tokenizer((document.text for document in train), vocab_size=4096)
+    packed = pack_sequences(encode_documents(tokenizer, train), length=256)
+    batch = batch_at(packed, step=0, batch_size=8, seed=0)  # tokens [8, 257], weights [8, 256]
+
+Everything is deterministic: the same corpus, seed and step give the same batch.
+"""
+
+from dsv3.data.compression import compression_bits_per_byte
+from dsv3.data.corpus import (
+    CorpusStats,
+    Document,
+    chunk_documents,
+    corpus_stats,
+    read_corpus,
+    split_documents,
+)
+from dsv3.data.embedded import embedded_corpus
+from dsv3.data.packing import (
+    Batch,
+    BatchPlan,
+    Packed,
+    PackedDocuments,
+    batch_at,
+    batch_rows,
+    heldout_batches,
+    pack_documents,
+    pack_sequences,
+    take_rows,
+)
+from dsv3.data.tokenizer import (
+    SpecialIds,
+    TokenStream,
+    check_tokenizer,
+    encode_documents,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
+
+__all__ = [
+    "Batch",
+    "BatchPlan",
+    "CorpusStats",
+    "Document",
+    "Packed",
+    "PackedDocuments",
+    "SpecialIds",
+    "TokenStream",
+    "batch_at",
+    "batch_rows",
+    "check_tokenizer",
+    "chunk_documents",
+    "compression_bits_per_byte",
+    "corpus_stats",
+    "embedded_corpus",
+    "encode_documents",
+    "heldout_batches",
+    "load_tokenizer",
+    "pack_documents",
+    "pack_sequences",
+    "read_corpus",
+    "save_tokenizer",
+    "special_ids",
+    "split_documents",
+    "take_rows",
+    "train_tokenizer",
+]
