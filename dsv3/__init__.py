@@ -1,0 +1,59 @@
+"""dsv3: DeepSeek-V3 as pure functions in TensorFlow.
+
+The names below are the contract; everything else is reached through the packages (`dsv3.ops`, `dsv3.nn`, `dsv3.train`, ...).
+"""
+
+from dsv3.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig, YarnConfig
+from dsv3.nn.cache import Cache, cache_append, cache_init
+from dsv3.nn.mla import mla_apply, mla_specs
+from dsv3.nn.model import (
+    ModelOutput,
+    ModelParams,
+    RouterState,
+    active_params,
+    model_apply,
+    model_init,
+    model_specs,
+    mtp_chain,
+    router_init,
+)
+from dsv3.nn.moe import moe_apply, moe_specs
+from dsv3.ops.router import router_update_bias
+from dsv3.policy import ComputePolicy, default_policy
+from dsv3.presets import PRESETS, preset
+from dsv3.spec import ParamSpec, count_params, init_params
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Cache",
+    "ComputePolicy",
+    "MLAConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "ModelOutput",
+    "ModelParams",
+    "ParamSpec",
+    "RopeConfig",
+    "RouterConfig",
+    "RouterState",
+    "YarnConfig",
+    "active_params",
+    "cache_append",
+    "cache_init",
+    "count_params",
+    "default_policy",
+    "init_params",
+    "mla_apply",
+    "mla_specs",
+    "model_apply",
+    "model_init",
+    "model_specs",
+    "moe_apply",
+    "moe_specs",
+    "mtp_chain",
+    "preset",
+    "router_init",
+    "router_update_bias",
+]

@@ -1,0 +1,1 @@
+"""Layers: for each a `Params` NamedTuple, `specs`, and an `apply`."""

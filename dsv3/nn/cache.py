@@ -1,0 +1,84 @@
+"""The latent cache: 576 values a token and layer at 671B, against 32,768 for plain attention with the same heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dsv3.checks import Dims, check
+from dsv3.config import ModelConfig
+from dsv3.graph import plain
+from dsv3.typing import TensorLike
+
+
+class Cache(NamedTuple):
+    """The past of a batch of sequences in all layers.
+
+    Attributes:
+      kv: `[X, B, S, L+R]`, normalised latents and rotated keys; slots from `length` on are undefined.
+      length: `[B]` int32, tokens that a row holds.
+    """
+
+    kv: tf.Tensor
+    length: tf.Tensor
+
+
+def cache_init(
+    cfg: ModelConfig, batch: int, size: int, *, dtype: tf.DType | str = tf.bfloat16, layers: int | None = None
+) -> Cache:
+    """Returns an empty cache.
+
+    Args:
+      cfg: the model's configuration.
+      batch: B, rows. size: S, tokens that a row can hold.
+      dtype: of the entries.
+      layers: X; default: the trunk's layers. An MTP module's cache has one layer.
+
+    Returns:
+      `Cache` of `[X, B, S, L+R]` zeros.
+    """
+    check(batch > 0 and size > 0, f"cache_init: batch={batch} and size={size}, want both > 0")
+    shape = [cfg.num_layers if layers is None else layers, batch, size, cfg.mla.cache_width]
+    return Cache(tf.zeros(shape, dtype), tf.zeros([batch], tf.int32))
+
+
+@plain
+def cache_append(cache: Cache, entries: TensorLike, counts: TensorLike | None = None) -> Cache:
+    """Writes new entries behind each row's tokens.
+
+    Args:
+      cache: see `Cache`.
+      entries: `[X, B, T, L+R]`, from `ModelOutput.entries`.
+      counts: `[B]` int: how many of the T tokens of a row are real (its rest is padding on the right); default: all T.
+
+    Returns:
+      The new cache. Rows are written where their length says; writing beyond S is the caller's error and is refused when
+      the lengths can be looked at.
+    """
+    dims = Dims("cache_append")
+    dims("cache.kv", cache.kv, "X B S W")
+    dims("cache.length", cache.length, "B")
+    dims("entries", entries, "X B T W")
+    entries = tf.cast(entries, cache.kv.dtype)
+    new = entries.shape[2]
+    counts = tf.fill(tf.shape(cache.length), new) if counts is None else tf.cast(counts, tf.int32)
+    if hasattr(cache.length, "numpy") and hasattr(counts, "numpy"):
+        most = int(tf.reduce_max(cache.length + counts))
+        check(most <= cache.kv.shape[2], f"cache_append: a row would hold {most} tokens, the cache has room for {dims.S}")
+    slots = tf.range(cache.kv.shape[2]) - tf.expand_dims(cache.length, -1)
+    is_new = tf.logical_and(slots >= 0, slots < tf.expand_dims(counts, -1))
+    source = tf.clip_by_value(slots, 0, new - 1)
+    moved = tf.gather(entries, tf.broadcast_to(source, [entries.shape[0], *source.shape]), batch_dims=2)
+    kv = tf.where(tf.expand_dims(tf.expand_dims(is_new, -1), 0), moved, cache.kv)
+    return Cache(kv, cache.length + counts)
+
+
+def cache_bytes(cfg: ModelConfig, tokens: int, *, dtype: tf.DType | str = tf.bfloat16) -> int:
+    """Returns the bytes that `tokens` cached tokens take in all layers of the trunk.
+
+    >>> import dsv3
+    >>> cache_bytes(dsv3.preset("deepseek-v3"), 1) // 61 // 2
+    576
+    """
+    return cfg.num_layers * tokens * cfg.mla.cache_width * tf.as_dtype(dtype).size

@@ -1,0 +1,68 @@
+"""Linear maps and the dense SwiGLU feed-forward layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dsv3.checks import Dims
+from dsv3.graph import plain
+from dsv3.ops.activation import swiglu
+from dsv3.spec import ParamSpec
+from dsv3.typing import TensorLike
+
+
+@plain
+def linear_apply(x: TensorLike, weight: TensorLike, bias: TensorLike | tuple = ()) -> tf.Tensor:
+    """Returns `x @ weight (+ bias)` over the last dim, as one two-dimensional product.
+
+    Args:
+      x: `[..., D]`.
+      weight: `[D, F]`, or `[D, H, F]` for one matrix per head; cast to `x`'s dtype.
+      bias: `[F]`, or `()` for none.
+
+    Returns:
+      `[..., F]`, or `[..., H·F]` for a three-dimensional weight.
+    """
+    x = tf.convert_to_tensor(x)
+    width = x.shape[-1]
+    Dims("linear_apply", D=width)("weight", weight, "D F" if len(weight.shape) == 2 else "D H F")
+    weight = tf.reshape(tf.cast(weight, x.dtype), [width, -1])
+    y = tf.matmul(tf.reshape(x, [-1, width]), weight)
+    if not isinstance(bias, tuple):
+        y += tf.cast(bias, x.dtype)
+    shape = tf.concat([tf.shape(x)[:-1], [weight.shape[1]]], 0)
+    return tf.ensure_shape(tf.reshape(y, shape), [*x.shape[:-1], weight.shape[1]])
+
+
+class MLPParams(NamedTuple):
+    """SwiGLU feed-forward: `gate_up` `[D, 2F]` (gate, then up), `down` `[F, D]`."""
+
+    gate_up: tf.Tensor
+    down: tf.Tensor
+
+
+def mlp_specs(hidden_size: int, intermediate_size: int, *, std: float) -> MLPParams:
+    """Returns the `ParamSpec`s of a feed-forward layer."""
+    return MLPParams(
+        gate_up=ParamSpec((hidden_size, 2 * intermediate_size), ("embed", "mlp"), std=std),
+        down=ParamSpec((intermediate_size, hidden_size), ("mlp", "embed"), std=std),
+    )
+
+
+@plain
+def mlp_apply(params: MLPParams, x: TensorLike, *, fuse: bool = False) -> tf.Tensor:
+    """Returns `(silu(x @ gate)·(x @ up)) @ down`.
+
+    Args:
+      params: see `MLPParams`.
+      x: `[..., D]`.
+      fuse: compile the activation as one kernel.
+
+    Returns:
+      `[..., D]`.
+
+    References: arXiv:2002.05202.
+    """
+    return linear_apply(swiglu(linear_apply(x, params.gate_up), fuse=fuse), params.down)

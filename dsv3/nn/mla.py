@@ -1,0 +1,311 @@
+"""Multi-head latent attention: keys and values come from one small latent, which is all that decoding must keep.
+
+Two forms of the same function. *Expanded* computes every head's keys and values from the latents: cheapest when many
+queries share them (training, prefill). *Absorbed* folds the expansion into queries and outputs and attends over the
+latents themselves: cheapest for a few new tokens against a long cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dsv3.checks import Dims, check, check_choice
+from dsv3.config import LATENT_NORM_EPS, MLAConfig
+from dsv3.graph import plain
+from dsv3.nn.linear import linear_apply
+from dsv3.ops.attention import MASKED, NEVER, AttentionMask, attention, attention_naive, causal_mask
+from dsv3.ops.fuse import fused
+from dsv3.ops.norm import rms_norm
+from dsv3.ops.rope import RopeTable, rope_apply, rope_frequencies, rope_table, yarn_mscale
+from dsv3.policy import ComputePolicy, default_policy
+from dsv3.spec import ParamSpec
+from dsv3.typing import TensorLike
+
+FORMS = ("auto", "expanded", "absorbed", "naive")
+
+
+class MLAParams(NamedTuple):
+    """Parameters of one attention layer; `()` for parts that the config leaves out.
+
+    Attributes:
+      q_a: `[D, Q]`, q_norm: `[Q]`; both `()` without query compression.
+      q_b: `[Q, H, P+R]`, per head first the part without position; `[D, H, P+R]` without query compression.
+      kv_a: `[D, L+R]`: the latent, then the shared rotary key. kv_norm: `[L]`.
+      kv_b: `[L, H, P+U]`: per head keys, then values.
+      o: `[H, U, D]`.
+      q_a_bias `[Q]`, kv_a_bias `[L+R]`, o_bias `[D]`: with `MLAConfig.bias`.
+    """
+
+    q_a: tf.Tensor
+    q_norm: tf.Tensor
+    q_b: tf.Tensor
+    kv_a: tf.Tensor
+    kv_norm: tf.Tensor
+    kv_b: tf.Tensor
+    o: tf.Tensor
+    q_a_bias: tf.Tensor
+    kv_a_bias: tf.Tensor
+    o_bias: tf.Tensor
+
+
+class LayerCache(NamedTuple):
+    """One layer's past: `kv` `[B, S, L+R]` (normalised latent, rotated key) and `length` `[B]` int32, tokens in it."""
+
+    kv: tf.Tensor
+    length: tf.Tensor
+
+
+class MLAOutput(NamedTuple):
+    """`out` `[B, T, D]`, and `entry` `[B, T, L+R]`: what a cache must keep of these tokens."""
+
+    out: tf.Tensor
+    entry: tf.Tensor
+
+
+def mla_specs(cfg: MLAConfig, *, std: float) -> MLAParams:
+    """Returns the `ParamSpec`s of one attention layer."""
+    d, h = cfg.hidden_size, cfg.num_heads
+    q_in = cfg.q_latent or d
+    compressed, biased = cfg.q_latent is not None, cfg.bias
+
+    def norm(size: int, axis: str) -> ParamSpec:
+        return ParamSpec((size,), (axis,), init="ones")
+
+    def bias(size: int, axis: str) -> ParamSpec:
+        return ParamSpec((size,), (axis,), init="zeros")
+
+    return MLAParams(
+        q_a=ParamSpec((d, q_in), ("embed", "q_latent"), std=std) if compressed else (),
+        q_norm=norm(q_in, "q_latent") if compressed else (),
+        q_b=ParamSpec((q_in, h, cfg.qk_dim), ("q_latent" if compressed else "embed", "heads", "head_dim"), std=std),
+        kv_a=ParamSpec((d, cfg.cache_width), ("embed", "kv_latent"), std=std),
+        kv_norm=norm(cfg.kv_latent, "kv_latent"),
+        kv_b=ParamSpec((cfg.kv_latent, h, cfg.nope_dim + cfg.v_dim), ("kv_latent", "heads", "head_dim"), std=std),
+        o=ParamSpec((h, cfg.v_dim, d), ("heads", "head_dim", "embed"), std=std),
+        q_a_bias=bias(q_in, "q_latent") if compressed and biased else (),
+        kv_a_bias=bias(cfg.cache_width, "kv_latent") if biased else (),
+        o_bias=bias(d, "embed") if biased else (),
+    )
+
+
+@plain
+def mla_rope(cfg: MLAConfig, positions: TensorLike) -> RopeTable:
+    """Returns the cosines and sines of positions (`[B, T]` or `[T]`, in tokens) under the config's RoPE and YaRN."""
+    rope, yarn = cfg.rope, cfg.rope.active_yarn
+    if yarn is None:
+        return rope_table(positions, rope_frequencies(rope.dim, rope.theta))
+    freqs = rope_frequencies(
+        rope.dim,
+        rope.theta,
+        factor=yarn.factor,
+        original_length=yarn.original_length,
+        beta_fast=yarn.beta_fast,
+        beta_slow=yarn.beta_slow,
+    )
+    factor = yarn.attention_factor
+    if factor is None and yarn.mscale and yarn.mscale_all_dim:
+        factor = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+    elif factor is None:
+        factor = yarn_mscale(yarn.factor)
+    return rope_table(positions, freqs, factor=factor)
+
+
+@plain
+def mla_apply(
+    params: MLAParams,
+    x: TensorLike,
+    *,
+    cfg: MLAConfig,
+    table: RopeTable | None = None,
+    segments: TensorLike | None = None,
+    cache: LayerCache | None = None,
+    form: str = "auto",
+    policy: ComputePolicy | None = None,
+) -> MLAOutput:
+    """Causal multi-head latent attention over new tokens and, if given, a cached past.
+
+    Args:
+      params: see `MLAParams`.
+      x: `[B, T, D]`.
+      cfg: the layer's configuration.
+      table: cos and sin of the tokens' positions, from `mla_rope`; default: positions 0.. T−1, after the past if there is
+        one.
+      segments: `[B, T]` int: tokens see only their own segment. Padding is a segment of its own. Not with a cache.
+      cache: the past; row `b` has `cache.length[b]` tokens, and new token `t` sees them and the new tokens up to itself.
+      form: `"expanded"`, `"absorbed"`, `"naive"` (expanded, all scores at once) or `"auto"`.
+      policy: how to compute; default: the device's.
+
+    Returns:
+      `MLAOutput`. The cache itself is not changed: see `nn.cache`.
+
+    References: DeepSeek-V3 section 2.1.1; DeepSeek-V2 (arXiv:2405.04434) appendix C for the absorbed form.
+    """
+    check_choice("mla_apply", "form", form, FORMS)
+    policy = policy or default_policy()
+    dims = Dims("mla_apply", D=cfg.hidden_size, W=cfg.cache_width)
+    dims("x", x, "B T D")
+    if segments is not None:
+        dims("segments", segments, "B T")
+        check(cache is None, "mla_apply: `segments` and `cache` exclude each other: a cache row is one sequence")
+    if cache is not None:
+        dims("cache.kv", cache.kv, "B S W")
+        dims("cache.length", cache.length, "B")
+    x = tf.convert_to_tensor(x)
+    if table is None:
+        steps = tf.range(tf.shape(x)[1])
+        table = mla_rope(cfg, steps if cache is None else tf.expand_dims(cache.length, -1) + steps)
+    entry = _latents(params, x, table, cfg=cfg, policy=policy)
+    q = _queries(params, x, cfg=cfg, policy=policy)
+    if form == "auto":
+        form = "absorbed" if cache is not None and _absorbing_is_cheaper(cfg, x.shape[1]) else "expanded"
+    if form == "absorbed":
+        heads = _absorbed(params, q, entry, table, cache, segments, cfg=cfg)
+    else:
+        heads = _expanded(params, q, entry, table, cache, segments, cfg=cfg, policy=policy, naive=form == "naive")
+    o = tf.reshape(params.o, [cfg.num_heads * cfg.v_dim, cfg.hidden_size])
+    return MLAOutput(linear_apply(heads, o, params.o_bias), entry)
+
+
+def _absorbing_is_cheaper(cfg: MLAConfig, new_tokens: int | None) -> bool:
+    """Compares multiplications per cached token and head: absorbed scores are wide, expanding costs once a token."""
+    absorbed = cfg.cache_width + cfg.kv_latent
+    expanded = cfg.qk_dim + cfg.v_dim
+    expansion = cfg.kv_latent * (cfg.nope_dim + cfg.v_dim)
+    return new_tokens is not None and new_tokens * absorbed <= new_tokens * expanded + expansion
+
+
+def _queries(params: MLAParams, x, *, cfg: MLAConfig, policy: ComputePolicy) -> tf.Tensor:
+    """`[B, T, H·(P+R)]`, not yet rotated."""
+    if cfg.q_latent is not None:
+        x = linear_apply(x, params.q_a, params.q_a_bias)
+        x = rms_norm(x, params.q_norm, eps=LATENT_NORM_EPS, rounding=cfg.norm_rounding, fuse=policy.fuse)
+    return linear_apply(x, params.q_b)
+
+
+def _latents(params: MLAParams, x, table: RopeTable, *, cfg: MLAConfig, policy: ComputePolicy) -> tf.Tensor:
+    """`[B, T, L+R]`: the normalised latent and the rotated shared key (which is not normalised)."""
+    latent = linear_apply(x, params.kv_a, params.kv_a_bias)
+    return _finish_latents(
+        latent, params.kv_norm, *table, rope=cfg.rope, rounding=cfg.norm_rounding, fuse=policy.fuse
+    )
+
+
+@fused
+def _finish_latents(latent, weight, cos, sin, *, rope, rounding):
+    latent, k_rope = tf.split(latent, [latent.shape[-1] - rope.dim, rope.dim], axis=-1)
+    latent = rms_norm(latent, weight, eps=LATENT_NORM_EPS, rounding=rounding)
+    return tf.concat([latent, rope_apply(k_rope, RopeTable(cos, sin), pairs=rope.pairs, output=rope.output)], -1)
+
+
+@fused
+def _heads_first(q, cos, sin, *, heads, rope):
+    """`[B, T, H·(P+R)]` to rotated `[B, H, T, P+R]`."""
+    q = tf.reshape(q, [*_lead(q), heads, q.shape[-1] // heads])
+    nope, rot = tf.split(q, [q.shape[-1] - rope.dim, rope.dim], axis=-1)
+    rot = rope_apply(rot, RopeTable(cos, sin), pairs=rope.pairs, output=rope.output)
+    return tf.transpose(tf.concat([nope, rot], -1), [0, 2, 1, 3])
+
+
+@fused
+def _keys_values(kv, entry, *, heads, nope_dim, rope_dim):
+    """`[B, S, H·(P+U)]` and the latents' rotary part to `[B, H, S, P+R]` and `[B, H, S, U]`."""
+    kv = tf.reshape(kv, [*_lead(kv), heads, kv.shape[-1] // heads])
+    k_nope, v = tf.split(kv, [nope_dim, kv.shape[-1] - nope_dim], axis=-1)
+    k_rope = tf.expand_dims(entry[..., entry.shape[-1] - rope_dim :], 2)
+    k_rope = tf.broadcast_to(k_rope, tf.concat([tf.shape(k_nope)[:3], [rope_dim]], 0))
+    k = tf.concat([k_nope, k_rope], -1)
+    return tf.transpose(k, [0, 2, 1, 3]), tf.transpose(v, [0, 2, 1, 3])
+
+
+@fused
+def _heads_last(heads):
+    """`[B, H, T, U]` to `[B, T, H·U]`."""
+    y = tf.transpose(heads, [0, 2, 1, 3])
+    return tf.reshape(y, [*_lead(y), y.shape[2] * y.shape[3]])
+
+
+def _lead(x: tf.Tensor) -> list:
+    """The first two dims, static where known."""
+    return [x.shape[i] if x.shape[i] is not None else tf.shape(x)[i] for i in (0, 1)]
+
+
+def _expanded(params, q, entry, table, cache, segments, *, cfg, policy, naive) -> tf.Tensor:
+    if cache is None:
+        mask = causal_mask(q.shape[1] if q.shape[1] is not None else tf.shape(q)[1], segments)
+    else:
+        entry, mask = _with_past(entry, cache)
+    q = _heads_first(q, *table, heads=cfg.num_heads, rope=cfg.rope, fuse=policy.fuse)
+    latent = entry[..., : cfg.kv_latent]
+    k, v = _keys_values(
+        linear_apply(latent, params.kv_b), entry,
+        heads=cfg.num_heads, nope_dim=cfg.nope_dim, rope_dim=cfg.rope_dim, fuse=policy.fuse,
+    )  # fmt: skip
+    scale = cfg.softmax_scale
+    if naive or q.shape[2] is None or k.shape[2] is None:
+        heads = attention_naive(q, k, v, mask, scale=scale)
+    else:
+        heads = attention(
+            q, k, v, mask, scale=scale, causal=cache is None,
+            block=policy.attention_block, max_unroll=policy.attention_unroll, fuse=policy.fuse,
+        )  # fmt: skip
+    return _heads_last(heads, fuse=policy.fuse)
+
+
+def _with_past(entry: tf.Tensor, cache: LayerCache) -> tuple[tf.Tensor, AttentionMask]:
+    """Puts the past before the new tokens; the mask leaves out slots that a row has not filled."""
+    past = cache.kv.shape[1] if cache.kv.shape[1] is not None else tf.shape(cache.kv)[1]
+    steps = tf.range(tf.shape(entry)[1])
+    slots = tf.expand_dims(tf.range(past), 0)
+    length = tf.expand_dims(cache.length, -1)
+    q_index = length + steps
+    k_index = tf.concat([tf.where(slots < length, slots, NEVER), q_index], 1)
+    mask = AttentionMask(q_index, k_index, tf.zeros_like(q_index), tf.zeros_like(k_index))
+    return tf.concat([tf.cast(cache.kv, entry.dtype), entry], 1), mask
+
+
+def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf.Tensor:
+    """Attends over latents: queries go through the keys' expansion, outputs through the values'."""
+    h, p = cfg.num_heads, cfg.nope_dim
+    kv_b = tf.cast(params.kv_b, q.dtype)
+    q = tf.reshape(q, [*_lead(q), h, cfg.qk_dim])
+    rot = rope_apply(q[..., p:], table, pairs=cfg.rope.pairs, output=cfg.rope.output)
+    wide = tf.concat([tf.einsum("bthp,lhp->bthl", q[..., :p], kv_b[..., :p]), rot], -1)
+    b, t = _lead(wide)
+    wide = tf.reshape(wide, [b, t * h, cfg.cache_width])
+    new_mask = _new_token_mask(t, segments)
+    new_scores = _mask_heads(tf.matmul(wide, entry, transpose_b=True), new_mask, h)
+    if cache is None:
+        probs = tf.nn.softmax(tf.cast(new_scores, tf.float32) * cfg.softmax_scale, -1)
+        latent = tf.matmul(tf.cast(probs, q.dtype), entry[..., : cfg.kv_latent])
+    else:
+        past = tf.cast(cache.kv, q.dtype)
+        slots = past.shape[1] if past.shape[1] is not None else tf.shape(past)[1]
+        filled = tf.expand_dims(tf.range(slots), 0) < tf.expand_dims(cache.length, -1)
+        past_scores = tf.where(
+            tf.expand_dims(filled, 1), tf.matmul(wide, past, transpose_b=True), tf.cast(MASKED, q.dtype)
+        )
+        scores = tf.concat([past_scores, new_scores], -1)
+        probs = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32) * cfg.softmax_scale, -1), q.dtype)
+        # The rotary columns ride along: slicing them off a long cache would copy it.
+        latent = tf.matmul(probs[..., :slots], past) + tf.matmul(probs[..., slots:], entry)
+        latent = latent[..., : cfg.kv_latent]
+    latent = tf.reshape(latent, [b, t, h, cfg.kv_latent])
+    heads = tf.einsum("bthl,lhu->bthu", latent, kv_b[..., p:])
+    return tf.reshape(heads, [b, t, h * cfg.v_dim])
+
+
+def _new_token_mask(t, segments) -> tf.Tensor:
+    """`[B or 1, T, T]` bool: which new tokens see each other."""
+    steps = tf.range(t)
+    mask = tf.expand_dims(tf.expand_dims(steps, 0) <= tf.expand_dims(steps, 1), 0)
+    if segments is None:
+        return mask
+    segments = tf.convert_to_tensor(segments)
+    return tf.logical_and(mask, tf.equal(tf.expand_dims(segments, 1), tf.expand_dims(segments, 2)))
+
+
+def _mask_heads(scores: tf.Tensor, mask: tf.Tensor, heads: int) -> tf.Tensor:
+    """Applies a `[B or 1, T, S]` mask to scores `[B, T·H, S]`."""
+    return tf.where(tf.repeat(mask, heads, 1), scores, tf.cast(MASKED, scores.dtype))

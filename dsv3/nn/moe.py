@@ -1,0 +1,155 @@
+"""The mixture-of-experts layer: router, routed experts without token dropping, shared experts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dsv3.checks import Dims, check
+from dsv3.config import MoEConfig
+from dsv3.graph import plain
+from dsv3.nn.linear import MLPParams, mlp_apply, mlp_specs
+from dsv3.ops.experts import experts_apply
+from dsv3.ops.router import (
+    Routing,
+    expert_load,
+    router_scores,
+    router_select,
+    sequence_balance_loss,
+    take_experts,
+)
+from dsv3.policy import ComputePolicy, default_policy
+from dsv3.spec import ParamSpec
+from dsv3.typing import TensorLike
+
+
+class MoEParams(NamedTuple):
+    """Parameters of one mixture.
+
+    Attributes:
+      router: `[D, E]`.
+      gate_up: `[E, D, 2F]`, gate then up. down: `[E, F, D]`.
+      shared: the shared experts as one feed-forward layer of width `num_shared·F`, or `()`.
+    """
+
+    router: tf.Tensor
+    gate_up: tf.Tensor
+    down: tf.Tensor
+    shared: MLPParams
+
+
+class RouterStats(NamedTuple):
+    """What balancing and monitoring need of one mixture layer.
+
+    Attributes:
+      load: `[E]` float32, tokens that each expert got (the masked ones not counted); sums to K times the tokens.
+      balance: float32 scalar, the sequence-wise balance loss without α.
+      experts: `[B, T, K]` int32, the chosen experts.
+    """
+
+    load: tf.Tensor
+    balance: tf.Tensor
+    experts: tf.Tensor
+
+
+class MoEOutput(NamedTuple):
+    """`out` `[B, T, D]` and the layer's `RouterStats`."""
+
+    out: tf.Tensor
+    stats: RouterStats
+
+
+def moe_specs(cfg: MoEConfig, *, std: float) -> MoEParams:
+    """Returns the `ParamSpec`s of one mixture."""
+    d, f, e = cfg.hidden_size, cfg.intermediate_size, cfg.router.num_experts
+    return MoEParams(
+        router=ParamSpec((d, e), ("embed", "router"), std=std),
+        gate_up=ParamSpec((e, d, 2 * f), ("expert", "embed", "mlp"), std=std),
+        down=ParamSpec((e, f, d), ("expert", "mlp", "embed"), std=std),
+        shared=mlp_specs(d, cfg.num_shared * f, std=std) if cfg.num_shared else (),
+    )
+
+
+@plain
+def moe_apply(
+    params: MoEParams,
+    bias: TensorLike,
+    x: TensorLike,
+    *,
+    cfg: MoEConfig,
+    mask: TensorLike | None = None,
+    experts: TensorLike | None = None,
+    policy: ComputePolicy | None = None,
+) -> MoEOutput:
+    """`Σ_k w_k·expert_k(x) + shared(x)`: no token is dropped, the shared experts are unweighted and unscaled.
+
+    Args:
+      params: see `MoEParams`.
+      bias: `[E]` float32, the router's selection bias (state, not a parameter).
+      x: `[B, T, D]`.
+      cfg: the layer's configuration.
+      mask: `[B, T]` bool, tokens that count in the statistics; all are computed.
+      experts: `[B, T, K]` int, to use these experts instead of choosing (router replay); their weights are computed.
+      policy: how to compute; default: the device's.
+
+    Returns:
+      `MoEOutput`. The gradient reaches the router through the gate values and through `stats.balance`.
+
+    References: DeepSeek-V3 section 2.1.2, equations 12 to 20.
+    """
+    policy = policy or default_policy()
+    r = cfg.router
+    dims = Dims("moe_apply", D=cfg.hidden_size, E=r.num_experts, K=r.top_k)
+    dims("x", x, "B T D")
+    dims("bias", bias, "E")
+    if mask is not None:
+        dims("mask", mask, "B T")
+    x = tf.convert_to_tensor(x)
+    tokens = tf.reshape(x, [-1, cfg.hidden_size])
+    scores = router_scores(tokens, params.router)
+    if experts is None:
+        routing = router_select(
+            scores, bias, top_k=r.top_k, num_groups=r.num_groups, groups_kept=r.groups_kept,
+            scale=r.scale, normalize=r.normalize, group_mask=r.group_mask,
+        )  # fmt: skip
+    else:
+        dims("experts", experts, "B T K")
+        routing = _replay(scores, tf.reshape(tf.cast(experts, tf.int32), [-1, r.top_k]), r.scale, r.normalize)
+    out = _experts(params, tokens, routing, policy)
+    out = tf.reshape(out, tf.shape(x))
+    if cfg.num_shared:
+        out += mlp_apply(params.shared, x, fuse=policy.fuse)
+    shape = tf.shape(x)
+    stats = RouterStats(
+        load=expert_load(routing.experts, r.num_experts, mask),
+        balance=sequence_balance_loss(
+            tf.reshape(scores, [shape[0], shape[1], r.num_experts]), top_k=r.top_k, mask=mask
+        ),
+        experts=tf.reshape(routing.experts, [shape[0], shape[1], r.top_k]),
+    )
+    return MoEOutput(tf.ensure_shape(out, x.shape), stats)
+
+
+def _experts(params: MoEParams, tokens, routing: Routing, policy: ComputePolicy) -> tf.Tensor:
+    n, k = routing.experts.shape
+    check(n is not None, "moe_apply: `x` has an unknown number of tokens, want static B and T")
+    few = n * k <= policy.max_rows
+    return experts_apply(
+        tokens,
+        routing.weights,
+        routing.experts,
+        tf.cast(params.gate_up, tokens.dtype),
+        tf.cast(params.down, tokens.dtype),
+        kernel="rows" if few else policy.experts,
+        multiple=policy.row_multiple(n * k, params.gate_up.shape[0]),
+        fuse=policy.fuse,
+    )
+
+
+def _replay(scores: tf.Tensor, experts: tf.Tensor, scale: float, normalize: bool) -> Routing:
+    """Gate values for experts that were chosen elsewhere."""
+    weights = take_experts(scores, experts)
+    if normalize:
+        weights /= tf.reduce_sum(weights, -1, keepdims=True) + 1e-20
+    return Routing(weights * scale, experts, scores)

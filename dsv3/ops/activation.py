@@ -1,0 +1,40 @@
+"""SwiGLU."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from dsv3.checks import check
+from dsv3.graph import plain
+from dsv3.ops.fuse import fused
+from dsv3.typing import TensorLike
+
+
+@plain
+def swiglu(gate_up: TensorLike, *, fuse: bool = False) -> tf.Tensor:
+    """Returns `silu(gate)·up` of a fused projection, `silu(z) = z·sigmoid(z)`.
+
+    Args:
+      gate_up: `[..., 2F]`, the gate in the first half of the last dim, up in the second.
+      fuse: compile as one kernel.
+
+    Returns:
+      `[..., F]` in the input's dtype.
+
+    References: arXiv:2002.05202.
+    """
+    gate_up = tf.convert_to_tensor(gate_up)
+    width = gate_up.shape[-1]
+    check(width is not None and width % 2 == 0, f"swiglu: `gate_up` has last dim {width}, want an even number [2F]")
+    return _swiglu(gate_up, fuse=fuse)
+
+
+@fused
+def _swiglu(gate_up):
+    gate, up = tf.split(gate_up, 2, axis=-1)
+    return silu(gate) * up
+
+
+def silu(x: tf.Tensor) -> tf.Tensor:
+    """Returns `x·sigmoid(x)`, with the sigmoid in float32."""
+    return tf.cast(tf.cast(x, tf.float32) * tf.sigmoid(tf.cast(x, tf.float32)), x.dtype)

@@ -1,0 +1,90 @@
+"""Where every (token, expert) row goes in the buffer that the experts' products read. No token is ever dropped.
+
+Rows are grouped by expert. An expert's group is rounded up to a multiple, so that products see few distinct sizes; the
+buffer has the static size that the worst case needs, and the rows between groups are padding: token 0 with weight zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dsv3.checks import Dims, check
+from dsv3.graph import plain
+from dsv3.ops.fuse import fused
+from dsv3.typing import TensorLike
+
+
+class Dispatch(NamedTuple):
+    """Row assignment of one batch of routed tokens.
+
+    Attributes:
+      slots: `[N, K]` int32, the buffer row of each (token, choice).
+      tokens: `[C]` int32, the token in each buffer row (0 in padding rows).
+      starts: `[E]` int32, an expert's first row.
+      rows: `[E]` int32, an expert's rows, rounded up.
+      load: `[E]` int32, an expert's tokens.
+    """
+
+    slots: tf.Tensor
+    tokens: tf.Tensor
+    starts: tf.Tensor
+    rows: tf.Tensor
+    load: tf.Tensor
+
+
+def dispatch_size(rows: int, num_experts: int, multiple: int) -> int:
+    """Returns the buffer rows C that hold `rows` in any distribution over experts, groups rounded up to `multiple`."""
+    worst = rows + min(num_experts, rows) * (multiple - 1)
+    return -(-worst // multiple) * multiple
+
+
+@plain
+def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1) -> Dispatch:
+    """Groups the rows of chosen experts by expert, in token order within an expert.
+
+    Args:
+      experts: `[N, K]` int32 with static N: the experts of each token.
+      num_experts: E.
+      multiple: rows of an expert are rounded up to this.
+
+    Returns:
+      `Dispatch` with `C = dispatch_size(N·K, E, multiple)`.
+    """
+    Dims("dispatch_rows")("experts", experts, "N K")
+    experts = tf.convert_to_tensor(experts)
+    n, k = experts.shape
+    check(n is not None, "dispatch_rows: `experts` has an unknown number of tokens, want a static [N, K]")
+    check(multiple >= 1, f"dispatch_rows: `multiple` is {multiple}, want >= 1")
+    total = n * k
+    flat = tf.reshape(experts, [total])
+    load = tf.math.unsorted_segment_sum(tf.ones([total], tf.int32), flat, num_experts)
+    rows = ((load + (multiple - 1)) // multiple) * multiple
+    starts = tf.cumsum(rows, exclusive=True)
+    order = tf.argsort(flat, stable=True)
+    place = tf.scatter_nd(tf.expand_dims(order, -1), tf.range(total), [total])
+    slots = place + tf.gather(starts - tf.cumsum(load, exclusive=True), flat)
+    tokens = tf.scatter_nd(
+        tf.expand_dims(slots, -1), tf.range(total) // k, [dispatch_size(total, num_experts, multiple)]
+    )
+    return Dispatch(tf.reshape(slots, [n, k]), tokens, starts, rows, load)
+
+
+@fused
+def gather_rows(x: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
+    """Returns `x[tokens]`, `[C, D]`: the rows that the experts read."""
+    return tf.gather(x, tokens)
+
+
+@fused
+def combine_rows(buffer: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:
+    """Returns `Σ_k buffer[slots[:, k]]`, `[N, D]`, summed in float32: the inverse of `gather_rows`."""
+    rows = tf.gather(buffer, slots)
+    return tf.cast(tf.reduce_sum(tf.cast(rows, tf.float32), 1), buffer.dtype)
+
+
+@fused
+def scatter_weights(weights: tf.Tensor, slots: tf.Tensor, *, size: int) -> tf.Tensor:
+    """Returns `[C]` float32: a row's gate value, zero in padding rows."""
+    return tf.scatter_nd(tf.reshape(slots, [-1, 1]), tf.reshape(tf.cast(weights, tf.float32), [-1]), [size])

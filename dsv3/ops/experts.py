@@ -1,0 +1,164 @@
+"""The routed experts: `y_n = Σ_k w_nk · SwiGLU(x_n @ gate_up[e_nk]) @ down[e_nk]`, dropless, in three formulations.
+
+`sorted`  rows grouped by expert, one product per expert, backward by hand: fastest on a CPU outside XLA.
+`blocks`  rows grouped in blocks of one expert, batched products with gathered weights: static shapes, compiles under XLA.
+`rows`    one product per (token, choice), reading the expert's weights in place: for the few tokens of a decode step.
+
+The gate value multiplies the activation before the down product, which is the same sum with fewer multiplications.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from dsv3.checks import Dims, check, check_choice
+from dsv3.graph import plain
+from dsv3.ops.activation import swiglu
+from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
+from dsv3.ops.fuse import fused
+from dsv3.typing import TensorLike
+
+KERNELS = ("sorted", "blocks", "rows")
+
+
+@plain
+def experts_apply(
+    x: TensorLike,
+    weights: TensorLike,
+    experts: TensorLike,
+    gate_up: TensorLike,
+    down: TensorLike,
+    *,
+    kernel: str = "sorted",
+    multiple: int = 32,
+    fuse: bool = False,
+) -> tf.Tensor:
+    """Sends each token through its chosen experts and sums the results by gate value.
+
+    Args:
+      x: `[N, D]` tokens, static N.
+      weights: `[N, K]` float32 gate values.
+      experts: `[N, K]` int32 chosen experts.
+      gate_up: `[E, D, 2F]`; down: `[E, F, D]`, in `x`'s dtype.
+      kernel: one of `KERNELS`; all compute the same function.
+      multiple: rows of an expert are rounded up to this (`sorted`), or the block size (`blocks`).
+      fuse: compile the element-wise parts as kernels (not under XLA).
+
+    Returns:
+      `[N, D]` in `x`'s dtype. Differentiable (once) in `x`, `weights`, `gate_up` and `down`.
+
+    References: DeepSeek-V3 section 2.1.2, equation 12; no token is dropped (section 2.1.2, "No Token-Dropping").
+    """
+    check_choice("experts_apply", "kernel", kernel, KERNELS)
+    dims = Dims("experts_apply")
+    dims("x", x, "N D")
+    dims("weights", weights, "N K")
+    dims("experts", experts, "N K")
+    dims("gate_up", gate_up, "E D J")
+    dims("down", down, "E F D")
+    check(
+        dims.J == 2 * dims.F, f"experts_apply: `gate_up` has last dim {dims.J}, want {2 * dims.F} [2F], twice down's F"
+    )
+    x, gate_up, down = tf.convert_to_tensor(x), tf.convert_to_tensor(gate_up), tf.convert_to_tensor(down)
+    weights, experts = tf.cast(weights, tf.float32), tf.cast(experts, tf.int32)
+    if kernel == "rows":
+        return _rows(x, weights, experts, gate_up, down)
+    plan = dispatch_rows(experts, gate_up.shape[0], multiple=multiple)
+    if kernel == "blocks":
+        return _blocks(x, weights, plan, gate_up, down, block=multiple)
+    return _sorted(x, weights, plan, gate_up, down, fuse=fuse)
+
+
+def _split(buffer: tf.Tensor, plan: Dispatch) -> list[tf.Tensor]:
+    """Splits a buffer into the experts' rows and, last, the unused tail."""
+    tail = buffer.shape[0] - tf.reduce_sum(plan.rows)
+    return tf.split(buffer, tf.concat([plan.rows, [tail]], 0), num=plan.rows.shape[0] + 1)
+
+
+def _grouped(buffer: tf.Tensor, kernels: list[tf.Tensor], plan: Dispatch, *, transpose: bool = False) -> tf.Tensor:
+    """Multiplies each expert's rows by its matrix; the tail becomes zeros."""
+    parts = _split(buffer, plan)
+    out = [tf.matmul(p, w, transpose_b=transpose) for p, w in zip(parts, kernels)]
+    width = kernels[0].shape[0] if transpose else kernels[0].shape[1]
+    out.append(tf.zeros([tf.shape(parts[-1])[0], width], buffer.dtype))
+    result = tf.concat(out, 0)
+    return tf.ensure_shape(result, [buffer.shape[0], width])
+
+
+def _grouped_outer(a: tf.Tensor, b: tf.Tensor, plan: Dispatch) -> tf.Tensor:
+    """Returns `[E, ...]`: for each expert `aᵀ @ b` over its rows."""
+    pairs = zip(_split(a, plan)[:-1], _split(b, plan)[:-1])
+    return tf.stack([tf.matmul(p, q, transpose_a=True) for p, q in pairs])
+
+
+@fused
+def _weighted_swiglu(h, w):
+    return swiglu(h) * tf.cast(tf.expand_dims(w, -1), h.dtype)
+
+
+@fused
+def _weighted_swiglu_grad(h, w, d_act):
+    """From d(act) without the gate value: (weighted act, d(gate value), dh)."""
+    gate, up = tf.split(tf.cast(h, tf.float32), 2, axis=-1)
+    d_act, w = tf.cast(d_act, tf.float32), tf.expand_dims(w, -1)
+    sig = tf.sigmoid(gate)
+    act = gate * sig
+    d_weight = tf.reduce_sum(act * up * d_act, -1)
+    d_act *= w
+    d_gate = d_act * up * sig * (1.0 + gate * (1.0 - sig))
+    d_h = tf.concat([d_gate, d_act * act], -1)
+    return tf.cast(act * up * w, h.dtype), d_weight, tf.cast(d_h, h.dtype)
+
+
+def _sorted(x, weights, plan: Dispatch, gate_up, down, *, fuse: bool) -> tf.Tensor:
+    size = plan.tokens.shape[0]
+
+    @tf.custom_gradient
+    def apply(x, weights, gate_up, down):
+        w = scatter_weights(weights, plan.slots, size=size, fuse=fuse)
+        gate_ups, downs = tf.unstack(gate_up), tf.unstack(down)
+        h = _grouped(gather_rows(x, plan.tokens, fuse=fuse), gate_ups, plan)
+        y = _grouped(_weighted_swiglu(h, w, fuse=fuse), downs, plan)
+        out = combine_rows(y, plan.slots, fuse=fuse)
+
+        def grad(dy):
+            dy_rows = gather_rows(dy, plan.tokens, fuse=fuse)
+            d_act = _grouped(dy_rows, downs, plan, transpose=True)
+            act, d_w, d_h = _weighted_swiglu_grad(h, w, d_act, fuse=fuse)
+            d_down = _grouped_outer(act, dy_rows, plan)
+            d_gate_up = _grouped_outer(gather_rows(x, plan.tokens, fuse=fuse), d_h, plan)
+            d_x = combine_rows(_grouped(d_h, gate_ups, plan, transpose=True), plan.slots, fuse=fuse)
+            return d_x, tf.gather(d_w, plan.slots), d_gate_up, d_down
+
+        return out, grad
+
+    return apply(x, weights, gate_up, down)
+
+
+def _blocks(x, weights, plan: Dispatch, gate_up, down, *, block: int) -> tf.Tensor:
+    size = plan.tokens.shape[0]
+    ends = plan.starts + plan.rows
+    first = tf.range(size // block) * block
+    owner = tf.reduce_sum(tf.cast(tf.expand_dims(first, -1) >= ends, tf.int32), -1)
+    owner = tf.minimum(owner, gate_up.shape[0] - 1)  # the tail's blocks: any expert, their rows are never read
+    w = scatter_weights(weights, plan.slots, size=size)
+    rows = tf.reshape(tf.gather(x, plan.tokens), [size // block, block, x.shape[-1]])
+    h = tf.matmul(rows, tf.gather(gate_up, owner))
+    act = _weighted_swiglu(tf.reshape(h, [size, -1]), w)
+    y = tf.matmul(tf.reshape(act, [size // block, block, -1]), tf.gather(down, owner))
+    return combine_rows(tf.reshape(y, [size, -1]), plan.slots)
+
+
+def _rows(x, weights, experts, gate_up, down) -> tf.Tensor:
+    n, k = experts.shape
+    check(n is not None, "experts_apply: `x` has an unknown number of tokens, want a static N for kernel='rows'")
+    out = []
+    for i in range(n):
+        token, chosen = x[i : i + 1], experts[i]
+        h = tf.concat([tf.matmul(token, gate_up[chosen[j]]) for j in range(k)], 0)
+        act = swiglu(h) * tf.cast(tf.expand_dims(weights[i], -1), h.dtype)
+        parts = [tf.matmul(act[j : j + 1], down[chosen[j]]) for j in range(k)]
+        out.append(tf.cast(tf.add_n([tf.cast(p, tf.float32) for p in parts]), x.dtype))
+    return tf.concat(out, 0)
+
+

@@ -1,0 +1,49 @@
+"""RMSNorm."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from dsv3.checks import Dims, check_choice
+from dsv3.graph import plain
+from dsv3.ops.fuse import fused
+from dsv3.typing import TensorLike
+
+
+@plain
+def rms_norm(
+    x: TensorLike, weight: TensorLike, *, eps: float = 1e-6, rounding: str = "before_weight", fuse: bool = False
+) -> tf.Tensor:
+    """Root-mean-square normalisation of the last dim, computed in float32.
+
+    `y = x / sqrt(mean(x²) + eps) · weight`
+
+    Args:
+      x: `[..., D]`, float32 or bfloat16.
+      weight: `[D]`.
+      eps: added to the mean square.
+      rounding: `"before_weight"` rounds to `x`'s dtype before multiplying by the weight (HF), `"after_weight"` multiplies
+        in float32 and rounds once (official code). Equal in float32.
+      fuse: compile as one kernel (see `ops.fuse`).
+
+    Returns:
+      `[..., D]` in `x`'s dtype.
+
+    References: arXiv:1910.07467.
+
+    >>> rms_norm(tf.constant([[3.0, 4.0]]), tf.ones([2]), eps=0.0).numpy().round(4).tolist()
+    [[0.8485, 1.1314]]
+    """
+    check_choice("rms_norm", "rounding", rounding, ("before_weight", "after_weight"))
+    x = tf.convert_to_tensor(x)
+    Dims("rms_norm", D=x.shape[-1])("weight", weight, "D")
+    return _rms_norm(x, weight, eps=eps, rounding=rounding, fuse=fuse)
+
+
+@fused
+def _rms_norm(x, weight, *, eps, rounding):
+    y = tf.cast(x, tf.float32)
+    y *= tf.math.rsqrt(tf.reduce_mean(tf.square(y), -1, keepdims=True) + eps)
+    if rounding == "before_weight":
+        return tf.cast(y, x.dtype) * tf.cast(weight, x.dtype)
+    return tf.cast(y * tf.cast(weight, tf.float32), x.dtype)

@@ -1,0 +1,213 @@
+"""Sigmoid routing with expert groups, a selection bias, and the statistics that keep experts balanced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dsv3.checks import Dims, check, check_choice
+from dsv3.graph import plain
+from dsv3.typing import TensorLike
+
+
+class Routing(NamedTuple):
+    """Which experts a token goes to.
+
+    Attributes:
+      weights: `[N, K]` float32, the gate values; the gradient reaches the router through them.
+      experts: `[N, K]` int32, the chosen experts, best first.
+      scores: `[N, E]` float32, the unbiased sigmoid scores.
+    """
+
+    weights: tf.Tensor
+    experts: tf.Tensor
+    scores: tf.Tensor
+
+
+@plain
+def router_scores(x: TensorLike, weight: TensorLike) -> tf.Tensor:
+    """Returns `sigmoid(x @ weight)`, computed in float32 whatever the inputs' dtype.
+
+    Args:
+      x: `[N, D]`.
+      weight: `[D, E]`.
+
+    Returns:
+      `[N, E]` float32.
+    """
+    dims = Dims("router_scores")
+    dims("x", x, "N D")
+    dims("weight", weight, "D E")
+    return tf.sigmoid(tf.matmul(tf.cast(x, tf.float32), tf.cast(weight, tf.float32)))
+
+
+@plain
+def router_select(
+    scores: TensorLike,
+    bias: TensorLike,
+    *,
+    top_k: int,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+    scale: float = 1.0,
+    normalize: bool = True,
+    group_mask: str = "-inf",
+) -> Routing:
+    """Chooses `top_k` experts a token, from its best groups, by biased scores; weighs them by unbiased ones.
+
+    With `c = s + b`: a group's score is the sum of its two best c; the best `groups_kept` groups stay; the `top_k` best c in
+    them are chosen; `w = scale·s / (Σ s + 1e-20)` over the chosen.
+
+    Args:
+      scores: `[N, E]` float32 in (0, 1), from `router_scores`.
+      bias: `[E]` float32 selection bias, never a gradient's variable.
+      top_k: K.
+      num_groups, groups_kept: groups of E / num_groups neighbouring experts, and how many of them a token may use.
+      scale: factor of the weights.
+      normalize: whether weights sum to `scale`; without it `w = scale·s`.
+      group_mask: selection score of experts in left-out groups, `"-inf"` or `"zero"` (see `RouterConfig`).
+
+    Returns:
+      `Routing`. Ties go to the lower expert index.
+
+    References: DeepSeek-V3 section 2.1.2, equations 12 to 16; official `Gate.forward`.
+    """
+    check_choice("router_select", "group_mask", group_mask, ("-inf", "zero"))
+    dims = Dims("router_select")
+    dims("scores", scores, "N E")
+    dims("bias", bias, "E")
+    experts_total = dims.E
+    check(
+        experts_total % num_groups == 0,
+        f"router_select: {experts_total} experts are not divisible by num_groups={num_groups}",
+    )
+    per_group = experts_total // num_groups
+    check(
+        1 <= groups_kept <= num_groups and 1 <= top_k <= groups_kept * per_group,
+        f"router_select: cannot choose top_k={top_k} from {groups_kept} of {num_groups} groups of {per_group} experts",
+    )
+    scores = tf.convert_to_tensor(scores)
+    choice = tf.stop_gradient(scores) + tf.stop_gradient(tf.cast(bias, tf.float32))
+    if groups_kept < num_groups:
+        choice = _mask_groups(choice, num_groups, groups_kept, 0.0 if group_mask == "zero" else -float("inf"))
+    experts = tf.math.top_k(choice, top_k).indices
+    weights = take_experts(scores, experts)
+    if normalize:
+        weights /= tf.reduce_sum(weights, -1, keepdims=True) + 1e-20
+    return Routing(weights * scale, experts, scores)
+
+
+def _mask_groups(choice: tf.Tensor, num_groups: int, groups_kept: int, fill: float) -> tf.Tensor:
+    """Sets the selection scores of all but the `groups_kept` best groups to `fill`."""
+    experts_total = choice.shape[-1]
+    grouped = tf.reshape(choice, [-1, num_groups, experts_total // num_groups])
+    group_score = tf.reduce_sum(tf.math.top_k(grouped, 2).values, -1)
+    kept = tf.math.top_k(group_score, groups_kept).indices
+    is_kept = tf.reduce_any(tf.equal(tf.expand_dims(kept, -1), tf.range(num_groups)), 1)
+    masked = tf.where(tf.expand_dims(is_kept, -1), grouped, tf.constant(fill, grouped.dtype))
+    return tf.reshape(masked, [-1, experts_total])
+
+
+@plain
+def take_experts(values: TensorLike, experts: TensorLike) -> tf.Tensor:
+    """Returns `values[n, experts[n, k]]`, `[N, K]`, with a gradient that is a one-hot product, not a scatter.
+
+    The gradient of a batched gather is a scatter with global indices, which is slow on a CPU and wrong on sharded tensors.
+    """
+    values = tf.convert_to_tensor(values)
+
+    @tf.custom_gradient
+    def take(v):
+        def grad(g):
+            hot = tf.one_hot(experts, v.shape[-1], dtype=g.dtype)
+            return tf.reduce_sum(hot * tf.expand_dims(g, -1), 1)
+
+        return tf.gather(v, experts, batch_dims=1), grad
+
+    return take(values)
+
+
+@plain
+def expert_load(experts: TensorLike, num_experts: int, mask: TensorLike | None = None) -> tf.Tensor:
+    """Counts how many tokens chose each expert.
+
+    Args:
+      experts: `[N, K]` int.
+      num_experts: E.
+      mask: `[N]` bool, tokens to count; `None` counts all (padding tokens should not be counted).
+
+    Returns:
+      `[E]` float32, summing to K times the number of counted tokens.
+
+    >>> expert_load(tf.constant([[0, 2], [2, 1]]), 4).numpy().tolist()
+    [1.0, 1.0, 2.0, 0.0]
+    """
+    Dims("expert_load")("experts", experts, "N K")
+    hot = tf.equal(tf.expand_dims(experts, -1), tf.range(num_experts, dtype=experts.dtype))
+    if mask is not None:
+        hot = tf.logical_and(hot, tf.reshape(tf.cast(mask, tf.bool), [-1, 1, 1]))
+    return tf.reduce_sum(tf.cast(hot, tf.float32), [0, 1])
+
+
+@plain
+def router_update_bias(bias: TensorLike, load: TensorLike, *, rate: float | tf.Tensor = 1e-3) -> tf.Tensor:
+    """Moves the selection bias of overloaded experts down and of underloaded ones up.
+
+    `b ← b + rate·sign(mean(load) − load)`
+
+    Args:
+      bias: `[E]` or `[X, E]` float32.
+      load: the same shape: tokens that each expert got, over the whole batch, all data ranks and accumulation steps.
+      rate: the paper's γ, 1e-3 until 14.3T tokens, then 0.
+
+    Returns:
+      The new bias, float32. A layer in which every expert got the same load is unchanged.
+
+    References: DeepSeek-V3 section 2.1.2; arXiv:2408.15664 algorithm 1.
+
+    >>> router_update_bias(tf.zeros([3]), tf.constant([4.0, 1.0, 1.0]), rate=0.5).numpy().tolist()
+    [-0.5, 0.5, 0.5]
+    """
+    bias, load = tf.convert_to_tensor(bias), tf.cast(load, tf.float32)
+    letters = "X E" if bias.shape.rank == 2 else "E"
+    dims = Dims("router_update_bias")
+    dims("bias", bias, letters)
+    dims("load", load, letters)
+    mean = tf.reduce_mean(load, -1, keepdims=True)
+    return tf.stop_gradient(tf.cast(bias, tf.float32) + rate * tf.sign(mean - load))
+
+
+@plain
+def sequence_balance_loss(scores: TensorLike, *, top_k: int, mask: TensorLike | None = None) -> tf.Tensor:
+    """The sequence-wise balance loss without its factor α, averaged over sequences.
+
+    `Σ_i f_i·P_i` with `f_i = E/(K·T) · #{t: i among the top K of the unbiased scores}`, `P_i = mean_t s_i / Σ_j s_j`.
+
+    Args:
+      scores: `[B, T, E]` float32, the unbiased scores.
+      top_k: K.
+      mask: `[B, T]` bool, tokens that count; T is then the number of counted tokens of a sequence.
+
+    Returns:
+      A float32 scalar, 1 for perfectly even routing. The gradient reaches the scores through P.
+
+    References: DeepSeek-V3 section 2.1.2, equations 17 to 20.
+    """
+    dims = Dims("sequence_balance_loss")
+    dims("scores", scores, "B T E")
+    scores = tf.convert_to_tensor(scores)
+    num_experts = scores.shape[-1]
+    chosen = tf.math.top_k(tf.stop_gradient(scores), top_k).indices
+    hot = tf.reduce_sum(tf.one_hot(chosen, num_experts, dtype=tf.float32), -2)
+    share = scores / (tf.reduce_sum(scores, -1, keepdims=True) + 1e-20)
+    if mask is None:
+        weight = tf.ones(tf.shape(scores)[:2], tf.float32)
+    else:
+        dims("mask", mask, "B T")
+        weight = tf.cast(mask, tf.float32)
+    tokens = tf.maximum(tf.reduce_sum(weight, 1, keepdims=True), 1.0)
+    weight = tf.expand_dims(weight, -1)
+    f = tf.reduce_sum(hot * weight, 1) * (num_experts / top_k) / tokens
+    p = tf.reduce_sum(share * weight, 1) / tokens
+    return tf.reduce_mean(tf.reduce_sum(f * p, -1))

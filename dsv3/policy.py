@@ -1,0 +1,86 @@
+"""ComputePolicy: dtype, kernels, recomputation and compilation, with the measured default of each device in one place.
+
+A policy changes speed and memory, never the function. On a CPU matrix products are fastest outside XLA, so a step is a plain
+graph whose element-wise chains are compiled; on a GPU or TPU the whole step is compiled. `docs/performance.md` has the
+measurements and the command that repeats them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tensorflow as tf
+
+from dsv3.checks import check, check_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputePolicy:
+    """How functions are computed.
+
+    Attributes:
+      dtype: compute dtype of products, `"float32"` or `"bfloat16"`; `None` follows the parameters. Router, softmax, norms
+        and losses are float32 inside, always.
+      jit: compile whole steps with XLA. fuse: compile element-wise chains inside a plain graph (pointless with `jit`).
+      experts: kernel of the routed experts, `"sorted"` or `"blocks"` (see `ops.experts`).
+      max_rows: at most so many (token, choice) rows, as in decoding, use the kernel `"rows"`; 0 never does.
+      attention_block: queries of a block. attention_unroll: with more blocks, loops over tiles take over.
+      loss_chunk: tokens whose logits exist at one time in the loss.
+      remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
+      loop: `"unroll"` repeats the graph for each layer, `"scan"` is a loop with recomputation: short to trace, 61 layers
+        cost one.
+    """
+
+    dtype: str | None = None
+    jit: bool = False
+    fuse: bool = True
+    experts: str = "sorted"
+    max_rows: int = 32
+    attention_block: int = 256
+    attention_unroll: int = 16
+    loss_chunk: int = 1024
+    remat: str = "none"
+    loop: str = "unroll"
+
+    def __post_init__(self):
+        check_choice("ComputePolicy", "dtype", self.dtype, (None, "float32", "bfloat16"))
+        check_choice("ComputePolicy", "experts", self.experts, ("sorted", "blocks"))
+        check_choice("ComputePolicy", "remat", self.remat, ("none", "block"))
+        check_choice("ComputePolicy", "loop", self.loop, ("unroll", "scan"))
+        check(self.attention_block > 0, f"ComputePolicy: `attention_block` is {self.attention_block}, want > 0")
+        check(self.loss_chunk > 0, f"ComputePolicy: `loss_chunk` is {self.loss_chunk}, want > 0")
+        check(
+            not self.jit or self.experts == "blocks",
+            "ComputePolicy: jit=True wants experts='blocks', as products of unlike sizes have no static shape",
+        )
+
+    def replace(self, **fields) -> ComputePolicy:
+        """Returns a copy with fields changed."""
+        return dataclasses.replace(self, **fields)
+
+    @property
+    def compute_dtype(self) -> tf.DType | None:
+        """`dtype` as a `tf.DType`, or `None`."""
+        return None if self.dtype is None else tf.as_dtype(self.dtype)
+
+    def row_multiple(self, rows: int, num_experts: int) -> int:
+        """Rows that an expert's share is rounded up to: large for large shares, so that products see few sizes."""
+        if self.experts == "blocks":
+            return 64 if rows >= 64 * num_experts else 16
+        return 32 if rows >= 128 * num_experts else 16 if rows >= 16 * num_experts else 4
+
+
+CPU = ComputePolicy()
+ACCELERATOR = ComputePolicy(jit=True, fuse=False, experts="blocks", max_rows=0)
+
+
+def default_policy(device: str | None = None) -> ComputePolicy:
+    """Returns the measured default of a device type, `"CPU"`, `"GPU"` or `"TPU"`; `None` asks what this machine has.
+
+    >>> default_policy("CPU").jit
+    False
+    """
+    if device is None:
+        device = next((d for d in ("TPU", "GPU") if tf.config.list_physical_devices(d)), "CPU")
+    check_choice("default_policy", "device", device, ("CPU", "GPU", "TPU"))
+    return CPU if device == "CPU" else ACCELERATOR

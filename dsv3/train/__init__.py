@@ -1,0 +1,1 @@
+"""Training: losses, optimiser, schedules, the compiled step, the loop."""
