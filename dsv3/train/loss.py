@@ -1,0 +1,108 @@
+"""The pretraining loss: next token, multi-token prediction, sequence-wise balance."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dsv3.checks import Dims, check
+from dsv3.config import ModelConfig
+from dsv3.graph import plain
+from dsv3.nn.model import ModelParams, RouterState, head_weight, model_apply, mtp_chain
+from dsv3.ops.loss import token_nll
+from dsv3.policy import ComputePolicy, default_policy
+from dsv3.typing import TensorLike
+
+
+class LossParts(NamedTuple):
+    """What the loss is made of; sums over tokens are divided by `normalizer`.
+
+    Attributes:
+      nll: float32 scalar, next-token cross-entropy in nats a token.
+      mtp: `[modules]` float32, each MTP module's cross-entropy.
+      balance: float32 scalar, the balance loss without α, summed over mixture layers.
+      load: `RouterState` of `[X, E]` and `[modules, E]` float32, tokens that each expert got.
+    """
+
+    nll: tf.Tensor
+    mtp: tf.Tensor
+    balance: tf.Tensor
+    load: RouterState
+
+
+@plain
+def pretrain_loss(
+    params: ModelParams,
+    router: RouterState,
+    tokens: TensorLike,
+    weights: TensorLike | None = None,
+    *,
+    cfg: ModelConfig,
+    mtp_weight: float | tf.Tensor = 0.3,
+    balance_weight: float | tf.Tensor = 1e-4,
+    normalizer: TensorLike | None = None,
+    segments: TensorLike | None = None,
+    policy: ComputePolicy | None = None,
+) -> tuple[tf.Tensor, LossParts]:
+    """`L = L_main + λ/D·Σ_k L_mtp_k + α·Σ_layers L_balance`.
+
+    Args:
+      params, router: the model's parameters and selection biases.
+      tokens: `[B, T+1]` int: inputs are the first T, targets the last T of a row.
+      weights: `[B, T]` float32, weight of each target (0 leaves it out); default: ones.
+      cfg: the model's configuration.
+      mtp_weight: λ (paper: 0.3 until 10T tokens, then 0.1).
+      balance_weight: α (paper: 1e-4).
+      normalizer: what sums over tokens are divided by; default: the sum of `weights`. With gradient accumulation pass the
+        whole batch's, so that micro-batches add up.
+      segments: `[B, T]` int, to isolate packed documents; weights across a border must then be 0.
+      policy: how to compute; default: the device's.
+
+    Returns:
+      The loss (float32 scalar) and its `LossParts`. Each L_mtp_k is divided by the same count as L_main (Eq. 24 divides
+      by T), although its last k positions have no target.
+
+    References: DeepSeek-V3 sections 2.1.2 and 2.2, equations 17 to 25.
+    """
+    policy = policy or default_policy()
+    dims = Dims("pretrain_loss")
+    dims("tokens", tokens, "B T")
+    tokens = tf.convert_to_tensor(tokens)
+    length = tokens.shape[1] - 1
+    check(length > 0, f"pretrain_loss: `tokens` has {length + 1} column, want at least 2 [B, T+1]")
+    if weights is None:
+        weights = tf.ones([dims.B, length])
+    Dims("pretrain_loss", B=dims.B, T=length)("weights", weights, "B T")
+    weights = tf.cast(weights, tf.float32)
+    total = tf.reduce_sum(weights) if normalizer is None else tf.cast(normalizer, tf.float32)
+    total = tf.maximum(total, 1e-9)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    out = model_apply(params, router, inputs, cfg=cfg, segments=segments, policy=policy)
+    head = tf.cast(head_weight(params), out.hidden.dtype)
+
+    def cross_entropy(hidden, targets, weights):
+        nll = token_nll(
+            tf.reshape(hidden, [-1, cfg.hidden_size]), head, tf.reshape(targets, [-1]),
+            chunk=policy.loss_chunk, fuse=policy.fuse,
+        )  # fmt: skip
+        return tf.reduce_sum(nll * tf.reshape(weights, [-1])) / total
+
+    main = cross_entropy(out.hidden, targets, weights)
+    balance, load = tf.constant(0.0), tf.zeros_like(router.moe)
+    if cfg.num_moe_layers:
+        balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
+    mtp, mtp_load = tf.zeros([0]), tf.zeros_like(router.mtp)
+    if cfg.num_mtp_layers:
+        chain = mtp_chain(params, router, out, targets, cfg=cfg, segments=segments, policy=policy)
+        losses = []
+        for k in range(1, cfg.num_mtp_layers + 1):
+            targets = tf.pad(targets[:, 1:], [[0, 0], [0, 1]])
+            weights = tf.pad(weights[:, 1:], [[0, 0], [0, 1]])
+            losses.append(cross_entropy(chain.normed[k - 1], targets, weights))
+        mtp, mtp_load = tf.stack(losses), chain.stats.load
+        balance += tf.reduce_sum(chain.stats.balance)
+    loss = main + balance_weight * balance
+    if cfg.num_mtp_layers:
+        loss += mtp_weight * tf.reduce_mean(mtp)
+    return loss, LossParts(main, mtp, balance, RouterState(load, mtp_load))

@@ -1,0 +1,127 @@
+"""AdamW with clipping by global norm, in the `init` / `update` form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dsv3 import tree
+from dsv3.checks import check, check_same_tree
+from dsv3.graph import plain
+from dsv3.ops.fuse import fused
+from dsv3.typing import Tree
+
+Schedule = Callable[[tf.Tensor], tf.Tensor]
+"""A scalar as a function of the tokens seen so far (float32)."""
+
+
+class AdamState(NamedTuple):
+    """`count` int32 scalar, updates done; `mu` and `nu`: trees of first and second moments like the parameters."""
+
+    count: tf.Tensor
+    mu: Tree
+    nu: Tree
+
+
+class OptimStats(NamedTuple):
+    """`grad_norm` before clipping, `update_norm` of what was added to the parameters, `learning_rate`: float32 scalars."""
+
+    grad_norm: tf.Tensor
+    update_norm: tf.Tensor
+    learning_rate: tf.Tensor
+
+
+class Optimizer(NamedTuple):
+    """A pair of pure functions.
+
+    `init(params) -> state`; `update(grads, state, params, tokens) -> (params, state, OptimStats)`, where `tokens` is the
+    number of tokens seen so far, which schedules are functions of.
+    """
+
+    init: Callable[[Tree], Tree]
+    update: Callable[..., tuple[Tree, Tree, OptimStats]]
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay applies to a parameter: not to norms and biases."""
+    name = path.rsplit(".", 1)[-1]
+    return not name.endswith(("norm", "bias"))
+
+
+def adamw(
+    learning_rate: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    clip_norm: float | None = 1.0,
+    decay_mask: Callable[[str], bool] = decays,
+    moment_dtype: tf.DType | str = tf.float32,
+    fuse: bool = True,
+) -> Optimizer:
+    """AdamW with decoupled weight decay; the defaults are the paper's.
+
+    `m ← b1·m + (1−b1)·g`, `v ← b2·v + (1−b2)·g²`, `p ← p − lr·(m̂/(√v̂ + eps) + wd·p)`, with `g` scaled by
+    `min(1, clip_norm/‖g‖)` over all parameters.
+
+    Args:
+      learning_rate: a float, or a schedule of the tokens seen.
+      b1, b2, eps, weight_decay: see the formula.
+      clip_norm: largest global gradient norm, or `None`.
+      decay_mask: from a parameter's path to whether it decays; default: all but norms and biases.
+      moment_dtype: storage dtype of the moments (the paper: bfloat16).
+      fuse: compile each leaf's update as one kernel (not under XLA).
+
+    Returns:
+      `Optimizer`.
+
+    References: arXiv:1711.05101 algorithm 2; DeepSeek-V3 section 4.2.
+    """
+    check(0 <= b1 < 1 and 0 <= b2 < 1, f"adamw: b1={b1} and b2={b2}, want both in [0, 1)")
+    check(clip_norm is None or clip_norm > 0, f"adamw: `clip_norm` is {clip_norm}, want > 0 or None")
+
+    def init(params: Tree) -> AdamState:
+        zeros = tree.map_leaves(lambda p: tf.zeros(p.shape, moment_dtype), params)
+        return AdamState(tf.constant(0), zeros, tree.map_leaves(tf.identity, zeros))
+
+    @plain
+    def update(grads: Tree, state: AdamState, params: Tree, tokens: tf.Tensor) -> tuple[Tree, AdamState, OptimStats]:
+        want = tree.to_dict(params)
+        check_same_tree("adamw.update", "grads", tree.to_dict(grads), want)
+        lr = tf.cast(learning_rate(tokens) if callable(learning_rate) else learning_rate, tf.float32)
+        norm = global_norm(grads)
+        scale = tf.constant(1.0) if clip_norm is None else tf.minimum(1.0, clip_norm / (norm + 1e-12))
+        count = state.count + 1
+        steps = tf.cast(count, tf.float32)
+        scalars = tf.stack([scale, lr, 1.0 - b1**steps, 1.0 - b2**steps])
+        new, squares = [], []
+        for (path, p), g, m, v in zip(want.items(), *map(tree.flatten, (grads, state.mu, state.nu))):
+            wd = weight_decay if decay_mask(path) else 0.0
+            p, m, v, square = _adamw_leaf(
+                p, g, m, v, scalars, b1=b1, b2=b2, eps=eps, wd=wd, fuse=fuse and p.shape.num_elements() > 1
+            )
+            new.append((p, m, v))
+            squares.append(square)
+        params, mu, nu = (tree.unflatten_as(params, leaves) for leaves in zip(*new))
+        return params, AdamState(count, mu, nu), OptimStats(norm, tf.sqrt(tf.add_n(squares)), lr)
+
+    return Optimizer(init, update)
+
+
+@fused
+def _adamw_leaf(p, g, m, v, scalars, *, b1, b2, eps, wd):
+    scale, lr, c1, c2 = tf.unstack(scalars)
+    g = tf.cast(g, tf.float32) * scale
+    mu = b1 * tf.cast(m, tf.float32) + (1 - b1) * g
+    nu = b2 * tf.cast(v, tf.float32) + (1 - b2) * g * g
+    p32 = tf.cast(p, tf.float32)
+    delta = lr * ((mu / c1) / (tf.sqrt(nu / c2) + eps) + wd * p32)
+    return tf.cast(p32 - delta, p.dtype), tf.cast(mu, m.dtype), tf.cast(nu, v.dtype), tf.reduce_sum(delta * delta)
+
+
+def global_norm(grads: Tree) -> tf.Tensor:
+    """Returns the Euclidean norm over all leaves, float32."""
+    return tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(g, tf.float32)) for g in tree.flatten(grads)]))

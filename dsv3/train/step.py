@@ -1,0 +1,175 @@
+"""The training step: loss and gradients over micro-batches, optimiser, router bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from dsv3 import tree
+from dsv3.checks import check, static_shape
+from dsv3.compiled import compile_step
+from dsv3.config import ModelConfig
+from dsv3.graph import plain
+from dsv3.nn.model import ModelParams, RouterState, model_init, router_init
+from dsv3.ops.router import router_update_bias
+from dsv3.policy import ComputePolicy, default_policy
+from dsv3.train.loss import LossParts, pretrain_loss
+from dsv3.train.optim import Optimizer, OptimStats, Schedule
+from dsv3.typing import TensorLike, Tree
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int64 scalar, optimiser steps done. tokens: int64 scalar, tokens seen.
+      params: `ModelParams`. router: `RouterState`. opt: the optimiser's state.
+    """
+
+    step: tf.Tensor
+    tokens: tf.Tensor
+    params: ModelParams
+    router: RouterState
+    opt: Tree
+
+
+class TrainMetrics(NamedTuple):
+    """What one step reports: the loss (float32 scalar), its `parts`, and the optimiser's `optim` statistics."""
+
+    loss: tf.Tensor
+    parts: LossParts
+    optim: OptimStats
+
+
+def train_init(key: TensorLike, cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
+    """Returns the state of a new model.
+
+    Args:
+      key: `[2]` int, the random key of the parameters.
+      cfg: the model's configuration.
+      optimizer: see `adamw`.
+    """
+    return train_state(model_init(key, cfg), router_init(cfg), optimizer)
+
+
+def train_state(params: ModelParams, router: RouterState, optimizer: Optimizer) -> TrainState:
+    """Returns the state that starts training from given parameters."""
+    zero = tf.constant(0, tf.int64)
+    return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params))
+
+
+@plain
+def train_update(
+    state: TrainState,
+    tokens: TensorLike,
+    weights: TensorLike | None = None,
+    *,
+    cfg: ModelConfig,
+    optimizer: Optimizer,
+    mtp_weight: float | Schedule = 0.3,
+    balance_weight: float | Schedule = 1e-4,
+    bias_rate: float | Schedule = 1e-3,
+    policy: ComputePolicy | None = None,
+) -> tuple[TrainState, TrainMetrics]:
+    """One optimiser step as a pure function.
+
+    Args:
+      state: see `TrainState`.
+      tokens: `[B, T+1]` int, or `[A, B, T+1]`: A micro-batches whose gradients add up.
+      weights: `[B, T]` or `[A, B, T]` float32, weight of each target; default: ones.
+      cfg, optimizer: the model's configuration and the optimiser.
+      mtp_weight, balance_weight: λ and α of the loss; bias_rate: γ of the router's bias. Floats, or schedules of the tokens
+        seen.
+      policy: how to compute; default: the device's.
+
+    Returns:
+      The new state and `TrainMetrics`. The router's bias moves once, by the load of all micro-batches.
+    """
+    policy = policy or default_policy()
+    tokens = tf.convert_to_tensor(tokens)
+    rank = tokens.shape.rank
+    check(rank in (2, 3), f"train_update: `tokens` has rank {rank}, want 2 [B, T+1] or 3 [A, B, T+1]")
+    shape = static_shape(tokens)
+    weights = tf.ones([*shape[:-1], shape[-1] - 1]) if weights is None else tf.cast(weights, tf.float32)
+    if rank == 2:
+        tokens, weights = tf.expand_dims(tokens, 0), tf.expand_dims(weights, 0)
+    seen = tf.cast(state.tokens, tf.float32)
+    mtp_w, balance_w, rate = (f(seen) if callable(f) else f for f in (mtp_weight, balance_weight, bias_rate))
+    normalizer = tf.reduce_sum(weights)
+    micro_batches = tokens.shape[0]
+
+    def gradients(i):
+        with tf.GradientTape() as tape:
+            leaves = tree.flatten(state.params)
+            tape.watch(leaves)
+            loss, parts = pretrain_loss(
+                state.params, state.router, tokens[i], weights[i], cfg=cfg, mtp_weight=mtp_w,
+                balance_weight=balance_w / micro_batches, normalizer=normalizer, policy=policy,
+            )  # fmt: skip
+        grads = tape.gradient(loss, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return loss, parts, tree.unflatten_as(state.params, [tf.convert_to_tensor(g) for g in grads])
+
+    loss, parts, grads = gradients(0)
+    if micro_batches > 1:
+        total = (loss, parts, grads)
+        _, total = tf.while_loop(
+            lambda i, _: i < micro_batches,
+            lambda i, total: (i + 1, tree.map_leaves(tf.add, total, gradients(i))),
+            (tf.constant(1), total),
+            parallel_iterations=1,
+        )
+        loss, parts, grads = total
+        parts = parts._replace(balance=parts.balance / micro_batches)
+    counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
+    params, opt, stats = optimizer.update(grads, state.opt, state.params, seen)
+    router = RouterState(
+        *(
+            router_update_bias(bias, load, rate=rate) if bias.shape[0] else bias
+            for bias, load in zip(state.router, parts.load)
+        )
+    )
+    new = TrainState(state.step + 1, state.tokens + counted, params, router, opt)
+    return new, TrainMetrics(loss, parts, stats)
+
+
+def make_train_step(
+    cfg: ModelConfig,
+    optimizer: Optimizer,
+    layouts: Tree | None = None,
+    *,
+    mtp_weight: float | Schedule = 0.3,
+    balance_weight: float | Schedule = 1e-4,
+    bias_rate: float | Schedule = 1e-3,
+    policy: ComputePolicy | None = None,
+) -> Callable[..., tuple[TrainState, TrainMetrics]]:
+    """Compiles `train_update` into a step that updates its state in place.
+
+    Args:
+      cfg, optimizer, mtp_weight, balance_weight, bias_rate, policy: as in `train_update`.
+      layouts: `None`: one device. (Sharded layouts are refused until the parallel step is there.)
+
+    Returns:
+      `step(state, tokens, weights=None) -> (state, TrainMetrics)`. The given state is donated (see `compile_step`); the
+      first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`.
+    """
+    check(layouts is None, "make_train_step: `layouts` is given, but this version trains on one device: want None")
+    policy = policy or default_policy()
+
+    def update(state, tokens, weights):
+        return train_update(
+            state, tokens, weights, cfg=cfg, optimizer=optimizer, mtp_weight=mtp_weight,
+            balance_weight=balance_weight, bias_rate=bias_rate, policy=policy,
+        )  # fmt: skip
+
+    compiled = compile_step(update, jit=policy.jit)
+
+    def step(state: TrainState, tokens: TensorLike, weights: Any = None) -> tuple[TrainState, TrainMetrics]:
+        tokens = tf.convert_to_tensor(tokens)
+        if weights is None:
+            weights = tf.ones([*tokens.shape[:-1], tokens.shape[-1] - 1])
+        return compiled(state, tokens, tf.cast(weights, tf.float32))
+
+    step.traces = compiled.traces
+    return step
