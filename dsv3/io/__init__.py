@@ -1,0 +1,1 @@
+"""Checkpoints on disk: names, safetensors files, strict accounting, reading and atomic writing."""
