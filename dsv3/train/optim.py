@@ -11,6 +11,7 @@ from dsv3 import tree
 from dsv3.checks import check, check_same_tree
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import row_sum
 from dsv3.typing import Tree
 
 Schedule = Callable[[tf.Tensor], tf.Tensor]
@@ -26,10 +27,9 @@ class AdamState(NamedTuple):
 
 
 class OptimStats(NamedTuple):
-    """`grad_norm` before clipping, `update_norm` of what was added to the parameters, `learning_rate`: float32 scalars."""
+    """`grad_norm`, the global norm before clipping, and `learning_rate`: float32 scalars."""
 
     grad_norm: tf.Tensor
-    update_norm: tf.Tensor
     learning_rate: tf.Tensor
 
 
@@ -92,21 +92,17 @@ def adamw(
         want = tree.to_dict(params)
         check_same_tree("adamw.update", "grads", tree.to_dict(grads), want)
         lr = tf.cast(learning_rate(tokens) if callable(learning_rate) else learning_rate, tf.float32)
-        norm = global_norm(grads)
+        norm = global_norm(grads, fuse=fuse)
         scale = tf.constant(1.0) if clip_norm is None else tf.minimum(1.0, clip_norm / (norm + 1e-12))
         count = state.count + 1
         steps = tf.cast(count, tf.float32)
         scalars = tf.stack([scale, lr, 1.0 - b1**steps, 1.0 - b2**steps])
-        new, squares = [], []
+        new = []
         for (path, p), g, m, v in zip(want.items(), *map(tree.flatten, (grads, state.mu, state.nu))):
             wd = weight_decay if decay_mask(path) else 0.0
-            p, m, v, square = _adamw_leaf(
-                p, g, m, v, scalars, b1=b1, b2=b2, eps=eps, wd=wd, fuse=fuse and p.shape.num_elements() > 1
-            )
-            new.append((p, m, v))
-            squares.append(square)
+            new.append(_adamw_leaf(p, g, m, v, scalars, b1=b1, b2=b2, eps=eps, wd=wd, fuse=fuse))
         params, mu, nu = (tree.unflatten_as(params, leaves) for leaves in zip(*new))
-        return params, AdamState(count, mu, nu), OptimStats(norm, tf.sqrt(tf.add_n(squares)), lr)
+        return params, AdamState(count, mu, nu), OptimStats(norm, lr)
 
     return Optimizer(init, update)
 
@@ -119,9 +115,15 @@ def _adamw_leaf(p, g, m, v, scalars, *, b1, b2, eps, wd):
     nu = b2 * tf.cast(v, tf.float32) + (1 - b2) * g * g
     p32 = tf.cast(p, tf.float32)
     delta = lr * ((mu / c1) / (tf.sqrt(nu / c2) + eps) + wd * p32)
-    return tf.cast(p32 - delta, p.dtype), tf.cast(mu, m.dtype), tf.cast(nu, v.dtype), tf.reduce_sum(delta * delta)
+    return tf.cast(p32 - delta, p.dtype), tf.cast(mu, m.dtype), tf.cast(nu, v.dtype)
 
 
-def global_norm(grads: Tree) -> tf.Tensor:
-    """Returns the Euclidean norm over all leaves, float32."""
-    return tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(g, tf.float32)) for g in tree.flatten(grads)]))
+def global_norm(grads: Tree, *, fuse: bool = False) -> tf.Tensor:
+    """Returns the Euclidean norm over all leaves, float32; `fuse` compiles each leaf's sum as one kernel."""
+    return tf.sqrt(tf.add_n([_square_sum(g, fuse=fuse) for g in tree.flatten(grads)]))
+
+
+@fused
+def _square_sum(g):
+    lanes = next((n for n in (4096, 512, 64) if g.shape.num_elements() % n == 0), 1)
+    return tf.reduce_sum(row_sum(tf.square(tf.cast(tf.reshape(g, [-1, lanes]), tf.float32))))

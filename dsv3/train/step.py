@@ -12,7 +12,7 @@ from dsv3.checks import check, static_shape
 from dsv3.compiled import compile_step
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
-from dsv3.nn.model import ModelParams, RouterState, model_init, router_init
+from dsv3.nn.model import ModelParams, RouterState, cast_params, model_init, router_init
 from dsv3.ops.router import router_update_bias
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.train.loss import LossParts, pretrain_loss
@@ -100,38 +100,44 @@ def train_update(
     normalizer = tf.reduce_sum(weights)
     micro_batches = tokens.shape[0]
 
+    params = cast_params(state.params, policy)  # once; their gradients come in the compute dtype
+
     def gradients(i):
         with tf.GradientTape() as tape:
-            leaves = tree.flatten(state.params)
+            leaves = tree.flatten(params)
             tape.watch(leaves)
             loss, parts = pretrain_loss(
-                state.params, state.router, tokens[i], weights[i], cfg=cfg, mtp_weight=mtp_w,
+                params, state.router, tokens[i], weights[i], cfg=cfg, mtp_weight=mtp_w,
                 balance_weight=balance_w / micro_batches, normalizer=normalizer, policy=policy,
             )  # fmt: skip
         grads = tape.gradient(loss, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return loss, parts, tree.unflatten_as(state.params, [tf.convert_to_tensor(g) for g in grads])
+        return loss, parts, tree.unflatten_as(params, [tf.convert_to_tensor(g) for g in grads])
 
     loss, parts, grads = gradients(0)
     if micro_batches > 1:
-        total = (loss, parts, grads)
+        total = _float32((loss, parts, grads))
         _, total = tf.while_loop(
             lambda i, _: i < micro_batches,
-            lambda i, total: (i + 1, tree.map_leaves(tf.add, total, gradients(i))),
+            lambda i, total: (i + 1, tree.map_leaves(tf.add, total, _float32(gradients(i)))),
             (tf.constant(1), total),
             parallel_iterations=1,
         )
         loss, parts, grads = total
         parts = parts._replace(balance=parts.balance / micro_batches)
     counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
-    params, opt, stats = optimizer.update(grads, state.opt, state.params, seen)
+    new_params, opt, stats = optimizer.update(grads, state.opt, state.params, seen)
     router = RouterState(
         *(
             router_update_bias(bias, load, rate=rate) if bias.shape[0] else bias
             for bias, load in zip(state.router, parts.load)
         )
     )
-    new = TrainState(state.step + 1, state.tokens + counted, params, router, opt)
+    new = TrainState(state.step + 1, state.tokens + counted, new_params, router, opt)
     return new, TrainMetrics(loss, parts, stats)
+
+
+def _float32(values: Tree) -> Tree:
+    return tree.map_leaves(lambda t: tf.cast(t, tf.float32), values)
 
 
 def make_train_step(

@@ -1,0 +1,174 @@
+"""What a run writes down: JSON lines, and TensorBoard events that are made from them.
+
+A row is a flat mapping with a `kind` and a `step`::
+
+    {"kind": "train", "step": 12, "tokens": 49152, "loss": 7.9, "nll": 6.1, "mtp": [6.2], "load_violation": [0.4, 0.3], ...}
+    {"kind": "heldout", "step": 100, "nll": 5.2, "bits_per_byte": 2.4, ...}
+    {"kind": "load", "step": 100, "load": [[512, 498, ...], ...]}
+
+A run that goes on from step n cuts the rows after n, so that no step stands there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from dsv3.checks import check
+from dsv3.train.step import TrainMetrics
+
+LOG_FILE, EVENTS_FOLDER = "log.jsonl", "tensorboard"
+
+
+class RunLog:
+    """Appends rows to `log.jsonl` and to the events of TensorBoard; a context manager.
+
+    Args:
+      directory: the run's folder; made if it is not there.
+      step: the step that the run goes on from; rows after it are cut. 0 starts the log anew.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, step: int = 0):
+        root = Path(directory)
+        root.mkdir(parents=True, exist_ok=True)
+        rows = cut_rows(root / LOG_FILE, step)
+        self._file = open(root / LOG_FILE, "a", encoding="utf-8")
+        events = root / EVENTS_FOLDER
+        for old in events.glob("events.out.tfevents.*"):  # whole once more from the rows that stay
+            old.unlink()
+        with tf.device("CPU:0"):
+            self._events = tf.summary.create_file_writer(str(events))
+        for row in rows:
+            self._write_event(row)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one row; whoever reads the file sees it whole."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._write_event(row)
+
+    def sync(self) -> None:
+        """Makes sure that what was written outlives a crash of the machine; to be called before a checkpoint is saved."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes both."""
+        self._file.close()
+        self._events.close()
+
+    def _write_event(self, row: Mapping[str, Any]) -> None:
+        scalars = row_scalars(row)
+        values = [tf.compat.v1.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        if values:
+            with self._events.as_default():
+                summary = tf.compat.v1.Summary(value=values).SerializeToString()
+                tf.summary.experimental.write_raw_pb(summary, step=row["step"])
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads a log. What a crash left unfinished at its end is no row; a file that is not there has none.
+
+    Raises:
+      ValueError: something that is not a row stands before a row.
+    """
+    file = Path(path)
+    rows: list[dict[str, Any]] = []
+    broken = None
+    for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            row = {"kind": str(row["kind"]), "step": int(row["step"]), **row}
+        except (ValueError, KeyError, TypeError):
+            broken = broken or number
+            continue
+        check(broken is None, f"read_rows: {os.fspath(path)!r} line {broken} is not a row of a log")
+        rows.append(row)
+    return rows
+
+
+def cut_rows(path: str | os.PathLike, step: int) -> list[dict[str, Any]]:
+    """Removes the rows after `step` from a log, atomically, and returns those that stay: with step 0 none."""
+    file, rows = Path(path), read_rows(path)
+    stay = [row for row in rows if row["step"] <= step] if step else []
+    if file.exists():
+        part = file.with_name(f".{file.name}.part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in stay), encoding="utf-8")
+        os.replace(part, file)
+    return stay
+
+
+def row_scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the scalars of a row under TensorBoard's tags; lists of scalars are numbered from 1, tables left out.
+
+    >>> row_scalars({"kind": "train", "step": 1, "loss": 2.0, "mtp": [3.0]})
+    {'train/loss': 2.0, 'train/mtp_1': 3.0}
+    """
+    scalars = {}
+    for name, value in row.items():
+        if name in ("kind", "step") or isinstance(value, str):
+            continue
+        if isinstance(value, int | float):
+            scalars[f"{row['kind']}/{name}"] = float(value)
+        elif isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+            scalars |= {f"{row['kind']}/{name}_{i}": float(v) for i, v in enumerate(value, 1)}
+    return scalars
+
+
+class StepNumbers(NamedTuple):
+    """A step's metrics as Python numbers: `row` for the log, and `load` `[X + modules, E]`, tokens by layer and expert."""
+
+    row: dict[str, Any]
+    load: np.ndarray
+
+
+def step_numbers(step: int, metrics: TrainMetrics) -> StepNumbers:
+    """Fetches a step's metrics.
+
+    `load_violation` of a layer is `max(load) / mean(load) − 1`: 0 when every expert gets its fair share.
+
+    Args:
+      step: optimiser steps done.
+      metrics: what the step returned.
+
+    Returns:
+      `StepNumbers`; layers in the order mixture layers, then MTP modules.
+
+    References: the violation is that of arXiv:2408.15664, section 4.1.
+    """
+    parts, optim = metrics.parts, metrics.optim
+    load = np.concatenate([np.asarray(part) for part in parts.load])
+    violation = load.max(1) / np.maximum(load.mean(1), 1e-9) - 1.0 if load.size else np.zeros(0)
+    row = {
+        "kind": "train",
+        "step": step,
+        "loss": float(metrics.loss),
+        "nll": float(parts.nll),
+        "mtp": [float(x) for x in np.asarray(parts.mtp)],
+        "balance": float(parts.balance),
+        "grad_norm": float(optim.grad_norm),
+        "learning_rate": float(optim.learning_rate),
+        "load_violation": [round(float(x), 6) for x in violation],
+    }
+    return StepNumbers(row, load)
+
+
+def check_finite(row: Mapping[str, Any]) -> None:
+    """Raises `FloatingPointError` when the loss or the gradient of a step is not a number to go on with."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            raise FloatingPointError(f"step {row['step']}: `{name}` is {row[name]}; the last checkpoint is from before it")

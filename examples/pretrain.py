@@ -1,0 +1,183 @@
+"""Pretrains a DeepSeek-V3 on text: from raw documents to a folder that Hugging Face transformers opens.
+
+Without flags it trains the preset "demo" on the sources and the language reference of the running Python, in minutes on
+two cores, and leaves everything in runs/demo:
+
+  run.json        what decides the numbers of this run
+  tokenizer/      a byte-level BPE tokenizer, trained on the corpus
+  log.jsonl       one line a step; tensorboard/ has the same: tensorboard --logdir runs/demo
+  checkpoints/    the last ones; after an interruption the same command goes on from there, to the same losses
+  plots/          loss, learning rate, load of the experts
+  results.json    held-out bits per byte beside gzip's and xz's, and more; samples.txt: completions of held-out text
+  export/         opened by AutoModelForCausalLM.from_pretrained and by dsv3.load_pretrained
+
+A corpus is a text file, a JSON-lines file with a `text` field, or a folder of such files; .gz is read, too.
+
+Examples:
+
+  python examples/pretrain.py
+  python examples/pretrain.py --corpus book.txt --out runs/book --steps 1000
+  python examples/pretrain.py --corpus rows.jsonl --config model/config.json --tokenizer model --out runs/mine
+  python examples/pretrain.py --corpus texts --preset small --out runs/small --steps 20000 --batch_size 32 \\
+      --accumulate 8 --seq_len 1024 --lr 1e-3 --dtype bfloat16 --remat block
+"""
+
+from __future__ import annotations
+
+import hush  # noqa: F401 (it comes before all that loads TensorFlow)
+
+# isort: split
+import contextlib
+import math
+import shlex
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from pretrain_report import report
+from pretrain_setup import Setup, prepare, say, warmup_steps
+
+import dsv3
+from dsv3.data import batch_at
+from dsv3.eval import make_evaluator
+from dsv3.policy import ComputePolicy, default_policy
+from dsv3.train.checkpoint import restore_checkpoint, save_checkpoint
+from dsv3.train.loop import LoopResult, train_loop
+from dsv3.train.optim import Optimizer, adamw
+from dsv3.train.progress import Progress, stop_on_signals
+from dsv3.train.records import RunLog
+from dsv3.train.schedule import warmup_cosine
+from dsv3.train.step import TrainState, make_train_step, train_init
+
+FLAGS = flags.FLAGS
+FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper
+
+flags.DEFINE_string("corpus", None, "Text to train on: a file or a folder. Default: the running Python's own.")
+flags.DEFINE_float("heldout", 0.02, "Share of the documents that is never trained on.")
+flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")
+flags.DEFINE_string("config", None, "Architecture from a config.json (or its folder) instead of a preset.")
+flags.DEFINE_string("tokenizer", None, "Folder with a tokenizer.json. Default: train one on the corpus.")
+flags.DEFINE_integer("vocab_size", None, "Vocabulary of the model, and of the tokenizer where one is trained.", 1)
+flags.DEFINE_string("out", "runs/demo", "Folder of the run.")
+flags.DEFINE_bool("resume", True, "Go on with the run that is in --out. --noresume refuses instead.")
+flags.DEFINE_bool("fresh", False, "Delete the run that is in --out and start anew.")
+
+flags.DEFINE_integer("steps", 500, "Optimiser steps.", 1)
+flags.DEFINE_integer("batch_size", 16, "Sequences of a step, all micro-batches together.", 1)
+flags.DEFINE_integer("accumulate", 1, "Micro-batches of a step; must divide --batch_size. Less memory, same result.", 1)
+flags.DEFINE_integer("seq_len", 256, "Tokens of a sequence.", 1)
+flags.DEFINE_integer("seed", 0, "Decides initial parameters, the order of the data and what is held out.", 0)
+
+flags.DEFINE_float("lr", 3e-3, "Peak learning rate; a cosine in tokens takes it down to a tenth.")
+flags.DEFINE_integer("warmup_steps", None, "Steps of linear warm-up. Default: a twentieth of --steps.", 0)
+flags.DEFINE_float("weight_decay", 0.1, "Decoupled weight decay; norms and biases have none.", 0.0)
+flags.DEFINE_float("clip", 1.0, "Largest norm of the gradient; 0: do not clip.", 0.0)
+flags.DEFINE_float("mtp_weight", 0.3, "Weight of the multi-token prediction loss.", 0.0)
+flags.DEFINE_float("balance_weight", 1e-4, "Weight of the sequence-wise balance loss.", 0.0)
+flags.DEFINE_float("bias_rate", 1e-3, "How far a step moves the router's selection bias.", 0.0)
+
+flags.DEFINE_integer("eval_every", None, "Steps between held-out losses; 0: none. Default: a tenth of --steps.", 0)
+flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0: only at the end and when interrupted.", 0)
+flags.DEFINE_integer("keep", 2, "Checkpoints that stay.", 1)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters are float32.")
+flags.DEFINE_enum("remat", "none", ["none", "block"], "Recompute each block in the backward pass: less memory.")
+flags.DEFINE_enum("loop", "unroll", ["unroll", "scan"], "Layers as a repeated graph or as a loop.")
+
+
+def main(argv: list[str]) -> int:
+    """Runs everything; returns the exit code: 2 for bad input, 128 + n when signal n has interrupted the training."""
+    same = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0] != "fresh"]
+    again = f"run the same command again: {shlex.join([Path(sys.executable).name, *same])}"
+    try:
+        try:
+            setup = prepare(argv)
+        except (ValueError, OSError) as error:
+            print(f"pretrain: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        policy = default_policy().replace(
+            dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat, loop=FLAGS.loop
+        )
+        result = train(setup, policy)
+        if result.step < FLAGS.steps:
+            say(f"{result.stopped.name}: saved at step {result.step} of {FLAGS.steps}; to go on, {again}")
+            return 128 + result.stopped
+        report(setup, result.state, policy)
+    except FloatingPointError as error:
+        print(f"pretrain: {error}; a lower --lr may help", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # outside of the training
+        print(f"pretrain: interrupted; to go on, {again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(setup: Setup, policy: ComputePolicy) -> LoopResult:
+    """Trains from the latest checkpoint, or from the start, to the last step or to a signal."""
+    cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
+    optimizer = make_optimizer()
+    state = train_init([0, FLAGS.seed], cfg, optimizer)
+    found = restore_checkpoint(checkpoints, state, settings=setup.settings, on_skip=say)
+    if found is not None:
+        state = found.state
+        say(f"going on from step {int(state.step)} ({found.path})")
+    step = make_train_step(
+        cfg, optimizer, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
+        bias_rate=FLAGS.bias_rate, policy=policy,
+    )  # fmt: skip
+    start = int(state.step)
+    eval_every = max(1, FLAGS.steps // 10) if FLAGS.eval_every is None else FLAGS.eval_every
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(RunLog(setup.out, step=start))
+        progress = stack.enter_context(Progress(FLAGS.steps, start=start))
+        stop = stack.enter_context(stop_on_signals())
+
+        def save(state: TrainState, done: int) -> None:
+            log.sync()
+            save_checkpoint(checkpoints, state, setup.settings, step=done, keep=FLAGS.keep)
+
+        return train_loop(
+            step, state, lambda done: micro_batches(setup, done), steps=FLAGS.steps, write=log.write,
+            progress=progress.update, evaluate=make_evaluate(setup, policy), eval_every=eval_every,
+            save=save, save_every=FLAGS.save_every, load_every=max(1, FLAGS.steps // 50), stop=stop,
+        )  # fmt: skip
+
+
+def make_optimizer() -> Optimizer:
+    """AdamW with the paper's betas, clipping, and a warm-up and cosine in tokens."""
+    a_step = FLAGS.batch_size * FLAGS.seq_len
+    schedule = warmup_cosine(
+        FLAGS.lr, warmup_tokens=warmup_steps() * a_step, total_tokens=FLAGS.steps * a_step, final=FINAL_LR * FLAGS.lr
+    )
+    return adamw(schedule, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None)
+
+
+def micro_batches(setup: Setup, done: int):
+    """Tokens `[A, B, T+1]` and weights `[A, B, T]` of a step; without accumulation A is left out."""
+    batch = batch_at(setup.train, done, FLAGS.batch_size, FLAGS.seed)
+    if FLAGS.accumulate == 1:
+        return batch
+    return tuple(part.reshape(FLAGS.accumulate, -1, part.shape[-1]) for part in batch)
+
+
+def make_evaluate(setup: Setup, policy: ComputePolicy):
+    """Held-out numbers of a state, for the curve: windows without overlap, which is fast."""
+    score = make_evaluator(setup.cfg, length=FLAGS.seq_len, policy=policy)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        got = score(state.params, state.router, setup.curve)._asdict()
+        return {name: value for name, value in got.items() if math.isfinite(value) and name not in ("tokens", "bytes")}
+
+    return evaluate
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a wrong flag is one line, as is all bad input."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        print(f"pretrain: {' '.join(str(error).split())} (--help shows all flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,153 @@
+"""What `pretrain.py` does after the training: held-out scores, plots, sample completions, the export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from pretrain_setup import Setup, say
+
+from dsv3.compiled import snapshot
+from dsv3.data import compression_bits_per_byte
+from dsv3.eval import make_evaluator
+from dsv3.policy import ComputePolicy
+from dsv3.pretrained import save_pretrained
+from dsv3.serve import Completion, Engine, Request
+from dsv3.train.plots import plot_run
+from dsv3.train.records import read_rows
+from dsv3.train.step import TrainState
+
+FLAGS = flags.FLAGS
+SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64
+
+
+def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
+    """Evaluates, plots, samples and exports; prints what came out and where it is."""
+    out, cfg = setup.out, setup.cfg
+    params, router = snapshot((state.params, state.router))
+    rows = read_rows(out / "log.jsonl")
+    say("\nscoring the held-out text")
+    evaluate = make_evaluator(cfg, length=FLAGS.seq_len, overlap=FLAGS.seq_len // 2, policy=policy)
+    score = evaluate(params, router, setup.heldout)._asdict()
+    text = "".join(document.text for document in setup.heldout_documents).encode()
+    results = {"heldout": score, "compressors": compression_bits_per_byte(text), "training": training_numbers(rows)}
+
+    say("completing held-out text")
+    samples = draw_samples(setup, params, router, policy)
+    results["samples"] = {"mtp_accepted": accepted_share([done for _, pair in samples for done in pair])}
+    write(out / "samples.txt", format_samples(samples))
+    write(out / "results.json", json.dumps(_without_nan(results), indent=1) + "\n")
+    plots = plot_run(rows, out / "plots", mtp_layers=cfg.num_mtp_layers)
+    export = out / "export"
+    tokenizer_files = [out / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    save_pretrained(export, cfg, params, router, extra_files=tokenizer_files)
+
+    say("\n" + format_samples(samples))
+    say(format_table(results))
+    say(f"\nplots        {', '.join(map(str, plots))}")
+    say(f"log          {out / 'log.jsonl'}, tensorboard --logdir {out}")
+    say(f"checkpoints  {out / 'checkpoints'}")
+    say(f"export       {export}: AutoModelForCausalLM.from_pretrained({str(export)!r}), AutoTokenizer the same,")
+    say(f"             dsv3.load_pretrained({str(export)!r})")
+
+
+def training_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Loss parts, speed and load, each over the last twentieth of the run (speed: the median step)."""
+    train = [row for row in rows if row["kind"] == "train"]
+    last = train[-max(1, len(train) // 20) :]
+    speeds = [row["tokens_per_second"] for row in train]
+
+    def mean(name: str) -> Any:
+        value = np.mean([row[name] for row in last], 0)
+        return value.tolist() if np.ndim(value) else float(value)
+
+    numbers = {name: mean(name) for name in ("loss", "nll", "mtp", "balance", "grad_norm", "load_violation")}
+    return {
+        "steps": train[-1]["step"],
+        "tokens": train[-1]["tokens"],
+        **numbers,
+        "tokens_per_second": float(np.median(speeds)),
+        "step_seconds": sum(row["seconds"] for row in train),
+    }
+
+
+def draw_samples(setup: Setup, params, router, policy: ComputePolicy) -> list[tuple[str, list[Completion]]]:
+    """A greedy and a random completion of the beginning of a few held-out documents, drafted by MTP where there is one."""
+    stream, cfg = setup.heldout, setup.cfg
+    length = min(cfg.max_length, PROMPT_TOKENS + NEW_TOKENS)
+    long = [d for d in range(len(stream.starts) - 1) if stream.starts[d + 1] - stream.starts[d] > PROMPT_TOKENS]
+    chosen = (long or [0])[:: max(1, len(long) // SAMPLES)][:SAMPLES]
+    prompts = [stream.tokens[stream.starts[d] : stream.starts[d + 1] - 1][: min(PROMPT_TOKENS, length - 1)] for d in chosen]
+    engine = Engine(
+        cfg, params, router, tokenizer=setup.tokenizer, policy=policy, speculative=min(1, cfg.num_mtp_layers),
+        max_length=length, chunk_sizes=(PROMPT_TOKENS,), smallest_cache=length,
+    )  # fmt: skip
+    requests = [
+        Request(prompt.tolist(), max_new_tokens=NEW_TOKENS, temperature=temperature, top_p=0.95, seed=FLAGS.seed)
+        for temperature in (0.0, 0.8)
+        for prompt in prompts
+    ]
+    done = engine.generate(requests)
+    texts = [setup.tokenizer.decode(prompt.tolist()) for prompt in prompts]
+    return [(text, [done[i], done[i + len(prompts)]]) for i, text in enumerate(texts)]
+
+
+def accepted_share(done: Sequence[Completion]) -> float:
+    """Accepted drafts of all drafted tokens; NaN without drafts."""
+    drafted = sum(completion.drafted for completion in done)
+    return sum(completion.accepted for completion in done) / drafted if drafted else float("nan")
+
+
+def format_samples(samples: list[tuple[str, list[Completion]]]) -> str:
+    """Prompts and completions as text."""
+    parts = []
+    for number, (prompt, completions) in enumerate(samples, 1):
+        parts.append(f"--- sample {number}: held-out text\n{prompt}\n")
+        for name, completion in zip(("greedy", "temperature 0.8"), completions):
+            parts.append(f"--- sample {number}: {name}\n{completion.text}\n")
+    return "\n".join(parts)
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The results as a table."""
+    held, train = results["heldout"], results["training"]
+    bits = {"this model": held["bits_per_byte"], **{f"{k} (best)": v for k, v in results["compressors"].items()}}
+    rows = [("held-out text", f"{held['bytes']:,} bytes, {held['tokens']:,} tokens")]
+    rows += [(f"  bits per byte, {name}", f"{value:.3f}") for name, value in bits.items()]
+    rows += [
+        ("  cross-entropy, nats a token", f"{held['nll']:.4f}"),
+        ("  next token right", f"{held['top1']:.1%}"),
+    ]
+    if train["mtp"]:
+        accepted = results["samples"]["mtp_accepted"]
+        rows += [
+            ("  MTP cross-entropy, nats a token", f"{held['mtp_nll']:.4f}"),
+            ("  MTP guess agrees with the model", f"{held['mtp_agreement']:.1%}; accepted in the samples {accepted:.1%}"),
+        ]
+    rows += [
+        ("training", f"{train['steps']:,} steps, {train['tokens']:,} tokens, {train['step_seconds']:,.0f} s"),
+        ("  loss at the end", f"{train['loss']:.4f}"),
+        ("  next token, MTP, balance", " ".join(f"{v:.4f}" for v in (train["nll"], *train["mtp"], train["balance"]))),
+        ("  tokens a second", f"{train['tokens_per_second']:,.0f}"),
+    ]
+    if train["load_violation"]:
+        ratios = " ".join(f"{1 + v:.2f}" for v in train["load_violation"])
+        rows.append(("  busiest expert / fair share", f"{ratios} (by layer)"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a text file."""
+    path.write_text(text, encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """Numbers that are not there become null, as JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,255 @@
+"""What `pretrain.py` does before it trains: checks the flags, claims the folder, makes tokenizer and rows of tokens."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from tokenizers import Tokenizer
+
+import dsv3
+from dsv3.checks import check, check_token_ids
+from dsv3.data import (
+    Document,
+    Packed,
+    TokenStream,
+    check_tokenizer,
+    chunk_documents,
+    corpus_stats,
+    embedded_corpus,
+    encode_documents,
+    load_tokenizer,
+    pack_sequences,
+    read_corpus,
+    save_tokenizer,
+    special_ids,
+    split_documents,
+    train_tokenizer,
+)
+from dsv3.train.checkpoint import check_settings
+
+FLAGS = flags.FLAGS
+RUN_FILE = "run.json"
+# Flags that decide the numbers of a run; the others may change from one part of it to the next.
+DECIDING = (
+    "seed steps batch_size accumulate seq_len lr warmup_steps weight_decay clip mtp_weight balance_weight bias_rate "
+    "heldout dtype"
+).split()
+PARTS = ("checkpoints", "tensorboard", "tokenizer", "plots", "export", "log.jsonl", "results.json", "samples.txt", RUN_FILE)
+TOKENIZER_CHARS = 20_000_000  # text that a tokenizer is trained on, at most
+CURVE_CHARS = 32768  # held-out text that the losses during the training are measured on; the report takes all
+
+
+class Setup(NamedTuple):
+    """Everything that the training needs.
+
+    Attributes:
+      cfg: the model's configuration. out: the run's folder. settings: what must be the same to go on with the run.
+      tokenizer: the tokenizer. train: rows of the training text.
+      heldout: tokens of the held-out documents. curve: of the first of them, for the losses during the training.
+      heldout_documents: the held-out documents.
+    """
+
+    cfg: dsv3.ModelConfig
+    out: Path
+    settings: dict[str, Any]
+    tokenizer: Tokenizer
+    train: Packed
+    heldout: TokenStream
+    curve: TokenStream
+    heldout_documents: list[Document]
+
+
+def say(line: str) -> None:
+    """Prints a line at once."""
+    print(line, flush=True)
+
+
+def prepare(argv: Sequence[str]) -> Setup:
+    """Checks everything that can be wrong, cheapest first, and prepares the data.
+
+    Raises:
+      ValueError, OSError: bad input; the message is one line.
+    """
+    check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
+    cfg = read_config()
+    check_flags(cfg)
+    tokenizer = None
+    if FLAGS.tokenizer is not None:
+        tokenizer = load_tokenizer(FLAGS.tokenizer)
+        check_tokenizer(tokenizer, cfg.vocab_size)
+    out = Path(FLAGS.out)
+    settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf()}
+    settings["warmup_steps"] = warmup_steps()
+    saved = claim_folder(out, settings)
+    train, heldout, settings["corpus"] = read_documents()
+    agree(saved, settings, out)
+    if tokenizer is None:
+        tokenizer = run_tokenizer(out, train, cfg.vocab_size)
+    settings["tokenizer"] = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
+    agree(saved, settings, out)
+    ids = special_ids(tokenizer)
+    cfg = cfg.replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)
+    curve = list(_up_to(heldout, CURVE_CHARS))
+    streams = [encode_documents(tokenizer, documents) for documents in (train, heldout, curve)]
+    for stream in streams:
+        check_token_ids("corpus", "tokens", stream.tokens, cfg.vocab_size)
+    packed = pack_sequences(streams[0], FLAGS.seq_len)
+    if saved is None:
+        write_run(out, settings)
+    if not (out / "tokenizer").exists():
+        save_tokenizer(tokenizer, out / "tokenizer")
+    describe(cfg, packed, *streams[:2])
+    return Setup(cfg, out, settings, tokenizer, packed, *streams[1:], heldout)
+
+
+def warmup_steps() -> int:
+    """Steps of warm-up: as given, or a twentieth of the run."""
+    return FLAGS.steps // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+
+
+def read_config() -> dsv3.ModelConfig:
+    """The architecture of --config or --preset, with --vocab_size."""
+    check(
+        FLAGS.config is None or not FLAGS["preset"].present,
+        "--config and --preset are both given, want one of them",
+    )
+    cfg = dsv3.preset(FLAGS.preset) if FLAGS.config is None else dsv3.ModelConfig.from_hf(FLAGS.config)
+    return cfg if FLAGS.vocab_size is None else cfg.replace(vocab_size=FLAGS.vocab_size)
+
+
+def check_flags(cfg: dsv3.ModelConfig) -> None:
+    """Checks the flags' values against each other and the model; their signs are checked as they are parsed."""
+    for name in ("lr", "weight_decay", "clip", "mtp_weight", "balance_weight", "bias_rate", "heldout"):
+        check(math.isfinite(FLAGS[name].value), f"--{name} is {FLAGS[name].value}, want a number")
+    check(FLAGS.lr > 0, f"--lr is {FLAGS.lr}, want above 0")
+    check(0 < FLAGS.heldout < 1, f"--heldout is {FLAGS.heldout}, want a share above 0 and below 1")
+    check(
+        FLAGS.batch_size % FLAGS.accumulate == 0,
+        f"--batch_size {FLAGS.batch_size} is not divisible by --accumulate {FLAGS.accumulate}",
+    )
+    check(FLAGS.seq_len <= cfg.max_length, f"--seq_len is {FLAGS.seq_len}, the model's maximum is {cfg.max_length}")
+    check(warmup_steps() <= FLAGS.steps, f"--warmup_steps is {warmup_steps()}, want at most --steps {FLAGS.steps}")
+    check(not FLAGS.fresh or FLAGS.resume, "--fresh and --noresume are both given, want one of them")
+    if FLAGS.tokenizer is None:
+        check(
+            cfg.vocab_size >= 266,
+            f"the vocabulary has {cfg.vocab_size} ids, too few for a trained tokenizer: want --vocab_size 266 or more",
+        )
+
+
+_lock = None  # the open lock file: it is held as long as the process lives
+
+
+def claim_folder(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Makes the folder and locks it; returns the settings of the run in it, `None` for a new run.
+
+    Raises:
+      ValueError: the folder is in use, holds something else, or a run with other settings.
+      OSError: it cannot be written.
+    """
+    global _lock
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _lock = open(out / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(f"cannot write to --out {str(out)!r} ({error.strerror})") from None
+    try:
+        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"--out {str(out)!r} is in use by another process") from None
+    if FLAGS.fresh and (out / RUN_FILE).exists():
+        for part in PARTS:
+            shutil.rmtree(out / part) if (out / part).is_dir() else (out / part).unlink(missing_ok=True)
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if not others:
+        return None
+    check(
+        RUN_FILE in others,
+        f"--out {str(out)!r} holds {others[0]!r} but no run of this program; want an empty folder",
+    )
+    try:
+        saved = dict(json.loads((out / RUN_FILE).read_text(encoding="utf-8")))
+    except ValueError:
+        raise ValueError(f"{str(out / RUN_FILE)!r} cannot be read as JSON; --fresh starts anew") from None
+    agree(saved, settings, out)
+    check(FLAGS.resume, f"--noresume, but --out {str(out)!r} holds a run; --fresh starts anew")
+    return saved
+
+
+def agree(saved: Mapping[str, Any] | None, settings: Mapping[str, Any], out: Path) -> None:
+    """Refuses other settings than the run in the folder has, as far as they are known yet."""
+    if saved is None:
+        return
+    try:
+        check_settings({name: saved.get(name) for name in settings}, settings, where=f"the run in {str(out)!r}")
+    except ValueError as error:
+        raise ValueError(f"{error}; another --out keeps both, --fresh starts anew") from None
+
+
+def write_run(out: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings of the run, atomically."""
+    part = out / f".{RUN_FILE}.part"
+    part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, out / RUN_FILE)
+
+
+def read_documents() -> tuple[list[Document], list[Document], str]:
+    """Training documents, held-out documents, and a digest of all."""
+    source = embedded_corpus() if FLAGS.corpus is None else read_corpus(FLAGS.corpus)
+    documents = list(source)
+    characters = sum(len(document.text) for document in documents)
+    # Few documents, as a single book, are cut into so many pieces that some can be held out.
+    most = 65536 if len(documents) >= 100 else min(65536, max(64, characters // 200))
+    documents = list(chunk_documents(documents, most))
+    digest = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        text = document.text.encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    train, heldout = split_documents(documents, FLAGS.heldout, FLAGS.seed)
+    size, held = corpus_stats(train).bytes, corpus_stats(heldout)
+    check(held.documents > 0, f"the corpus has {size} bytes, too short to hold out a part and train on another")
+    say(f"corpus: {len(train):,} documents, {size:,} bytes; held out {held.documents:,} documents, {held.bytes:,} bytes")
+    return train, heldout, digest.hexdigest()
+
+
+def run_tokenizer(out: Path, train: list[Document], vocab_size: int) -> Tokenizer:
+    """The tokenizer that the run's folder has, or one that is trained on the training text."""
+    folder = out / "tokenizer"
+    if folder.exists():
+        tokenizer = load_tokenizer(folder)
+        check_tokenizer(tokenizer, vocab_size)
+        return tokenizer
+    say(f"training a tokenizer of {vocab_size:,} ids")
+    return train_tokenizer((document.text for document in _up_to(train, TOKENIZER_CHARS)), vocab_size)
+
+
+def _up_to(documents: list[Document], characters: int) -> Iterator[Document]:
+    """The first documents, until they have so many characters."""
+    for document in documents:
+        if characters <= 0:
+            return
+        characters -= len(document.text)
+        yield document
+
+
+def describe(cfg: dsv3.ModelConfig, packed: Packed, stream: TokenStream, heldout: TokenStream) -> None:
+    """Says what will be trained on what."""
+    tokens, epochs = FLAGS.batch_size * FLAGS.seq_len, FLAGS.steps * FLAGS.batch_size / len(packed.starts)
+    share = stream.text_bytes.sum() / len(stream.tokens)
+    say(f"tokens: {len(stream.tokens):,} to train on, {len(heldout.tokens):,} held out, {share:.2f} bytes a token")
+    moe = cfg.moe.router
+    count = dsv3.count_params(dsv3.model_specs(cfg))
+    say(
+        f"model: {count:,} parameters, {dsv3.active_params(cfg):,} active for a token; {cfg.num_layers} layers, "
+        f"{cfg.num_moe_layers} with {moe.num_experts} experts of which a token uses {moe.top_k}, {cfg.num_mtp_layers} MTP"
+    )
+    say(f"training: {FLAGS.steps:,} steps of {FLAGS.batch_size} x {FLAGS.seq_len} = {tokens:,} tokens, {epochs:.2f} epochs")
