@@ -1,0 +1,1 @@
+"""The benchmark beside transformers' DeepseekV3: cases, the two workers, how they are driven, and the report."""
