@@ -4,6 +4,7 @@ The names below are the contract; everything else is reached through the package
 """
 
 from dsv3.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig, YarnConfig
+from dsv3.layout import make_layouts
 from dsv3.nn.cache import Cache, cache_append, cache_init
 from dsv3.nn.mla import mla_apply, mla_specs
 from dsv3.nn.model import (
@@ -18,10 +19,15 @@ from dsv3.nn.model import (
     router_init,
 )
 from dsv3.nn.moe import moe_apply, moe_specs
+from dsv3.ops.fp8 import Fp8Tensor, fp8_dequantize, fp8_quantize
 from dsv3.ops.router import router_update_bias
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.presets import PRESETS, preset
+from dsv3.pretrained import load_pretrained, save_pretrained
 from dsv3.spec import ParamSpec, count_params, init_params
+from dsv3.train.loss import pretrain_loss
+from dsv3.train.optim import adamw
+from dsv3.train.step import TrainState, make_train_step, train_init, train_state, train_update
 
 __version__ = "0.1.0"
 
@@ -29,6 +35,7 @@ __all__ = [
     "PRESETS",
     "Cache",
     "ComputePolicy",
+    "Fp8Tensor",
     "MLAConfig",
     "MoEConfig",
     "ModelConfig",
@@ -38,13 +45,20 @@ __all__ = [
     "RopeConfig",
     "RouterConfig",
     "RouterState",
+    "TrainState",
     "YarnConfig",
     "active_params",
+    "adamw",
     "cache_append",
     "cache_init",
     "count_params",
     "default_policy",
+    "fp8_dequantize",
+    "fp8_quantize",
     "init_params",
+    "load_pretrained",
+    "make_layouts",
+    "make_train_step",
     "mla_apply",
     "mla_specs",
     "model_apply",
@@ -54,6 +68,11 @@ __all__ = [
     "moe_specs",
     "mtp_chain",
     "preset",
+    "pretrain_loss",
     "router_init",
     "router_update_bias",
+    "save_pretrained",
+    "train_init",
+    "train_state",
+    "train_update",
 ]

@@ -59,7 +59,7 @@ class Dims:
                 f"{self._function}: `{argument}` has shape {_show(got)}, want ({shown}) [{', '.join(names)}]"
             )
         for name, size in zip(names, got):
-            if size is not None and not name.isdigit():
+            if not name.isdigit() and (size is not None or name not in self._known):
                 self._known[name] = size
 
 

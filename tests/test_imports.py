@@ -15,12 +15,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-BOTTOM = "typing checks tree policy config spec"
+BOTTOM = "typing graph checks tree policy config spec"
 
 # From the bottom upwards: a module or package of dsv3, and what it may import besides itself. A row may
 # name only rows listed before it, so no two of them can need each other; "ops.fp8" allows that one module.
 LAYERS = {
     "typing": "",
+    "graph": "",
     "checks": "typing",
     "tree": "typing checks",
     "policy": "typing checks tree",
@@ -28,11 +29,12 @@ LAYERS = {
     "spec": "typing checks tree config",
     "layout": "typing checks tree config spec",
     "compiled": f"{BOTTOM} layout",
-    "ops": "typing checks",
+    "ops": "typing graph checks",
     "data": BOTTOM,
     "plan": BOTTOM,
     "io": f"{BOTTOM} ops.fp8",
     "nn": f"{BOTTOM} layout ops",
+    "pretrained": f"{BOTTOM} ops nn io",
     "train": f"{BOTTOM} layout compiled ops nn",
     "serve": f"{BOTTOM} layout compiled ops nn data io",
     "eval": f"{BOTTOM} layout compiled ops nn data io serve",

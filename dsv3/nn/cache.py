@@ -62,7 +62,12 @@ def cache_append(cache: Cache, entries: TensorLike, counts: TensorLike | None = 
     dims("entries", entries, "X B T W")
     entries = tf.cast(entries, cache.kv.dtype)
     new = entries.shape[2]
+    check(new != 0, "cache_append: `entries` has no token, want at least one [X, B, T, W]")
     counts = tf.fill(tf.shape(cache.length), new) if counts is None else tf.cast(counts, tf.int32)
+    dims("counts", counts, "B")
+    if hasattr(counts, "numpy"):
+        most = int(tf.reduce_max(counts))
+        check(most <= new, f"cache_append: `counts` holds {most}, want at most {new} [T], the tokens of `entries`")
     if hasattr(cache.length, "numpy") and hasattr(counts, "numpy"):
         most = int(tf.reduce_max(cache.length + counts))
         check(most <= cache.kv.shape[2], f"cache_append: a row would hold {most} tokens, the cache has room for {dims.S}")

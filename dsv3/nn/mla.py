@@ -65,7 +65,12 @@ class MLAOutput(NamedTuple):
 
 
 def mla_specs(cfg: MLAConfig, *, std: float) -> MLAParams:
-    """Returns the `ParamSpec`s of one attention layer."""
+    """Returns the `ParamSpec`s of one attention layer.
+
+    Args:
+      cfg: the layer's configuration.
+      std: standard deviation of initial weights.
+    """
     d, h = cfg.hidden_size, cfg.num_heads
     q_in = cfg.q_latent or d
     compressed, biased = cfg.q_latent is not None, cfg.bias
@@ -209,12 +214,12 @@ def _heads_first(q, cos, sin, *, heads, rope):
 
 
 @fused
-def _keys_values(kv, entry, *, heads, nope_dim, rope_dim):
-    """`[B, S, H·(P+U)]` and the latents' rotary part to `[B, H, S, P+R]` and `[B, H, S, U]`."""
+def _keys_values(kv, k_rope, *, heads, nope_dim):
+    """`[B, S, H·(P+U)]` and the shared rotary keys `[B, S, R]` to `[B, H, S, P+R]` and `[B, H, S, U]`."""
     kv = tf.reshape(kv, [*_lead(kv), heads, kv.shape[-1] // heads])
     k_nope, v = tf.split(kv, [nope_dim, kv.shape[-1] - nope_dim], axis=-1)
-    k_rope = tf.expand_dims(entry[..., entry.shape[-1] - rope_dim :], 2)
-    k_rope = tf.broadcast_to(k_rope, tf.concat([tf.shape(k_nope)[:3], [rope_dim]], 0))
+    shape = tf.concat([tf.shape(k_nope)[:3], [k_rope.shape[-1]]], 0)
+    k_rope = tf.broadcast_to(tf.expand_dims(k_rope, 2), shape)
     k = tf.concat([k_nope, k_rope], -1)
     return tf.transpose(k, [0, 2, 1, 3]), tf.transpose(v, [0, 2, 1, 3])
 
@@ -237,10 +242,9 @@ def _expanded(params, q, entry, table, cache, segments, *, cfg, policy, naive) -
     else:
         entry, mask = _with_past(entry, cache)
     q = _heads_first(q, *table, heads=cfg.num_heads, rope=cfg.rope, fuse=policy.fuse)
-    latent = entry[..., : cfg.kv_latent]
+    latent, k_rope = tf.split(entry, [cfg.kv_latent, cfg.rope_dim], axis=-1)
     k, v = _keys_values(
-        linear_apply(latent, params.kv_b), entry,
-        heads=cfg.num_heads, nope_dim=cfg.nope_dim, rope_dim=cfg.rope_dim, fuse=policy.fuse,
+        linear_apply(latent, params.kv_b), k_rope, heads=cfg.num_heads, nope_dim=cfg.nope_dim, fuse=policy.fuse
     )  # fmt: skip
     scale = cfg.softmax_scale
     if naive or q.shape[2] is None or k.shape[2] is None:

@@ -101,12 +101,15 @@ def model_init(key: TensorLike, cfg: ModelConfig, *, dtype: tf.DType | str = tf.
       key: `[2]` int, the random key.
       cfg: the configuration.
       dtype: storage dtype.
+
+    Returns:
+      `ModelParams`. Draw them outside of XLA, inside of which TensorFlow's generators give other numbers.
     """
     return spec.init_params(key, model_specs(cfg), dtype)
 
 
 def router_init(cfg: ModelConfig) -> RouterState:
-    """Returns selection biases of zero."""
+    """Returns the selection biases of a new model of configuration `cfg`: zeros, see `RouterState`."""
     e = cfg.moe.router.num_experts
     return RouterState(tf.zeros([cfg.num_moe_layers, e]), tf.zeros([cfg.num_mtp_layers, e]))
 
@@ -263,7 +266,7 @@ def mtp_chain(
 
 
 def active_params(cfg: ModelConfig) -> int:
-    """Returns the parameters that one token uses, MTP modules left out: top-k of the routed experts, all of the rest.
+    """Returns how many parameters of `cfg` one token uses: top-k of the routed experts, all of the rest, no MTP module.
 
     >>> import dsv3
     >>> round(active_params(dsv3.preset("deepseek-v3")) / 1e9, 1)

@@ -61,7 +61,12 @@ class MoEOutput(NamedTuple):
 
 
 def moe_specs(cfg: MoEConfig, *, std: float) -> MoEParams:
-    """Returns the `ParamSpec`s of one mixture."""
+    """Returns the `ParamSpec`s of one mixture.
+
+    Args:
+      cfg: the layer's configuration.
+      std: standard deviation of initial weights.
+    """
     d, f, e = cfg.hidden_size, cfg.intermediate_size, cfg.router.num_experts
     return MoEParams(
         router=ParamSpec((d, e), ("embed", "router"), std=std),

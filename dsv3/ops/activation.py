@@ -24,7 +24,7 @@ def swiglu(gate_up: TensorLike, *, fuse: bool = False) -> tf.Tensor:
     References: arXiv:2002.05202.
     """
     gate_up = tf.convert_to_tensor(gate_up)
-    width = gate_up.shape[-1]
+    width = gate_up.shape[-1] if gate_up.shape.rank else None
     check(width is not None and width % 2 == 0, f"swiglu: `gate_up` has last dim {width}, want an even number [2F]")
     return _swiglu(gate_up, fuse=fuse)
 

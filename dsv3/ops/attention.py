@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check
+from dsv3.checks import Dims, check, static_shape
 from dsv3.graph import plain
 from dsv3.typing import TensorLike
 
 MASKED = -1e30  # a finite stand-in for −inf: a row that sees no key stays finite
+BLIND = 0.5 * MASKED  # a row whose largest score lies below sees no key
 NEVER = 2**31 - 1  # key index that no query reaches
 
 
@@ -70,11 +71,16 @@ def check_attention(function: str, q: TensorLike, k: TensorLike, v: TensorLike, 
     dims("k", k, "B H S P")
     dims("v", v, "B H S U")
     for name, index, letter in zip(mask._fields, mask, "TSTS"):
-        check(index.shape.rank == 2, f"{function}: `mask.{name}` has rank {index.shape.rank}, want 2 [B or 1, {letter}]")
-        size, want = index.shape[1], getattr(dims, letter)
+        shape, want = static_shape(index), getattr(dims, letter)
+        check(len(shape) == 2, f"{function}: `mask.{name}` has rank {len(shape)}, want 2 [B or 1, {letter}]")
+        rows, size = shape
         check(
             size is None or want is None or size == want,
             f"{function}: `mask.{name}` has length {size}, want {want} [{letter}]",
+        )
+        check(
+            rows in (None, 1, dims.B) or dims.B is None,
+            f"{function}: `mask.{name}` has {rows} rows, want {dims.B} or 1 [B or 1]",
         )
     return dims
 
@@ -89,11 +95,12 @@ def attention_naive(q: TensorLike, k: TensorLike, v: TensorLike, mask: Attention
       scale: multiplies the scores.
 
     Returns:
-      `[B, H, T, U]` in `q`'s dtype. A query that sees no key gives the mean of the values.
+      `[B, H, T, U]` in `q`'s dtype. A query that sees no key gives zeros.
     """
     check_attention("attention_naive", q, k, v, mask)
     scores = tf.cast(tf.matmul(q, k, transpose_b=True), tf.float32) * scale
-    probs = tf.nn.softmax(tf.where(allowed(mask), scores, MASKED), -1)
+    seen = allowed(mask)
+    probs = tf.where(seen, tf.nn.softmax(tf.where(seen, scores, MASKED), -1), 0.0)
     return tf.matmul(tf.cast(probs, v.dtype), v)
 
 
@@ -123,7 +130,7 @@ def attention(
       fuse: compile the softmax kernels (not under XLA).
 
     Returns:
-      `[B, H, T, U]` in `q`'s dtype. Differentiable (once) in `q`, `k` and `v`.
+      `[B, H, T, U]` in `q`'s dtype; zeros for a query that sees no key. Differentiable (once) in `q`, `k` and `v`.
 
     References: arXiv:2205.14135 (the recomputing backward and the online softmax).
     """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from dsv3.ops.attention import MASKED, AttentionMask, allowed
+from dsv3.ops.attention import BLIND, MASKED, AttentionMask, allowed
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import row_max, row_sum
 
 
 @fused
@@ -13,9 +14,10 @@ def _block_softmax(s, q_index, k_index, q_segment, k_segment, *, scale):
     """Scores to unnormalised probabilities: (exp(s − max), their sum, logsumexp)."""
     mask = allowed(AttentionMask(q_index, k_index, q_segment, k_segment))
     scores = tf.where(mask, tf.cast(s, tf.float32) * scale, MASKED)
-    top = tf.reduce_max(scores, -1, keepdims=True)
+    top = row_max(scores)
     probs = tf.exp(scores - top)
-    total = tf.reduce_sum(probs, -1, keepdims=True)
+    total = row_sum(probs)
+    total = tf.where(top > BLIND, total, float("inf"))  # a query that sees no key: output and gradients are zero
     return tf.cast(probs, s.dtype), total, top + tf.math.log(total)
 
 
@@ -30,7 +32,7 @@ def _block_softmax_grad(s, lse, d_probs, delta, q_index, k_index, q_segment, k_s
 
 @fused
 def _row_dot(a, b):
-    return tf.reduce_sum(tf.cast(a, tf.float32) * tf.cast(b, tf.float32), -1, keepdims=True)
+    return row_sum(tf.cast(a, tf.float32) * tf.cast(b, tf.float32))
 
 
 @fused

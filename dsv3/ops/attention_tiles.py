@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from dsv3.ops.attention import MASKED, NEVER, AttentionMask, allowed
+from dsv3.ops.attention import BLIND, MASKED, NEVER, AttentionMask, allowed
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import row_max, row_sum
 
 
 @fused
@@ -17,10 +18,10 @@ def _tile_update(s, top, total, acc, q_index, k_index, q_segment, k_segment, *, 
     """One step of the online softmax: (probabilities, new max, new sum, rescaled accumulator)."""
     mask = allowed(AttentionMask(q_index, k_index, q_segment, k_segment))
     scores = tf.where(mask, tf.cast(s, tf.float32) * scale, MASKED)
-    new_top = tf.maximum(top, tf.reduce_max(scores, -1, keepdims=True))
+    new_top = tf.maximum(top, row_max(scores))
     probs = tf.exp(scores - new_top)
     shrink = tf.exp(top - new_top)
-    return tf.cast(probs, s.dtype), new_top, total * shrink + tf.reduce_sum(probs, -1, keepdims=True), acc * shrink
+    return tf.cast(probs, s.dtype), new_top, total * shrink + row_sum(probs), acc * shrink
 
 
 @fused
@@ -108,6 +109,7 @@ def _forward(q, k, v, mask: AttentionMask, *, scale, causal, fuse):
 
     def outer(i, outs, lses):
         top, total, acc = inner(i)
+        total = tf.where(top > BLIND, total, float("inf"))  # a query that sees no key: output and gradients are zero
         return i + 1, outs.write(i, tf.cast(acc / total, q.dtype)), lses.write(i, top + tf.math.log(total))
 
     _, outs, lses = tf.while_loop(lambda i, *_: i < n, outer, [0, outs, lses], parallel_iterations=1)

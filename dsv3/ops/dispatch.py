@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check
+from dsv3.checks import Dims, check, check_integer
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
@@ -35,7 +35,7 @@ class Dispatch(NamedTuple):
 
 
 def dispatch_size(rows: int, num_experts: int, multiple: int) -> int:
-    """Returns the buffer rows C that hold `rows` in any distribution over experts, groups rounded up to `multiple`."""
+    """Returns the buffer rows C that hold `rows` in any distribution over `num_experts`, groups rounded up to `multiple`."""
     worst = rows + min(num_experts, rows) * (multiple - 1)
     return -(-worst // multiple) * multiple
 
@@ -53,6 +53,7 @@ def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1) -
       `Dispatch` with `C = dispatch_size(N·K, E, multiple)`.
     """
     Dims("dispatch_rows")("experts", experts, "N K")
+    check_integer("dispatch_rows", "experts", experts)
     experts = tf.convert_to_tensor(experts)
     n, k = experts.shape
     check(n is not None, "dispatch_rows: `experts` has an unknown number of tokens, want a static [N, K]")
@@ -73,18 +74,46 @@ def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1) -
 
 @fused
 def gather_rows(x: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
-    """Returns `x[tokens]`, `[C, D]`: the rows that the experts read."""
+    """Returns `x[tokens]`, `[C, D]`: the rows that the experts read.
+
+    Args:
+      x: `[N, D]`.
+      tokens: `[C]` int32, from `dispatch_rows`.
+      fuse: compile as one kernel.
+    """
+    dims = Dims("gather_rows")
+    dims("x", x, "N D")
+    dims("tokens", tokens, "C")
     return tf.gather(x, tokens)
 
 
 @fused
 def combine_rows(buffer: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:
-    """Returns `Σ_k buffer[slots[:, k]]`, `[N, D]`, summed in float32: the inverse of `gather_rows`."""
+    """Returns `Σ_k buffer[slots[:, k]]`, `[N, D]`, summed in float32: the way back of `gather_rows`.
+
+    Args:
+      buffer: `[C, D]`, the experts' results.
+      slots: `[N, K]` int32, from `dispatch_rows`.
+      fuse: compile as one kernel.
+    """
+    dims = Dims("combine_rows")
+    dims("buffer", buffer, "C D")
+    dims("slots", slots, "N K")
     rows = tf.gather(buffer, slots)
     return tf.cast(tf.reduce_sum(tf.cast(rows, tf.float32), 1), buffer.dtype)
 
 
 @fused
 def scatter_weights(weights: tf.Tensor, slots: tf.Tensor, *, size: int) -> tf.Tensor:
-    """Returns `[C]` float32: a row's gate value, zero in padding rows."""
+    """Returns `[C]` float32: a row's gate value, zero in padding rows.
+
+    Args:
+      weights: `[N, K]`, a token's gate values.
+      slots: `[N, K]` int32, from `dispatch_rows`.
+      size: C.
+      fuse: compile as one kernel.
+    """
+    dims = Dims("scatter_weights")
+    dims("weights", weights, "N K")
+    dims("slots", slots, "N K")
     return tf.scatter_nd(tf.reshape(slots, [-1, 1]), tf.reshape(tf.cast(weights, tf.float32), [-1]), [size])

@@ -16,6 +16,7 @@ from dsv3.graph import plain
 from dsv3.ops.activation import swiglu
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import row_sum
 from dsv3.typing import TensorLike
 
 KERNELS = ("sorted", "blocks", "rows")
@@ -61,6 +62,8 @@ def experts_apply(
     )
     x, gate_up, down = tf.convert_to_tensor(x), tf.convert_to_tensor(gate_up), tf.convert_to_tensor(down)
     weights, experts = tf.cast(weights, tf.float32), tf.cast(experts, tf.int32)
+    if dims.N == 0:
+        return tf.zeros_like(x)
     if kernel == "rows":
         return _rows(x, weights, experts, gate_up, down)
     plan = dispatch_rows(experts, gate_up.shape[0], multiple=multiple)
@@ -103,7 +106,7 @@ def _weighted_swiglu_grad(h, w, d_act):
     d_act, w = tf.cast(d_act, tf.float32), tf.expand_dims(w, -1)
     sig = tf.sigmoid(gate)
     act = gate * sig
-    d_weight = tf.reduce_sum(act * up * d_act, -1)
+    d_weight = row_sum(act * up * d_act)[:, 0]
     d_act *= w
     d_gate = d_act * up * sig * (1.0 + gate * (1.0 - sig))
     d_h = tf.concat([d_gate, d_act * act], -1)

@@ -13,6 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from dsv3.ops.reduce import cpu_kernel
+
 
 def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a pure function of tensors, so that `fuse=True` compiles it and its gradient.
@@ -28,10 +30,11 @@ def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = dict(static)
 
         def forward(*tensors):
-            return fn(*tensors, **kwargs)
+            with cpu_kernel():
+                return fn(*tensors, **kwargs)
 
         def backward(tensors, grads):
-            with tf.GradientTape() as tape:
+            with cpu_kernel(), tf.GradientTape() as tape:
                 tape.watch(tensors)
                 out = fn(*tensors, **kwargs)
             return tape.gradient(out, tensors, grads, unconnected_gradients=tf.UnconnectedGradients.ZERO)

@@ -7,6 +7,7 @@ import tensorflow as tf
 from dsv3.checks import Dims, check, check_integer
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import row_max, row_sum
 from dsv3.typing import TensorLike
 
 
@@ -87,14 +88,16 @@ def _loop(steps: int, body, state: tuple) -> tuple:
 @fused
 def _chunk_nll(logits, targets):
     logits = tf.cast(logits, tf.float32)
-    top = tf.reduce_max(logits, -1, keepdims=True)
-    lse = tf.math.log(tf.reduce_sum(tf.exp(logits - top), -1)) + top[:, 0]
+    top = row_max(logits)
+    lse = (tf.math.log(row_sum(tf.exp(logits - top))) + top)[:, 0]
     hot = tf.equal(tf.expand_dims(targets, -1), tf.range(logits.shape[-1]))
-    return lse - tf.reduce_sum(tf.where(hot, logits, 0.0), -1)
+    return lse - row_sum(tf.where(hot, logits, 0.0))[:, 0]
 
 
 @fused
 def _chunk_grad(logits, targets, d_nll):
-    probs = tf.nn.softmax(tf.cast(logits, tf.float32), -1)
+    logits_f32 = tf.cast(logits, tf.float32)
+    probs = tf.exp(logits_f32 - row_max(logits_f32))
+    probs /= row_sum(probs)
     hot = tf.equal(tf.expand_dims(targets, -1), tf.range(logits.shape[-1]))
     return tf.cast((probs - tf.cast(hot, tf.float32)) * tf.expand_dims(d_nll, -1), logits.dtype)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check_choice
+from dsv3.checks import Dims, check, check_choice
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import row_sum
 from dsv3.typing import TensorLike
 
 
@@ -36,6 +37,7 @@ def rms_norm(
     """
     check_choice("rms_norm", "rounding", rounding, ("before_weight", "after_weight"))
     x = tf.convert_to_tensor(x)
+    check(x.shape.rank != 0, "rms_norm: `x` is a scalar, want [..., D]")
     Dims("rms_norm", D=x.shape[-1])("weight", weight, "D")
     return _rms_norm(x, weight, eps=eps, rounding=rounding, fuse=fuse)
 
@@ -43,7 +45,7 @@ def rms_norm(
 @fused
 def _rms_norm(x, weight, *, eps, rounding):
     y = tf.cast(x, tf.float32)
-    y *= tf.math.rsqrt(tf.reduce_mean(tf.square(y), -1, keepdims=True) + eps)
+    y *= tf.math.rsqrt(row_sum(tf.square(y)) / tf.cast(tf.shape(x)[-1], tf.float32) + eps)
     if rounding == "before_weight":
         return tf.cast(y, x.dtype) * tf.cast(weight, x.dtype)
     return tf.cast(y * tf.cast(weight, tf.float32), x.dtype)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from dsv3.checks import check, check_choice
+from dsv3.checks import Dims, check, check_choice
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
@@ -32,6 +32,11 @@ def yarn_range(
     """Returns the frequency indices between which YaRN's ramp runs.
 
     `dim(r) = dim·ln(original / (2πr)) / (2·ln θ)`; low = ⌊dim(beta_fast)⌋, high = ⌈dim(beta_slow)⌉, in [0, dim − 1].
+
+    Args:
+      dim: rotated width R. theta: base.
+      original_length: tokens of the context before it was stretched.
+      beta_fast, beta_slow: rotations over that context at the ramp's ends.
 
     >>> yarn_range(64, 10_000.0, 4096)
     (10, 23)
@@ -89,7 +94,10 @@ def rope_table(positions: TensorLike, frequencies: TensorLike, *, factor: float 
     Returns:
       `RopeTable` of `[B, T, R/2]` (B is 1 for `[T]` positions), float32.
     """
-    positions = tf.convert_to_tensor(positions)
+    positions, frequencies = tf.convert_to_tensor(positions), tf.convert_to_tensor(frequencies)
+    dims = Dims("rope_table")
+    dims("positions", positions, "T" if positions.shape.rank == 1 else "B T")
+    dims("frequencies", frequencies, "R/2")
     if positions.shape.rank == 1:
         positions = tf.expand_dims(positions, 0)
     angles = tf.expand_dims(tf.cast(positions, tf.float32), -1) * tf.cast(frequencies, tf.float32)
@@ -118,11 +126,15 @@ def rope_apply(
     check_choice("rope_apply", "output", output, ("interleaved", "halves"))
     x = tf.convert_to_tensor(x)
     check(x.shape.rank in (3, 4), f"rope_apply: `x` has rank {x.shape.rank}, want 3 [B, T, R] or 4 [B, T, H, R]")
-    half = table.cos.shape[-1]
+    cos, sin = table
+    rows, length, half = cos.shape
     check(
         x.shape[-1] == 2 * half, f"rope_apply: `x` has last dim {x.shape[-1]}, want {2 * half} [R], twice the table's"
     )
-    cos, sin = table
+    check(
+        (length == x.shape[1] or None in (length, x.shape[1])) and (rows in (None, 1, x.shape[0]) or x.shape[0] is None),
+        f"rope_apply: `table` is of {rows} rows and {length} positions, want {x.shape[0]} or 1 and {x.shape[1]} [B or 1, T]",
+    )
     if x.shape.rank == 4:
         cos, sin = tf.expand_dims(cos, 2), tf.expand_dims(sin, 2)
     return _rotate(x, cos, sin, pairs=pairs, output=output, fuse=fuse)

@@ -87,6 +87,10 @@ def router_select(
         1 <= groups_kept <= num_groups and 1 <= top_k <= groups_kept * per_group,
         f"router_select: cannot choose top_k={top_k} from {groups_kept} of {num_groups} groups of {per_group} experts",
     )
+    check(
+        groups_kept == num_groups or per_group >= 2,
+        f"router_select: num_groups={num_groups} leaves one expert a group, want two, whose scores are the group's",
+    )
     scores = tf.convert_to_tensor(scores)
     choice = tf.stop_gradient(scores) + tf.stop_gradient(tf.cast(bias, tf.float32))
     if groups_kept < num_groups:
@@ -116,6 +120,9 @@ def take_experts(values: TensorLike, experts: TensorLike) -> tf.Tensor:
     The gradient of a batched gather is a scatter with global indices, which is slow on a CPU and wrong on sharded tensors.
     """
     values = tf.convert_to_tensor(values)
+    dims = Dims("take_experts")
+    dims("values", values, "N E")
+    dims("experts", experts, "N K")
 
     @tf.custom_gradient
     def take(v):
@@ -143,10 +150,14 @@ def expert_load(experts: TensorLike, num_experts: int, mask: TensorLike | None =
     >>> expert_load(tf.constant([[0, 2], [2, 1]]), 4).numpy().tolist()
     [1.0, 1.0, 2.0, 0.0]
     """
-    Dims("expert_load")("experts", experts, "N K")
+    dims = Dims("expert_load")
+    dims("experts", experts, "N K")
+    experts = tf.convert_to_tensor(experts)
     hot = tf.equal(tf.expand_dims(experts, -1), tf.range(num_experts, dtype=experts.dtype))
     if mask is not None:
-        hot = tf.logical_and(hot, tf.reshape(tf.cast(mask, tf.bool), [-1, 1, 1]))
+        mask = tf.reshape(tf.cast(mask, tf.bool), [-1])
+        dims("mask", mask, "N")
+        hot = tf.logical_and(hot, tf.reshape(mask, [-1, 1, 1]))
     return tf.reduce_sum(tf.cast(hot, tf.float32), [0, 1])
 
 
@@ -174,8 +185,9 @@ def router_update_bias(bias: TensorLike, load: TensorLike, *, rate: float | tf.T
     dims = Dims("router_update_bias")
     dims("bias", bias, letters)
     dims("load", load, letters)
-    mean = tf.reduce_mean(load, -1, keepdims=True)
-    return tf.stop_gradient(tf.cast(bias, tf.float32) + rate * tf.sign(mean - load))
+    # The sign of mean − load, times E: compilers divide by multiplying with a rounded 1/E, which unbalances even loads.
+    above = tf.reduce_sum(load, -1, keepdims=True) - load.shape[-1] * load
+    return tf.stop_gradient(tf.cast(bias, tf.float32) + rate * tf.sign(above))
 
 
 @plain
@@ -198,6 +210,7 @@ def sequence_balance_loss(scores: TensorLike, *, top_k: int, mask: TensorLike | 
     dims("scores", scores, "B T E")
     scores = tf.convert_to_tensor(scores)
     num_experts = scores.shape[-1]
+    check(1 <= top_k <= num_experts, f"sequence_balance_loss: `top_k` is {top_k}, want 1 to {num_experts} [E]")
     chosen = tf.math.top_k(tf.stop_gradient(scores), top_k).indices
     hot = tf.reduce_sum(tf.one_hot(chosen, num_experts, dtype=tf.float32), -2)
     share = scores / (tf.reduce_sum(scores, -1, keepdims=True) + 1e-20)

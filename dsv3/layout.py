@@ -1,0 +1,77 @@
+"""Layouts: which mesh axis shards which dimension of which parameter, as data.
+
+Rules map the logical axes of `ParamSpec`s to mesh axes. A layout that cannot be is refused here, by leaf, shape and rule,
+not by the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tensorflow.experimental import dtensor
+
+from dsv3 import tree
+from dsv3.checks import check
+from dsv3.spec import ParamSpec
+from dsv3.typing import Tree
+
+LayoutRules = Mapping[str, str | None]
+"""Logical axis (`"layer"`, `"expert"`, `"embed"`, `"heads"`, ...) to mesh axis; left-out ones are not sharded."""
+
+
+def make_layouts(specs: Tree, mesh: dtensor.Mesh, rules: LayoutRules) -> Tree:
+    """Returns a tree of `dtensor.Layout`s that mirrors the parameters.
+
+    Args:
+      specs: a tree of `ParamSpec`, e.g. from `model_specs`.
+      mesh: the devices, with named axes.
+      rules: see `LayoutRules`.
+
+    Returns:
+      A tree like `specs`; `dtensor.relayout(leaf, layout)` places a leaf.
+
+    Raises:
+      ValueError: a rule for an axis that no parameter or mesh has, a dimension that does not divide, or a mesh axis used
+        twice in one parameter, naming the leaf.
+    """
+    known = {axis for spec in tree.flatten(specs) for axis in spec.axes}
+    for logical, axis in rules.items():
+        check(
+            logical in known,
+            f"make_layouts: rule {logical!r} -> {axis!r}: no parameter has that axis, only {sorted(known)}",
+        )
+        check(
+            axis is None or axis in mesh.dim_names,
+            f"make_layouts: rule {logical!r} -> {axis!r}: the mesh has only the axes {list(mesh.dim_names)}",
+        )
+    return tree.map_with_path(lambda path, spec: _layout(path, spec, mesh, rules), specs)
+
+
+def _layout(path: str, spec: ParamSpec, mesh: dtensor.Mesh, rules: LayoutRules) -> dtensor.Layout:
+    shards: list[str] = []
+    for size, logical in zip(spec.shape, spec.axes):
+        axis = rules.get(logical)
+        if axis is None:
+            shards.append(dtensor.UNSHARDED)
+            continue
+        where = f"make_layouts: `{path}` has shape {spec.shape} {list(spec.axes)}"
+        check(axis not in shards, f"{where}; the rules use mesh axis {axis!r} for two of its dims")
+        ways = mesh.dim_size(axis)
+        check(
+            size % ways == 0,
+            f"{where}; rule {logical!r} -> {axis!r}: {size} is not divisible by the axis's {ways} devices",
+        )
+        shards.append(axis)
+    return dtensor.Layout(shards, mesh)
+
+
+def local_bytes(specs: Tree, layouts: Tree, *, bytes_per_value: int = 4) -> int:
+    """Returns the bytes that one device holds of parameters laid out so."""
+
+    def one(spec: ParamSpec, layout: dtensor.Layout) -> int:
+        ways = 1
+        for axis in layout.sharding_specs:
+            ways *= 1 if axis == dtensor.UNSHARDED else layout.mesh.dim_size(axis)
+        return spec.size // ways * bytes_per_value
+
+    return sum(one(s, lay) for s, lay in zip(tree.flatten(specs), tree.flatten(layouts)))

@@ -1,0 +1,163 @@
+"""Every public function with example inputs. `tests/test_contracts.py` runs the contracts over it.
+
+Public is what `dsv3.__all__` names, and what the modules of `dsv3.ops` define without a leading underscore. A new public
+function needs an `Entry` here or, for ops, in `tests/catalogue_ops.py`; else the completeness test fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import numpy as np
+
+import dsv3
+import dsv3.ops
+from dsv3.nn.mla import LayerCache
+from tests.catalogue_entry import Entry, arrays, name_of
+from tests.catalogue_ops import OPS, int32
+from tests.compare import PLAIN, XLA, normal
+from tests.small import KEY, mla_config, model_config, moe_config, random_params, random_router, random_tokens
+
+# Public functions without an entry, and why.
+EXEMPT = {
+    "dsv3.ops.attention.allowed": "the mask of the attention functions as booleans, tested through them",
+    "dsv3.ops.attention.check_attention": "the shape checks of the attention functions, tested through them",
+    "dsv3.ops.attention_blocks.apply": "a kernel of `attention`, tested through it",
+    "dsv3.ops.attention_tiles.apply": "a kernel of `attention`, tested through it",
+    "dsv3.ops.fuse.fused": "a decorator, see tests/ops/test_fuse.py",
+    "dsv3.ops.reduce.cpu_kernel": "a context manager, see tests/ops/test_fuse.py",
+    "dsv3.layout.make_layouts": "layouts of a mesh, see tests/test_layout.py",
+}
+
+DRAWS = "TensorFlow's generators give other numbers inside XLA (tests/test_facts.py): parameters are drawn outside"
+
+
+def public_functions() -> set[str]:
+    """Returns the names of all public functions, by the rule of this module's docstring."""
+    found = {name_of(v) for v in (getattr(dsv3, n) for n in dsv3.__all__) if callable(v) and not inspect.isclass(v)}
+    for info in pkgutil.iter_modules(dsv3.ops.__path__, "dsv3.ops."):
+        module = importlib.import_module(info.name)
+        members = {v for n, v in vars(module).items() if not n.startswith("_") and inspect.isroutine(v)}
+        found |= {name_of(fn) for fn in members if fn.__module__ == info.name}
+    return found
+
+
+# Layers and the model
+
+MLA, MOE = mla_config(), moe_config()
+# Two mixtures and one module are the least in which every part has its place.
+CFG = model_config(first_k_dense_replace=1, num_hidden_layers=2, num_nextn_predict_layers=1)
+ROUTED = {"policy": XLA}
+
+
+def mla_inputs() -> dict[str, Any]:
+    cache = LayerCache(normal(2, 2, 4, MLA.cache_width), np.array([1, 4], np.int32))
+    return {"params": arrays(random_params(dsv3.mla_specs(MLA, std=0.1))), "x": normal(0, 2, 3, 8), "cache": cache}
+
+
+def moe_inputs() -> dict[str, Any]:
+    params = arrays(random_params(dsv3.moe_specs(MOE, std=0.1)))
+    return {"params": params, "bias": normal(0, 8, scale=0.1), "x": normal(1, 2, 3, 8), "mask": int32(2, 3, high=2) > 0}
+
+
+def model_inputs(cfg: dsv3.ModelConfig = CFG) -> dict[str, Any]:
+    return {"params": arrays(random_params(dsv3.model_specs(cfg))), "router": arrays(random_router(cfg))}
+
+
+def chain_inputs() -> dict[str, Any]:
+    tokens = random_tokens(CFG, 2, 4)
+    output = dsv3.model_apply(**model_inputs(), tokens=tokens[:, :-1], cfg=CFG, policy=PLAIN)
+    return model_inputs() | {"output": arrays(output), "next_tokens": tokens[:, 1:]}
+
+
+def cache_inputs() -> dict[str, Any]:
+    cache = dsv3.Cache(normal(0, 2, 2, 5, 8), np.array([0, 3], np.int32))
+    return {"cache": cache, "entries": normal(1, 2, 2, 2, 8), "counts": np.array([1, 2], np.int32)}
+
+
+MODEL = [
+    Entry("dsv3.nn.mla.mla_specs", static={"cfg": MLA, "std": 0.1}, python=True),
+    Entry(
+        "dsv3.nn.mla.mla_apply", mla_inputs, {"cfg": MLA, "policy": PLAIN},
+        lambda: {"x": normal(0, 2, 3, 7), "cache": mla_inputs()["cache"]._replace(length=np.zeros(3, np.int32))},
+        unknown=("x", "cache"),
+    ),
+    Entry("dsv3.nn.moe.moe_specs", static={"cfg": MOE, "std": 0.1}, python=True),
+    Entry(
+        "dsv3.nn.moe.moe_apply", moe_inputs, {"cfg": MOE, "policy": PLAIN},
+        lambda: {"bias": normal(0, 7), "x": normal(1, 2, 8), "mask": int32(2, 2) > 0}, ROUTED,
+    ),
+    Entry("dsv3.nn.model.model_specs", static={"cfg": CFG}, python=True),
+    Entry("dsv3.nn.model.active_params", static={"cfg": CFG}, python=True),
+    Entry("dsv3.nn.model.router_init", static={"cfg": CFG}, python=True),
+    Entry("dsv3.nn.model.model_init", lambda: {"key": KEY.numpy()}, {"cfg": CFG}, any_shape=True, no_xla=DRAWS),
+    Entry(
+        "dsv3.nn.model.model_apply", lambda: model_inputs() | {"tokens": random_tokens(CFG, 2, 4)},
+        {"cfg": CFG, "policy": PLAIN}, lambda: {"tokens": random_tokens(CFG, 2, 4)[0]}, ROUTED, tolerance=1e-5,
+    ),
+    Entry(
+        "dsv3.nn.model.mtp_chain", chain_inputs, {"cfg": CFG, "policy": PLAIN},
+        lambda: {"next_tokens": random_tokens(CFG, 2, 2)}, ROUTED, tolerance=1e-5,
+    ),
+    Entry("dsv3.nn.cache.cache_init", static={"cfg": CFG, "batch": 2, "size": 3}, python=True),
+    Entry(
+        "dsv3.nn.cache.cache_append", cache_inputs,
+        wrong=lambda: {"entries": normal(1, 2, 2, 2, 7), "counts": np.array([1], np.int32)},
+    ),
+]  # fmt: skip
+
+# Training
+
+# One mixture alone: the smallest model with a router, as its step is compiled with XLA.
+TRAINED = model_config(
+    num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, n_routed_experts=4, n_group=1, topk_group=1
+)
+OPTIMIZER = dsv3.adamw(0.1, fuse=False)
+
+
+def trained_inputs() -> dict[str, Any]:
+    return model_inputs(TRAINED) | {"tokens": random_tokens(TRAINED, 2, 4), "weights": np.ones([2, 3], np.float32)}
+
+
+def state_inputs() -> dict[str, Any]:
+    return {name: value for name, value in model_inputs(TRAINED).items() if name in ("params", "router")}
+
+
+def update_inputs() -> dict[str, Any]:
+    state = arrays(dsv3.train_state(**state_inputs(), optimizer=OPTIMIZER))
+    return {"state": state, "tokens": random_tokens(TRAINED, 2, 4)}
+
+
+TRAIN = [
+    Entry(
+        "dsv3.train.loss.pretrain_loss", trained_inputs, {"cfg": TRAINED, "policy": PLAIN},
+        lambda: {"tokens": random_tokens(TRAINED, 2, 4)[0], "weights": np.ones([2, 4], np.float32)}, ROUTED,
+    ),
+    Entry("dsv3.train.optim.adamw", static={"learning_rate": 0.1}, python=True),
+    Entry("dsv3.train.step.make_train_step", static={"cfg": TRAINED, "optimizer": OPTIMIZER}, python=True),
+    Entry(
+        "dsv3.train.step.train_init", lambda: {"key": KEY.numpy()}, {"cfg": TRAINED, "optimizer": OPTIMIZER},
+        any_shape=True, no_xla=DRAWS,
+    ),
+    Entry("dsv3.train.step.train_state", state_inputs, {"optimizer": OPTIMIZER}, any_shape=True),
+    Entry(
+        "dsv3.train.step.train_update", update_inputs, {"cfg": TRAINED, "optimizer": OPTIMIZER, "policy": PLAIN},
+        lambda: {"tokens": random_tokens(TRAINED, 2, 4)[0]}, ROUTED, tolerance=1e-4,
+    ),
+]  # fmt: skip
+
+# The rest
+
+SPECS = {"a": dsv3.ParamSpec((2, 3), ("x", "y")), "b": dsv3.ParamSpec((3,), ("y",), init="ones")}
+
+OTHERS = [
+    Entry("dsv3.policy.default_policy", static={"device": "CPU"}, python=True),
+    Entry("dsv3.presets.preset", static={"name": "tiny"}, python=True),
+    Entry("dsv3.spec.count_params", static={"specs": SPECS}, python=True),
+    Entry("dsv3.spec.init_params", lambda: {"key": KEY.numpy()}, {"specs": SPECS}, lambda: {"key": int32(3)}, no_xla=DRAWS),
+]
+
+CATALOGUE = [*OPS, *MODEL, *TRAIN, *OTHERS]

@@ -1,0 +1,45 @@
+"""SwiGLU."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3.ops.activation import silu, swiglu
+from tests import oracles
+from tests.compare import SWEEP, assert_close, check_gradient, normal, to_numpy
+
+
+def oracle(gate_up):
+    return oracles.swiglu(*np.split(gate_up, 2, axis=-1))
+
+
+@SWEEP
+@given(lead=st.lists(st.integers(0, 4), max_size=3), half=st.integers(1, 33), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+def test_matches_the_formula(lead, half, scale):
+    x = normal(0, *lead, 2 * half, scale=scale)
+    assert_close(swiglu(x), oracle(x.astype(np.float64)))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_gradient(fuse):
+    check_gradient(lambda x: swiglu(x, fuse=fuse), oracle, [normal(0, 3, 10)])
+
+
+def test_silu_far_out_is_finite():
+    x = np.array([-1e4, -50.0, 0.0, 50.0, 1e4], np.float32)
+    assert_close(silu(tf.constant(x)), np.array([0.0, 0.0, 0.0, 50.0, 1e4]))
+
+
+def test_silu_of_bfloat16_is_computed_in_float32():
+    x = tf.cast(normal(0, 64), tf.bfloat16)
+    want = tf.cast(oracles.swiglu(to_numpy(x).astype(np.float64), 1.0), tf.bfloat16)
+    assert silu(x).dtype == tf.bfloat16
+    np.testing.assert_array_equal(to_numpy(silu(x)), to_numpy(want))
+
+
+@pytest.mark.parametrize("shape", [[2, 5], []])
+def test_odd_width_is_refused(shape):
+    with pytest.raises(ValueError, match=r"swiglu: `gate_up` has last dim .*, want an even number \[2F\]"):
+        swiglu(tf.zeros(shape))

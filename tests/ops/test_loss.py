@@ -1,0 +1,82 @@
+"""Cross-entropy in chunks."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3.ops.loss import token_nll
+from tests import oracles
+from tests.compare import SWEEP, assert_close, check_gradient, gradients, normal
+
+
+def inputs(tokens, width, vocab):
+    targets = np.random.default_rng(tokens).integers(0, vocab, tokens)
+    return normal(0, tokens, width), normal(1, width, vocab), targets
+
+
+@SWEEP
+@given(st.integers(0, 9), st.integers(1, 5), st.integers(1, 40), st.integers(1, 12))
+def test_matches_the_formula(tokens, width, vocab, chunk):
+    hidden, head, targets = inputs(tokens, width, vocab)
+    want = oracles.token_nll(hidden.astype(np.float64), head, targets)
+    # A difference of two numbers of the size of the logits, here up to 10.
+    assert_close(token_nll(hidden, head, targets, chunk=chunk), want, 1e-5)
+
+
+@pytest.mark.parametrize(("chunk", "vocab", "fuse"), [(2, 7, False), (2, 64, True), (5, 7, True), (9, 7, False)])
+def test_gradient(chunk, vocab, fuse):
+    hidden, head, targets = inputs(5, 3, vocab)
+    check_gradient(
+        lambda h, w: token_nll(h, w, targets, chunk=chunk, fuse=fuse),
+        lambda h, w: oracles.token_nll(h, w, targets),
+        [hidden, head],
+    )
+
+
+def test_large_logits_stay_finite():
+    hidden, head, targets = inputs(4, 3, 8)
+    logits = 1e4 * hidden @ head
+    want = logits.max(-1) - logits[np.arange(4), targets]
+    assert_close(token_nll(1e4 * hidden, head, targets), want, 1e-5)
+    assert all(np.isfinite(g).all() for g in gradients(lambda h, w: token_nll(h, w, targets), [1e4 * hidden, head]))
+
+
+def test_bfloat16_logits_are_reduced_in_float32():
+    hidden, head, targets = inputs(6, 4, 64)
+    hidden, head = tf.cast(hidden, tf.bfloat16), tf.cast(head, tf.bfloat16)
+    got = token_nll(hidden, head, targets, chunk=4)
+    assert got.dtype == tf.float32
+    logits = tf.cast(tf.matmul(hidden, head), tf.float64).numpy()
+    want = oracles.token_nll(logits, np.eye(64), targets)
+    assert_close(got, want, 1e-6)
+
+
+def test_logits_of_all_tokens_never_exist():
+    hidden, head, targets = inputs(12, 3, 50)
+
+    @tf.function(autograph=False)
+    def value_and_grad():
+        return gradients(lambda h, w: token_nll(h, w, targets, chunk=4), [hidden, head])
+
+    def sizes(graph):
+        for op in graph.get_operations():
+            yield from (out.shape.num_elements() or 0 for out in op.outputs if out.shape.rank is not None)
+            if op.type in ("While", "StatelessWhile"):
+                yield from sizes(graph._get_function(op.get_attr("body").name).graph)
+
+    largest = max(sizes(value_and_grad.get_concrete_function().graph))
+    assert 4 * 50 <= largest < 12 * 50
+
+
+def test_wrong_input_is_named():
+    hidden, head, targets = inputs(4, 3, 8)
+    for arguments, how, message in [
+        ((hidden, head[1:], targets), {}, r"token_nll: `head` has shape \(2, 8\), want \(3, \?\) \[D, V\]"),
+        ((hidden, head, targets[1:]), {}, r"token_nll: `targets` has shape \(3,\), want \(4,\) \[N\]"),
+        ((hidden, head, targets.astype(np.float32)), {}, "token_nll: `targets` has dtype float32, want an integer dtype"),
+        ((hidden, head, targets), {"chunk": 0}, "token_nll: `chunk` is 0, want > 0 tokens"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            token_nll(*arguments, **how)

@@ -1,0 +1,153 @@
+"""The compiled step's edge: state in variables, donated, written in place."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dsv3 import tree
+from dsv3.compiled import RowWrite, compile_step, place, snapshot
+from tests.compare import normal
+
+BOTH = pytest.mark.parametrize("jit", [False, True])
+
+
+class Inner(NamedTuple):
+    weight: tf.Tensor
+    absent: tuple
+
+
+class State(NamedTuple):
+    count: tf.Tensor
+    inner: Inner
+
+
+def counting(state, x):
+    """Adds `x` and returns the old weight."""
+    new = Inner(state.inner.weight + x, ())
+    return State(state.count + 1, new), {"before": state.inner.weight, "total": tf.reduce_sum(new.weight)}
+
+
+def start():
+    return State(tf.constant(0), Inner(tf.constant([1.0, 2.0]), ()))
+
+
+@BOTH
+def test_state_goes_on_from_step_to_step(jit):
+    step = compile_step(counting, jit=jit)
+    state = start()
+    for i in range(3):
+        state, outputs = step(state, tf.constant([1.0, 0.0]))
+        assert outputs["before"].numpy().tolist() == [1.0 + i, 2.0] and float(outputs["total"]) == 4.0 + i
+    assert isinstance(state, State) and state.inner.absent == ()
+    assert int(state.count) == 3 and tf.convert_to_tensor(state.inner.weight).numpy().tolist() == [4.0, 2.0]
+    assert step.traces() == 1
+
+
+@BOTH
+def test_the_given_tensors_stay_and_the_given_variables_are_donated(jit):
+    step = compile_step(counting, jit=jit)
+    first = start()
+    second, _ = step(first, tf.constant([1.0, 1.0]))
+    assert first.inner.weight.numpy().tolist() == [1.0, 2.0]
+    assert all(isinstance(leaf, tf.Variable) and not leaf.trainable for leaf in tree.flatten(second))
+    third, _ = step(second, tf.constant([1.0, 1.0]))
+    assert all(a is b for a, b in zip(tree.flatten(second), tree.flatten(third)))
+    assert second.inner.weight.numpy().tolist() == [3.0, 4.0]
+
+
+def test_snapshot_is_left_alone():
+    step = compile_step(counting)
+    state, _ = step(start(), tf.constant([1.0, 1.0]))
+    kept = snapshot(state)
+    step(state, tf.constant([1.0, 1.0]))
+    assert isinstance(kept, State) and kept.inner.weight.numpy().tolist() == [2.0, 3.0] and int(kept.count) == 1
+    assert not any(isinstance(leaf, tf.Variable) for leaf in tree.flatten(kept))
+
+
+def test_place_keeps_variables_and_names_them_by_path():
+    placed = place(start())
+    assert [leaf.name for leaf in tree.flatten(placed)] == ["count:0", "inner_weight:0"]
+    again = place(placed)
+    assert all(a is b for a, b in zip(tree.flatten(placed), tree.flatten(again)))
+
+
+def test_a_step_serves_several_states():
+    step = compile_step(counting)
+    one, _ = step(start(), tf.constant([1.0, 1.0]))
+    two, _ = step(start(), tf.constant([5.0, 5.0]))
+    step(one, tf.constant([1.0, 1.0]))
+    assert one.inner.weight.numpy().tolist() == [3.0, 4.0] and two.inner.weight.numpy().tolist() == [6.0, 7.0]
+
+
+def test_traces_counts_shapes():
+    step = compile_step(lambda state, x: (state, tf.reduce_sum(x)))
+    state = {"a": tf.zeros([2])}
+    for size in (1, 2, 2, 1):
+        state, _ = step(state, tf.ones([size]))
+    assert step.traces() == 2
+
+
+def test_a_state_of_one_leaf():
+    state, _ = compile_step(lambda state: (state + 1.0, ()))(tf.ones([2]))
+    assert state.numpy().tolist() == [2.0, 2.0]
+
+
+@BOTH
+def test_leaves_may_change_places(jit):
+    """Every new value is made of old ones, whatever the order in which variables are written."""
+    step = compile_step(lambda s: ({"a": s["b"], "b": s["a"], "c": s["a"] + s["c"]}, ()), jit=jit)
+    state = {"a": tf.fill([3], 1.0), "b": tf.fill([3], 2.0), "c": tf.fill([3], 3.0)}
+    for want in ([2.0, 1.0, 4.0], [1.0, 2.0, 6.0]):
+        state, _ = step(state)
+        assert [float(state[name][0]) for name in "abc"] == want
+
+
+@BOTH
+def test_row_write(jit):
+    """Each row is written from its own start, in the leaf's dtype; outputs see the old values."""
+
+    def fn(state, values, starts):
+        return {"kv": RowWrite(values, starts), "n": state["n"] + 2}, tf.reduce_sum(state["kv"])
+
+    step = compile_step(fn, jit=jit)
+    state = {"kv": tf.cast(normal(0, 2, 3, 6, 4), tf.bfloat16), "n": tf.constant([0, 4, 2])}
+    want = tf.cast(state["kv"], tf.float32).numpy()
+    for i in range(2):
+        values, starts = normal(i + 1, 2, 3, 2, 4), np.array([0, 4, 2]) if i == 0 else np.array([3, 0, 1])
+        before = want.sum()
+        state, total = step(state, tf.constant(values), tf.constant(starts, tf.int32))
+        assert float(total) == pytest.approx(before, abs=0.5)  # a bfloat16 sum
+        for b, a in enumerate(starts):
+            want[:, b, a : a + 2] = tf.cast(tf.cast(values[:, b], tf.bfloat16), tf.float32)
+        np.testing.assert_array_equal(tf.cast(state["kv"], tf.float32), want)
+    assert state["kv"].dtype == tf.bfloat16 and state["n"].numpy().tolist() == [4, 8, 6] and step.traces() == 1
+
+
+@BOTH
+def test_row_write_to_a_leaf_that_shares_its_values(jit):
+    """After `a = b` both may lie in one buffer; a write to one of them must not be seen in the other."""
+    share = compile_step(lambda s: ({"a": s["b"], "b": s["b"]}, ()), jit=jit)
+    write = compile_step(lambda s: (s | {"a": RowWrite(tf.ones([1, 1, 1]), tf.constant([1]))}, ()), jit=jit)
+    state, _ = share({"a": tf.ones([1, 1, 3]), "b": tf.zeros([1, 1, 3])})
+    state, _ = write(state)
+    assert state["a"].numpy().tolist() == [[[0.0, 1.0, 0.0]]] and not state["b"].numpy().any()
+
+
+def test_row_write_beyond_the_end_is_an_error():
+    step = compile_step(lambda s, starts: ({"kv": RowWrite(tf.ones([1, 1, 2]), starts)}, ()))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        step({"kv": tf.zeros([1, 1, 3])}, tf.constant([2]))
+
+
+def test_wrong_new_state_is_named():
+    state = {"a": tf.zeros([2]), "b": {"c": tf.zeros([3])}}
+    for new, message in [
+        (lambda s: {"a": s["a"]}, r"compile_step: `new state` does not have the expected structure: missing \['b.c'\]"),
+        (lambda s: s | {"d": s["a"]}, r"missing nothing, unexpected \['d'\]"),
+        (lambda s: s | {"a": tf.zeros([3])}, r"compile_step: new state `a` is float32 \(3,\), want float32 \(2,\)"),
+        (lambda s: s | {"b": {"c": tf.zeros([3], tf.int32)}}, "new state `b.c` is int32 .*, want float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compile_step(lambda s, new=new: (new(s), ()))(state)
