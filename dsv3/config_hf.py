@@ -151,6 +151,8 @@ def replace(cfg: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
     check(not unknown, f"ModelConfig.replace: no field is named {', '.join(unknown)}")
     by_hf = {name: value for name, value in fields.items() if name in hf}
     by_own = {name: value for name, value in fields.items() if name not in hf}
+    if "num_attention_heads" in by_hf:
+        by_hf.setdefault("num_key_value_heads", by_hf["num_attention_heads"])
     changed = from_hf({**hf, **by_hf}) if by_hf else cfg
     if "norm_rounding" in by_own and "mla" not in by_own:
         by_own["mla"] = dataclasses.replace(changed.mla, norm_rounding=by_own["norm_rounding"])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pathlib
 import pkgutil
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -63,8 +65,12 @@ def moe_inputs() -> dict[str, Any]:
     return {"params": params, "bias": normal(0, 8, scale=0.1), "x": normal(1, 2, 3, 8), "mask": int32(2, 3, high=2) > 0}
 
 
+def model_params(cfg: dsv3.ModelConfig) -> dsv3.ModelParams:
+    return random_params(dsv3.model_specs(cfg))
+
+
 def model_inputs(cfg: dsv3.ModelConfig = CFG) -> dict[str, Any]:
-    return {"params": arrays(random_params(dsv3.model_specs(cfg))), "router": arrays(random_router(cfg))}
+    return {"params": arrays(model_params(cfg)), "router": arrays(random_router(cfg))}
 
 
 def chain_inputs() -> dict[str, Any]:
@@ -151,10 +157,27 @@ TRAIN = [
 
 # The rest
 
+
+FILES = tempfile.TemporaryDirectory(prefix="dsv3-")  # gone when the tests end
+
+
+def save_arguments() -> dict[str, Any]:
+    directory = pathlib.Path(tempfile.mkdtemp(dir=FILES.name)) / "model"
+    return {"directory": directory, "cfg": CFG, "params": model_params(CFG), "router": random_router(CFG)}
+
+
+def load_arguments() -> dict[str, Any]:
+    saved = save_arguments()
+    dsv3.save_pretrained(**saved)
+    return {"directory": saved["directory"], "dtype": "float32"}
+
+
 SPECS = {"a": dsv3.ParamSpec((2, 3), ("x", "y")), "b": dsv3.ParamSpec((3,), ("y",), init="ones")}
 
 OTHERS = [
     Entry("dsv3.policy.default_policy", static={"device": "CPU"}, python=True),
+    Entry("dsv3.pretrained.load_pretrained", static=load_arguments, python=True),
+    Entry("dsv3.pretrained.save_pretrained", static=save_arguments, python=True),
     Entry("dsv3.presets.preset", static={"name": "tiny"}, python=True),
     Entry("dsv3.spec.count_params", static={"specs": SPECS}, python=True),
     Entry("dsv3.spec.init_params", lambda: {"key": KEY.numpy()}, {"specs": SPECS}, lambda: {"key": int32(3)}, no_xla=DRAWS),

@@ -19,7 +19,7 @@ class Entry:
     Attributes:
       name: where it is defined, e.g. `dsv3.nn.mla.mla_apply`.
       inputs: name → example, as a function, so that nothing is made before it is needed: arrays and trees of arrays.
-      static: name → what is bound by closure: configs, numbers, strings.
+      static: name → what is bound by closure: configs, numbers, strings. A function for what has to be made first.
       wrong: name of an input → a value of a wrong shape, which the function must refuse by its own and the input's name.
       xla: changes to `static` for a compilation with XLA.
       no_xla: why a function is not compiled with XLA.
@@ -31,7 +31,7 @@ class Entry:
 
     name: str
     inputs: Callable[[], dict[str, Any]] = dict
-    static: dict[str, Any] = dataclasses.field(default_factory=dict)
+    static: dict[str, Any] | Callable[[], dict[str, Any]] = dataclasses.field(default_factory=dict)
     wrong: Callable[[], dict[str, Any]] = dict
     xla: dict[str, Any] = dataclasses.field(default_factory=dict)
     no_xla: str = ""
@@ -39,6 +39,10 @@ class Entry:
     any_shape: bool = False
     python: bool = False
     tolerance: float = 2e-6
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        return self.static() if callable(self.static) else self.static
 
     @property
     def fn(self) -> Callable[..., Any]:

@@ -55,7 +55,12 @@ def train_init(key: TensorLike, cfg: ModelConfig, optimizer: Optimizer) -> Train
 
 
 def train_state(params: ModelParams, router: RouterState, optimizer: Optimizer) -> TrainState:
-    """Returns the state that starts training from given parameters."""
+    """Returns the state that starts training from given parameters.
+
+    Args:
+      params, router: the model, e.g. from `load_pretrained`.
+      optimizer: see `adamw`.
+    """
     zero = tf.constant(0, tf.int64)
     return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params))
 
