@@ -11,7 +11,6 @@ from dsv3 import tree
 from dsv3.checks import check, check_same_tree
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
-from dsv3.ops.reduce import row_sum
 from dsv3.typing import Tree
 
 Schedule = Callable[[tf.Tensor], tf.Tensor]
@@ -100,7 +99,10 @@ def adamw(
         new = []
         for (path, p), g, m, v in zip(want.items(), *map(tree.flatten, (grads, state.mu, state.nu))):
             wd = weight_decay if decay_mask(path) else 0.0
-            new.append(_adamw_leaf(p, g, m, v, scalars, b1=b1, b2=b2, eps=eps, wd=wd, fuse=fuse))
+            # One leaf after the other, so that an edge that stores them holds one leaf's old and new values at a time.
+            with tf.control_dependencies(new[-1] if new and not tf.executing_eagerly() else None):
+                after = tf.identity(scalars)
+            new.append(_adamw_leaf(p, g, m, v, after, b1=b1, b2=b2, eps=eps, wd=wd, fuse=fuse))
         params, mu, nu = (tree.unflatten_as(params, leaves) for leaves in zip(*new))
         return params, AdamState(count, mu, nu), OptimStats(norm, lr)
 
@@ -125,5 +127,7 @@ def global_norm(grads: Tree, *, fuse: bool = False) -> tf.Tensor:
 
 @fused
 def _square_sum(g):
-    lanes = next((n for n in (4096, 512, 64) if g.shape.num_elements() % n == 0), 1)
-    return tf.reduce_sum(row_sum(tf.square(tf.cast(tf.reshape(g, [-1, lanes]), tf.float32))))
+    squares = tf.square(tf.cast(tf.reshape(g, [-1]), tf.float32))
+    while squares.shape[0] % 32 == 0:  # short sums stay in the kernel; a long one would first store all squares
+        squares = tf.reduce_sum(tf.reshape(squares, [-1, 32]), -1)
+    return tf.reduce_sum(squares)

@@ -52,7 +52,7 @@ _BASE: dict[str, Any] = {
     "attention_bias": False,
 }
 
-# The published spelling. With 16 heads' positions of pretraining the ramp lies inside the four frequencies.
+# The published spelling. With a context of 64 tokens before stretching, the ramp lies inside the four frequencies.
 _YARN_OLD = {
     "type": "yarn",
     "factor": 40,
