@@ -211,6 +211,8 @@ class ModelConfig:
       init_std: standard deviation of initial weights (paper: 0.006; HF's config: 0.02).
       mtp_hidden: the hidden state that MTP reads: `"normed"` (after the final norm, as the checkpoint was trained) or
         `"raw"`. mtp_concat: `"embedding_first"` (checkpoint) or `"hidden_first"` (the paper's Eq. 21).
+      mtp_next: what a second module reads of the first: `"raw"`, its block's output (the paper's Eq. 22), or `"normed"`,
+        that after `shared_head.norm` (transformers). No checkpoint with two modules is published.
       bos_id, eos_ids, pad_id: special tokens, carried for generation.
     """
 
@@ -229,6 +231,7 @@ class ModelConfig:
     init_std: float = 0.02
     mtp_hidden: str = "normed"
     mtp_concat: str = "embedding_first"
+    mtp_next: str = "raw"
     bos_id: int | None = 0
     eos_ids: tuple[int, ...] = (1,)
     pad_id: int | None = None
@@ -252,6 +255,7 @@ class ModelConfig:
         check(self.mla.norm_rounding == self.norm_rounding, "ModelConfig: `mla.norm_rounding` differs from the model's")
         check_choice("ModelConfig", "mtp_hidden", self.mtp_hidden, ("normed", "raw"))
         check_choice("ModelConfig", "mtp_concat", self.mtp_concat, ("embedding_first", "hidden_first"))
+        check_choice("ModelConfig", "mtp_next", self.mtp_next, ("raw", "normed"))
 
     @property
     def num_moe_layers(self) -> int:

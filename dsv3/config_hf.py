@@ -68,11 +68,11 @@ def from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> ModelConfig:
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
         num_layers=hf["num_hidden_layers"],
-        num_dense_layers=min(_value(hf, "first_k_dense_replace", 0), hf["num_hidden_layers"]),
+        num_dense_layers=min(_value(hf, "first_k_dense_replace", 0, missing=3), hf["num_hidden_layers"]),
         intermediate_size=_value(hf, "intermediate_size", 0),
         mla=mla,
         moe=_moe(hf),
-        num_mtp_layers=_value(hf, "num_nextn_predict_layers", 0),
+        num_mtp_layers=_value(hf, "num_nextn_predict_layers", 0, missing=1),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         norm_rounding=rounding,
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
@@ -80,6 +80,7 @@ def from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> ModelConfig:
         init_std=hf.get("initializer_range", 0.02),
         mtp_hidden=hf.get("dsv3_mtp_hidden", "normed"),
         mtp_concat=hf.get("dsv3_mtp_concat", "embedding_first"),
+        mtp_next=hf.get("dsv3_mtp_next", "raw"),
         bos_id=hf.get("bos_token_id", 0),
         eos_ids=_ids(hf.get("eos_token_id", 1)),
         pad_id=hf.get("pad_token_id"),
@@ -136,6 +137,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "dsv3_norm_rounding": (cfg.norm_rounding, "before_weight"),
         "dsv3_mtp_hidden": (cfg.mtp_hidden, "normed"),
         "dsv3_mtp_concat": (cfg.mtp_concat, "embedding_first"),
+        "dsv3_mtp_next": (cfg.mtp_next, "raw"),
         "dsv3_group_mask": (router.group_mask, "-inf"),
         "dsv3_rope_output": (mla.rope.output, "interleaved"),
     }
@@ -174,9 +176,10 @@ def read_json(source: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def _value(hf: Mapping[str, Any], name: str, default: Any) -> Any:
-    value = hf.get(name)
-    return default if value is None else value
+def _value(hf: Mapping[str, Any], name: str, null: Any, *, missing: Any = None) -> Any:
+    """A field; `null` where it is null; `missing` (transformers' default) or `null` where it is not there."""
+    value = hf.get(name, missing)
+    return null if value is None else value
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -186,20 +189,20 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _moe(hf: Mapping[str, Any]) -> MoEConfig:
-    groups = _value(hf, "n_group", 1)
+    groups = _value(hf, "n_group", 1, missing=8)
     router = RouterConfig(
         num_experts=hf["n_routed_experts"],
         top_k=hf["num_experts_per_tok"],
         num_groups=groups,
-        groups_kept=_value(hf, "topk_group", groups),
-        scale=float(_value(hf, "routed_scaling_factor", 1.0)),
+        groups_kept=_value(hf, "topk_group", groups, missing=4),
+        scale=float(_value(hf, "routed_scaling_factor", 1.0, missing=2.5)),
         normalize=bool(_value(hf, "norm_topk_prob", True)),
         group_mask=hf.get("dsv3_group_mask", "-inf"),
     )
     return MoEConfig(
         hidden_size=hf["hidden_size"],
         intermediate_size=hf["moe_intermediate_size"],
-        num_shared=_value(hf, "n_shared_experts", 0),
+        num_shared=_value(hf, "n_shared_experts", 0, missing=1),
         router=router,
     )
 
@@ -215,7 +218,8 @@ def _rope(hf: Mapping[str, Any], max_length: int) -> RopeConfig:
     check(len(thetas) <= 1, f"ModelConfig.from_hf: `rope_theta` has two values, {sorted(thetas)}")
     yarn = None
     if kind == "yarn":
-        original = settings.get("original_max_position_embeddings") or 4096
+        original = settings.get("original_max_position_embeddings") or max_length
+        check(settings.get("truncate", True), "ModelConfig.from_hf: YaRN's `truncate` is false, want true")
         yarn = YarnConfig(
             factor=float(settings.get("factor") or max_length / original),
             original_length=original,

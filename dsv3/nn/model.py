@@ -15,7 +15,7 @@ from dsv3.nn.cache import Cache
 from dsv3.nn.linear import linear_apply
 from dsv3.nn.mla import LayerCache, mla_rope
 from dsv3.nn.moe import RouterStats
-from dsv3.nn.mtp import MTPParams, mtp_apply, mtp_specs
+from dsv3.nn.mtp import MTPParams, mtp_apply, mtp_next_hidden, mtp_specs
 from dsv3.nn.stack import stack_apply
 from dsv3.ops.norm import rms_norm
 from dsv3.policy import ComputePolicy, default_policy
@@ -259,7 +259,7 @@ def mtp_chain(
             tree.slice_leading(params.mtp, k), router.mtp[k], hidden, ahead,
             cfg=cfg, table=table, policy=policy, segments=segments, mask=mask,
         )  # fmt: skip
-        hidden = out.hidden
+        hidden = mtp_next_hidden(out, cfg)
         normed.append(out.normed)
         stats.append(out.block.stats)
     return MTPChain(tf.stack(normed), tree.map_leaves(lambda *leaves: tf.stack(leaves), *stats))

@@ -57,6 +57,11 @@ def mtp_specs(cfg: ModelConfig) -> MTPParams:
     )
 
 
+def mtp_next_hidden(out: MTPOutput, cfg: ModelConfig) -> tf.Tensor:
+    """Returns what the next module of a chain reads: `[B, T, D]`, see `ModelConfig.mtp_next`."""
+    return out.hidden if cfg.mtp_next == "raw" else out.normed
+
+
 @plain
 def mtp_apply(
     params: MTPParams,

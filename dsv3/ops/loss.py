@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check, check_integer
+from dsv3.checks import Dims, check, check_token_ids
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
 from dsv3.ops.reduce import row_max, row_sum
@@ -35,7 +35,7 @@ def token_nll(
     dims("hidden", hidden, "N D")
     dims("head", head, "D V")
     dims("targets", targets, "N")
-    check_integer("token_nll", "targets", targets)
+    check_token_ids("token_nll", "targets", targets, dims.V if dims.V is not None else 2**31)
     check(chunk > 0, f"token_nll: `chunk` is {chunk}, want > 0 tokens")
     check(dims.N is not None, "token_nll: `hidden` has an unknown number of tokens, want a static N")
     targets = tf.cast(targets, tf.int32)

@@ -74,11 +74,16 @@ def rope_frequencies(
     References: DeepSeek-V3 section 4.3; arXiv:2309.00071 section 3.2.
     """
     check(dim > 0 and dim % 2 == 0, f"rope_frequencies: `dim` is {dim}, want an even number > 0 [R]")
-    freqs = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    # Rounded where torch rounds, so that long sequences turn by the same angles.
+    exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+    periods = (theta**exponents).astype(np.float32)
+    freqs = np.float32(1.0) / periods
     if factor is not None:
         low, high = yarn_range(dim, theta, original_length, beta_fast, beta_slow)
-        ramp = np.clip((np.arange(dim // 2) - low) / (max(high - low, 0) or 1e-3), 0.0, 1.0)
-        freqs = freqs / factor * ramp + freqs * (1.0 - ramp)
+        span = np.float32(max(high - low, 0) or 1e-3)
+        kept = np.float32(1.0) - np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / span, 0.0, 1.0)
+        stretched = np.float32(1.0) / (np.float32(factor) * periods)
+        freqs = stretched * (np.float32(1.0) - kept) + freqs * kept
     return freqs.astype(np.float32)
 
 

@@ -17,7 +17,7 @@ from dsv3.graph import plain
 from dsv3.nn.linear import linear_apply
 from dsv3.nn.mla import LayerCache, mla_rope
 from dsv3.nn.model import ModelParams, RouterState, embed_apply, head_weight
-from dsv3.nn.mtp import MTPOutput, mtp_apply
+from dsv3.nn.mtp import MTPOutput, mtp_apply, mtp_next_hidden
 from dsv3.ops.random import key_fold
 from dsv3.ops.sampling import sample, sampling_probs
 from dsv3.policy import ComputePolicy
@@ -106,7 +106,7 @@ def mtp_prefill(
     for module in range(kv.shape[0]):
         ahead = tokens[:, module + 1 : module + 1 + size]
         out = _module(params, router, kv, module, hidden, ahead, length, cfg=cfg, policy=policy)
-        hidden = out.hidden
+        hidden = mtp_next_hidden(out, cfg)
         entries.append(out.block.entry)
     return tf.stack(entries)
 
@@ -146,9 +146,9 @@ def mtp_draft(
         module = min(step, modules - 1)
         if step >= modules:  # chain: the last module reads its own output one position on
             last += 1
-            hidden = _put(tf.pad(hidden, [[0, 0], [0, 1], [0, 0]]), last, _at(out.hidden, last - 1))
+            hidden = _put(tf.pad(hidden, [[0, 0], [0, 1], [0, 0]]), last, _at(mtp_next_hidden(out, cfg), last - 1))
         elif step:
-            hidden = out.hidden
+            hidden = mtp_next_hidden(out, cfg)
         ahead = known[:, module : module + hidden.shape[1]]
         out = _module(params, router, kv, module, hidden, ahead, starts, cfg=cfg, policy=policy)
         entries[module] = out.block.entry

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check
+from dsv3.checks import Dims, check, check_token_ids
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
 from dsv3.nn.model import ModelParams, RouterState, head_weight, model_apply, mtp_chain
@@ -69,6 +69,7 @@ def pretrain_loss(
     dims = Dims("pretrain_loss")
     dims("tokens", tokens, "B T")
     tokens = tf.convert_to_tensor(tokens)
+    check_token_ids("pretrain_loss", "tokens", tokens, cfg.vocab_size)
     length = tokens.shape[1] - 1
     check(length > 0, f"pretrain_loss: `tokens` has {length + 1} column, want at least 2 [B, T+1]")
     if weights is None:

@@ -88,7 +88,7 @@ def test_yarn_frequencies(half, theta, factor, original, betas):
         2 * half, theta, factor=factor, original_length=original, beta_fast=betas[0], beta_slow=betas[1]
     )
     want = oracles.yarn_frequencies(2 * half, theta, factor, original, *betas)
-    np.testing.assert_allclose(got, want, rtol=1e-7)
+    np.testing.assert_allclose(got, want, rtol=4e-7)  # float32 steps as in torch: at most seven half ulps
 
 
 def test_published_yarn_settings():
