@@ -88,7 +88,7 @@ def test_yarn_frequencies(half, theta, factor, original, betas):
         2 * half, theta, factor=factor, original_length=original, beta_fast=betas[0], beta_slow=betas[1]
     )
     want = oracles.yarn_frequencies(2 * half, theta, factor, original, *betas)
-    np.testing.assert_allclose(got, want, rtol=4e-7)  # float32 steps as in torch: at most seven half ulps
+    np.testing.assert_allclose(got, want, rtol=1.2e-6)  # float32 steps as torch's: (ln θ + 5) · 2⁻²⁴, ln θ ≤ 13.9
 
 
 def test_published_yarn_settings():
