@@ -79,7 +79,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=192, n_group=8, topk_group=4,
         max_position_embeddings=4096,
     ),
-    # The configuration of the benchmark (docs/benchmark.md).
+    # The configuration of the benchmark (`make bench`).
     "bench": _smaller(
         vocab_size=8192, hidden_size=512, num_hidden_layers=8, first_k_dense_replace=1, intermediate_size=1024,
         num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
