@@ -32,8 +32,8 @@ def rms_norm(
 
     References: arXiv:1910.07467.
 
-    >>> rms_norm(tf.constant([[3.0, 4.0]]), tf.ones([2]), eps=0.0).numpy().round(4).tolist()
-    [[0.8485, 1.1314]]
+    >>> [round(float(y), 4) for y in rms_norm(tf.constant([3.0, 4.0]), tf.ones([2]), eps=0.0)]
+    [0.8485, 1.1314]
     """
     check_choice("rms_norm", "rounding", rounding, ("before_weight", "after_weight"))
     x = tf.convert_to_tensor(x)
