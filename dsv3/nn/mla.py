@@ -245,7 +245,7 @@ def _expanded(params, q, entry, table, cache, segments, *, cfg, policy, naive) -
     latent, k_rope = tf.split(entry, [cfg.kv_latent, cfg.rope_dim], axis=-1)
     k, v = _keys_values(
         linear_apply(latent, params.kv_b), k_rope, heads=cfg.num_heads, nope_dim=cfg.nope_dim, fuse=policy.fuse
-    )  # fmt: skip
+    )
     scale = cfg.softmax_scale
     if naive or q.shape[2] is None or k.shape[2] is None:
         heads = attention_naive(q, k, v, mask, scale=scale)
