@@ -1,4 +1,4 @@
-# Everything here needs Python 3.11 and make, and writes only below this folder.
+# Everything here needs Python 3.11 and make, and writes only below this folder, temporary files (TMPDIR) apart.
 #
 # PYTHON=path   the interpreter that .venv is made with (default: python3.11, else python3)
 # ARGS="..."    more arguments for the program or the tests, as in: make test ARGS="-k rope -x"

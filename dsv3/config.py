@@ -253,6 +253,8 @@ class ModelConfig:
             check(got == self.hidden_size, f"ModelConfig: `{part}.hidden_size` is {got}, want {self.hidden_size}")
         check_choice("ModelConfig", "norm_rounding", self.norm_rounding, ("before_weight", "after_weight"))
         check(self.mla.norm_rounding == self.norm_rounding, "ModelConfig: `mla.norm_rounding` differs from the model's")
+        got, want = self.mla.rope.max_length, self.max_length
+        check(got == want, f"ModelConfig: `mla.rope.max_length` is {got}, want max_length={want}")
         check_choice("ModelConfig", "mtp_hidden", self.mtp_hidden, ("normed", "raw"))
         check_choice("ModelConfig", "mtp_concat", self.mtp_concat, ("embedding_first", "hidden_first"))
         check_choice("ModelConfig", "mtp_next", self.mtp_next, ("raw", "normed"))

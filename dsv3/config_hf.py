@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import numbers
 import os
 import pathlib
 from collections.abc import Mapping
@@ -20,6 +22,26 @@ _REQUIRED = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim "
     "v_head_dim n_routed_experts num_experts_per_tok moe_intermediate_size"
 ).split()
+
+# What a field must be where it is there.
+_TYPES = {
+    "an integer": [*_REQUIRED, "max_position_embeddings"],
+    "an integer or null": (
+        "num_key_value_heads q_lora_rank first_k_dense_replace intermediate_size n_shared_experts n_group topk_group "
+        "num_nextn_predict_layers bos_token_id pad_token_id"
+    ).split(),
+    "an integer, a list of them or null": ["eos_token_id"],
+    "a number": ["rms_norm_eps", "initializer_range"],
+    "a number or null": ["routed_scaling_factor", "rope_theta"],
+    "true, false or null": ["attention_bias", "tie_word_embeddings", "norm_topk_prob", "rope_interleave"],
+    "an object or null": ["rope_scaling", "rope_parameters"],
+}
+_ROPE_TYPES = {
+    "a string or null": ["type", "rope_type"],
+    "an integer or null": ["original_max_position_embeddings"],
+    "a number or null": "rope_theta factor beta_fast beta_slow mscale mscale_all_dim attention_factor".split(),
+    "true, false or null": ["truncate"],
+}
 
 # Fields whose only supported value is the architecture's own.
 _FIXED = {
@@ -44,6 +66,9 @@ def from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> ModelConfig:
                 hf[name] in allowed,
                 f"ModelConfig.from_hf: `{name}` is {hf[name]!r}, want {allowed[0]!r} (the only one of DeepSeek-V3)",
             )
+    _check_types(hf, _TYPES)
+    for name in _TYPES["an object or null"]:
+        _check_types(hf.get(name) or {}, _ROPE_TYPES, f"{name}.")
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads")
     check(
@@ -55,7 +80,7 @@ def from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> ModelConfig:
     mla = MLAConfig(
         hidden_size=hf["hidden_size"],
         num_heads=heads,
-        q_latent=hf.get("q_lora_rank"),
+        q_latent=hf.get("q_lora_rank", 1536),  # transformers' default; null is no query compression
         kv_latent=hf["kv_lora_rank"],
         nope_dim=hf["qk_nope_head_dim"],
         rope_dim=hf["qk_rope_head_dim"],
@@ -156,8 +181,11 @@ def replace(cfg: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
     if "num_attention_heads" in by_hf:
         by_hf.setdefault("num_key_value_heads", by_hf["num_attention_heads"])
     changed = from_hf({**hf, **by_hf}) if by_hf else cfg
-    if "norm_rounding" in by_own and "mla" not in by_own:
-        by_own["mla"] = dataclasses.replace(changed.mla, norm_rounding=by_own["norm_rounding"])
+    if "mla" not in by_own:  # what attention must have in common with the model goes down to it
+        mla = changed.mla
+        if "max_length" in by_own:
+            mla = dataclasses.replace(mla, rope=dataclasses.replace(mla.rope, max_length=by_own["max_length"]))
+        by_own["mla"] = dataclasses.replace(mla, norm_rounding=by_own.get("norm_rounding", mla.norm_rounding))
     return dataclasses.replace(changed, **by_own)
 
 
@@ -174,6 +202,27 @@ def read_json(source: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"ModelConfig.from_hf: {path} is not JSON: {e}") from None
     check(isinstance(value, dict), f"ModelConfig.from_hf: {path} holds a {type(value).__name__}, want an object")
     return value
+
+
+def _check_types(hf: Mapping[str, Any], types: Mapping[str, list[str]], prefix: str = "") -> None:
+    """Raises `ValueError` for the first field that is there and not what it must be."""
+    for want, names in types.items():
+        for name in names:
+            if name in hf and not _is(hf[name], want):
+                raise ValueError(f"ModelConfig.from_hf: `{prefix}{name}` is {hf[name]!r}, want {want}")
+
+
+def _is(value: Any, want: str) -> bool:
+    """Whether a value is what the words of `_TYPES` say."""
+    if value is None:
+        return want.endswith("null")
+    if want.startswith("an integer, a list") and isinstance(value, list | tuple):
+        return all(_is(item, "an integer") for item in value)
+    if want.startswith("true"):
+        return isinstance(value, bool)
+    kinds = {"an integer": numbers.Integral, "a number": numbers.Real, "a string": str, "an object": Mapping}
+    kind = next(kinds[words] for words in kinds if want.startswith(words))
+    return isinstance(value, kind) and not isinstance(value, bool) and (kind is not numbers.Real or math.isfinite(value))
 
 
 def _value(hf: Mapping[str, Any], name: str, null: Any, *, missing: Any = None) -> Any:

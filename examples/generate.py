@@ -23,6 +23,7 @@ from __future__ import annotations
 import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
+import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ from dsv3.config import ModelConfig
 from dsv3.data import check_tokenizer, load_tokenizer
 from dsv3.pretrained import load_pretrained
 from dsv3.serve import Completion, Engine, Request, check_requests
+from dsv3.serve.engine import check_engine
 
 FLAGS = flags.FLAGS
 
@@ -77,14 +79,22 @@ def read_flags(argv: Sequence[str]) -> tuple[Path, list[Request]]:
     check(len(argv) == 2, f"{len(argv) - 1} arguments, want one: the checkpoint directory (--help shows examples)")
     prompts = list(FLAGS.prompt or ())
     if FLAGS.prompt_file is not None:
-        prompts.append(Path(FLAGS.prompt_file).read_text(encoding="utf-8"))
+        prompts.append(read_text(f"--prompt_file {FLAGS.prompt_file!r}", Path(FLAGS.prompt_file).read_bytes()))
     if not prompts:
         check(not sys.stdin.isatty(), "no prompt, want --prompt, --prompt_file or text on standard input")
-        prompts.append(sys.stdin.read().removesuffix("\n"))
+        prompts.append(read_text("standard input", sys.stdin.buffer.read()).removesuffix("\n"))
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in FLAGS.stop]
     settings = {name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     settings |= {"stop": stops, "top_logprobs": FLAGS.logprobs or 0}
     return Path(argv[1]), [Request(prompt, **settings) for prompt in prompts]
+
+
+def read_text(where: str, data: bytes) -> str:
+    """Decodes UTF-8; line breaks become those of Python."""
+    try:
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 (byte {error.start})") from None
 
 
 def load_engine(directory: Path, requests: list[Request]) -> Engine:
@@ -93,6 +103,7 @@ def load_engine(directory: Path, requests: list[Request]) -> Engine:
     tokenizer = load_tokenizer(directory)
     check_tokenizer(tokenizer, cfg.vocab_size)
     max_length = FLAGS.max_length or cfg.max_length
+    check_engine(cfg, speculative=FLAGS.speculative, max_length=max_length)
     check_requests(requests, cfg=cfg, tokenizer=tokenizer, max_length=max_length)
     start = time.monotonic()
     cfg, params, router = load_pretrained(directory, dtype=FLAGS.dtype)

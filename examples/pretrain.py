@@ -29,9 +29,9 @@ import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 # isort: split
 import contextlib
 import math
+import os
 import shlex
 import sys
-from pathlib import Path
 
 from absl import app, flags
 from pretrain_report import report
@@ -41,7 +41,7 @@ import dsv3
 from dsv3.data import batch_at
 from dsv3.eval import make_evaluator
 from dsv3.policy import ComputePolicy, default_policy
-from dsv3.train.checkpoint import restore_checkpoint, save_checkpoint
+from dsv3.train.checkpoint import checkpoint_step, list_checkpoints, restore_checkpoint, save_checkpoint
 from dsv3.train.loop import LoopResult, train_loop
 from dsv3.train.optim import Optimizer, adamw
 from dsv3.train.progress import Progress, stop_on_signals
@@ -53,7 +53,7 @@ FLAGS = flags.FLAGS
 FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper
 
 flags.DEFINE_string("corpus", None, "Text to train on: a file or a folder. Default: the running Python's own.")
-flags.DEFINE_float("heldout", 0.02, "Share of the documents that is never trained on.")
+flags.DEFINE_float("heldout", 0.02, "Share of the documents, or of the pieces of fewer than 100, that is never trained on.")
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")
 flags.DEFINE_string("config", None, "Architecture from a config.json (or its folder) instead of a preset.")
 flags.DEFINE_string("tokenizer", None, "Folder with a tokenizer.json. Default: train one on the corpus.")
@@ -85,15 +85,17 @@ flags.DEFINE_enum("loop", "unroll", ["unroll", "scan"], "Layers as a repeated gr
 
 
 def main(argv: list[str]) -> int:
-    """Runs everything; returns the exit code: 2 for bad input, 128 + n when signal n has interrupted the training."""
-    same = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0] != "fresh"]
-    again = f"run the same command again: {shlex.join([Path(sys.executable).name, *same])}"
+    """Runs everything.
+
+    Returns:
+      The exit code: 2 for bad input, 1 for what fails later, 128 + n when signal n has interrupted the training.
+    """
+    again = same_command()
     try:
         try:
             setup = prepare(argv)
         except (ValueError, OSError) as error:
-            print(f"pretrain: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            return fail(error, 2)
         policy = default_policy().replace(
             dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat, loop=FLAGS.loop
         )
@@ -103,12 +105,33 @@ def main(argv: list[str]) -> int:
             return 128 + result.stopped
         report(setup, result.state, policy)
     except FloatingPointError as error:
-        print(f"pretrain: {error}; a lower --lr may help", file=sys.stderr)
-        return 1
+        return fail(f"{error}; {last_checkpoint(setup)}; a lower --lr may help, with --fresh or another --out", 1)
+    except (ValueError, OSError) as error:
+        return fail(f"{error}; once that is put right, {again}", 1)
     except KeyboardInterrupt:  # outside of the training
-        print(f"pretrain: interrupted; to go on, {again}", file=sys.stderr)
-        return 130
+        return fail(f"interrupted; to go on, {again}", 130)
     return 0
+
+
+def fail(error: object, code: int) -> int:
+    """Says what is wrong, in one line, and returns the exit code."""
+    print(f"pretrain: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def same_command() -> str:
+    """How to go on with a run; the interpreter is named as seen from here, so that an environment's own is taken."""
+    python = os.path.relpath(sys.executable)
+    if python.startswith(os.pardir) or os.sep not in python:
+        python = sys.executable
+    same = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0] != "fresh"]
+    return f"run the same command again: {shlex.join([python, *same])}"
+
+
+def last_checkpoint(setup: Setup) -> str:
+    """What there is to go back to."""
+    found = list_checkpoints(setup.out / "checkpoints")
+    return f"the last checkpoint is of step {checkpoint_step(found[-1])}" if found else "no checkpoint was saved before it"
 
 
 def train(setup: Setup, policy: ComputePolicy) -> LoopResult:
@@ -116,7 +139,10 @@ def train(setup: Setup, policy: ComputePolicy) -> LoopResult:
     cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
     optimizer = make_optimizer()
     state = train_init([0, FLAGS.seed], cfg, optimizer)
-    found = restore_checkpoint(checkpoints, state, settings=setup.settings, on_skip=say)
+    try:
+        found = restore_checkpoint(checkpoints, state, settings=setup.settings, on_skip=say)
+    except ValueError as error:
+        raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
     if found is not None:
         state = found.state
         say(f"going on from step {int(state.step)} ({found.path})")

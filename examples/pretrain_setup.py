@@ -45,6 +45,7 @@ DECIDING = (
 ).split()
 PARTS = ("checkpoints", "tensorboard", "tokenizer", "plots", "export", "log.jsonl", "results.json", "samples.txt", RUN_FILE)
 TOKENIZER_CHARS = 20_000_000  # text that a tokenizer is trained on, at most
+MANY, PIECE = 100, 65536  # documents that are held out whole; characters of a piece of a long one
 CURVE_CHARS = 32768  # held-out text that the losses during the training are measured on; the report takes all
 
 
@@ -55,7 +56,7 @@ class Setup(NamedTuple):
       cfg: the model's configuration. out: the run's folder. settings: what must be the same to go on with the run.
       tokenizer: the tokenizer. train: rows of the training text.
       heldout: tokens of the held-out documents. curve: of the first of them, for the losses during the training.
-      heldout_documents: the held-out documents.
+      heldout_documents: the held-out documents, long ones in pieces.
     """
 
     cfg: dsv3.ModelConfig
@@ -103,6 +104,8 @@ def prepare(argv: Sequence[str]) -> Setup:
     for stream in streams:
         check_token_ids("corpus", "tokens", stream.tokens, cfg.vocab_size)
     packed = pack_sequences(streams[0], FLAGS.seq_len)
+    if FLAGS.fresh:  # all that can be wrong with the command has been looked at
+        delete_run(out)
     if saved is None:
         write_run(out, settings)
     if not (out / "tokenizer").exists():
@@ -150,7 +153,7 @@ _lock = None  # the open lock file: it is held as long as the process lives
 
 
 def claim_folder(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Makes the folder and locks it; returns the settings of the run in it, `None` for a new run.
+    """Makes the folder and locks it; returns the settings of the run in it, `None` for a new run. It deletes nothing.
 
     Raises:
       ValueError: the folder is in use, holds something else, or a run with other settings.
@@ -166,9 +169,6 @@ def claim_folder(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | Non
         fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"--out {str(out)!r} is in use by another process") from None
-    if FLAGS.fresh and (out / RUN_FILE).exists():
-        for part in PARTS:
-            shutil.rmtree(out / part) if (out / part).is_dir() else (out / part).unlink(missing_ok=True)
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if not others:
         return None
@@ -176,10 +176,17 @@ def claim_folder(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | Non
         RUN_FILE in others,
         f"--out {str(out)!r} holds {others[0]!r} but no run of this program; want an empty folder",
     )
+    if FLAGS.fresh:
+        foreign = [name for name in others if name not in PARTS]
+        if foreign:
+            raise ValueError(f"--out {str(out)!r} holds {foreign[0]!r}, which is no part of a run; want it moved away")
+        return None
     try:
-        saved = dict(json.loads((out / RUN_FILE).read_text(encoding="utf-8")))
+        saved = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{str(out / RUN_FILE)!r} cannot be read as JSON; --fresh starts anew") from None
+    kind = type(saved).__name__
+    check(isinstance(saved, dict), f"{str(out / RUN_FILE)!r} holds a {kind}, want an object; --fresh starts anew")
     agree(saved, settings, out)
     check(FLAGS.resume, f"--noresume, but --out {str(out)!r} holds a run; --fresh starts anew")
     return saved
@@ -195,6 +202,12 @@ def agree(saved: Mapping[str, Any] | None, settings: Mapping[str, Any], out: Pat
         raise ValueError(f"{error}; another --out keeps both, --fresh starts anew") from None
 
 
+def delete_run(out: Path) -> None:
+    """Deletes what a run has written. Its settings go last: until then the folder is known to hold a run."""
+    for part in PARTS:
+        shutil.rmtree(out / part) if (out / part).is_dir() else (out / part).unlink(missing_ok=True)
+
+
 def write_run(out: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings of the run, atomically."""
     part = out / f".{RUN_FILE}.part"
@@ -203,13 +216,16 @@ def write_run(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_documents() -> tuple[list[Document], list[Document], str]:
-    """Training documents, held-out documents, and a digest of all."""
+    """Training documents, held-out documents, and a digest of all.
+
+    Of `MANY` documents or more each is held out whole or not at all; long ones are cut after that, so that what is encoded
+    and scored at a time is small. Fewer, as a single book, are cut first, into so many pieces that some can be held out.
+    """
     source = embedded_corpus() if FLAGS.corpus is None else read_corpus(FLAGS.corpus)
     documents = list(source)
-    characters = sum(len(document.text) for document in documents)
-    # Few documents, as a single book, are cut into so many pieces that some can be held out.
-    most = 65536 if len(documents) >= 100 else min(65536, max(64, characters // 200))
-    documents = list(chunk_documents(documents, most))
+    if len(documents) < MANY:
+        characters = sum(len(document.text) for document in documents)
+        documents = list(chunk_documents(documents, min(PIECE, max(64, characters // 200))))
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
         text = document.text.encode()
@@ -218,13 +234,14 @@ def read_documents() -> tuple[list[Document], list[Document], str]:
     size, held = corpus_stats(train).bytes, corpus_stats(heldout)
     check(held.documents > 0, f"the corpus has {size} bytes, too short to hold out a part and train on another")
     say(f"corpus: {len(train):,} documents, {size:,} bytes; held out {held.documents:,} documents, {held.bytes:,} bytes")
+    train, heldout = (list(chunk_documents(side, PIECE)) for side in (train, heldout))
     return train, heldout, digest.hexdigest()
 
 
 def run_tokenizer(out: Path, train: list[Document], vocab_size: int) -> Tokenizer:
-    """The tokenizer that the run's folder has, or one that is trained on the training text."""
+    """The tokenizer that the run's folder has, unless that will be deleted, or one that is trained on the training text."""
     folder = out / "tokenizer"
-    if folder.exists():
+    if folder.exists() and not FLAGS.fresh:
         tokenizer = load_tokenizer(folder)
         check_tokenizer(tokenizer, vocab_size)
         return tokenizer

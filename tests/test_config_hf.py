@@ -1,5 +1,6 @@
 """Reading and writing `config.json`: both spellings, the published file, counts, and what is refused by name."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -65,6 +66,24 @@ def test_family_members():
     assert read(first_k_dense_replace=0, intermediate_size=...).num_moe_layers == 4
 
 
+def test_a_query_rank_that_is_missing_is_transformers_default_and_null_is_none():
+    assert read(q_lora_rank=...).mla.q_latent == 1536
+    assert read(q_lora_rank=None).mla.q_latent is None
+
+
+def test_the_maximum_length_is_the_rotary_settings_too():
+    """Else YaRN that applies beyond the original length would be off, and on once the model is saved and loaded."""
+    cfg = read(rope_scaling={"type": "yarn", **YARN, "dsv3_apply": "beyond_original"}, max_position_embeddings=64)
+    assert cfg.mla.rope.active_yarn is None
+    longer = cfg.replace(max_length=256)
+    assert longer.mla.rope.max_length == 256 and longer.mla.rope.active_yarn is not None
+    assert longer == cfg.replace(max_position_embeddings=256) == ModelConfig.from_hf(longer.to_hf())
+    both = cfg.replace(max_length=128, norm_rounding="after_weight")
+    assert both.mla.rope.max_length == 128 and both.mla.norm_rounding == "after_weight"
+    with pytest.raises(ValueError, match="ModelConfig: `mla.rope.max_length` is 64, want max_length=65"):
+        dataclasses.replace(cfg, max_length=65)
+
+
 def test_both_spellings_of_the_rope_settings():
     old = read(rope_theta=500.0, rope_scaling={"type": "yarn", **YARN})
     mixed = read(rope_theta=500.0, rope_scaling={"rope_type": "yarn", **YARN})
@@ -112,6 +131,23 @@ def test_yarn_without_a_factor_takes_the_ratio_of_lengths():
             r"RoPE types \['default', 'yarn'\] contradict each other",
         ),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "`rope_theta` has two values"),
+        ({"max_position_embeddings": None}, "`max_position_embeddings` is None, want an integer"),
+        ({"hidden_size": "64"}, "`hidden_size` is '64', want an integer"),
+        ({"num_hidden_layers": 2.5}, "`num_hidden_layers` is 2.5, want an integer"),
+        ({"n_shared_experts": True}, "`n_shared_experts` is True, want an integer or null"),
+        ({"q_lora_rank": "24"}, "`q_lora_rank` is '24', want an integer or null"),
+        ({"rms_norm_eps": None}, "`rms_norm_eps` is None, want a number"),
+        ({"initializer_range": "small"}, "`initializer_range` is 'small', want a number"),
+        ({"routed_scaling_factor": float("nan")}, "`routed_scaling_factor` is nan, want a number or null"),
+        ({"rope_theta": [1]}, r"`rope_theta` is \[1\], want a number or null"),
+        ({"tie_word_embeddings": "false"}, "`tie_word_embeddings` is 'false', want true, false or null"),
+        ({"eos_token_id": "1"}, "`eos_token_id` is '1', want an integer, a list of them or null"),
+        ({"eos_token_id": [1, None]}, r"`eos_token_id` is \[1, None\], want an integer, a list of them or null"),
+        ({"rope_scaling": "yarn"}, "`rope_scaling` is 'yarn', want an object or null"),
+        ({"rope_parameters": [1]}, r"`rope_parameters` is \[1\], want an object or null"),
+        ({"rope_scaling": {"type": ["yarn"]}}, r"`rope_scaling.type` is \['yarn'\], want a string or null"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "`rope_scaling.factor` is '4', want a number or null"),
+        ({"rope_parameters": {"rope_theta": {}}}, "`rope_parameters.rope_theta` is {}, want a number or null"),
         ({"dsv3_norm_rounding": "never"}, "`norm_rounding` is 'never', want one of"),
         ({"dsv3_mtp_concat": "sum"}, "`mtp_concat` is 'sum', want one of"),
         ({"dsv3_group_mask": "0"}, "`group_mask` is '0', want one of"),

@@ -113,6 +113,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` opens.
 
+    A new folder appears with both files or not at all; in one that is there each file is replaced as one step.
+
     Args:
       tokenizer: a tokenizer with DeepSeek's special tokens.
       directory: the folder; made if it is not there.
@@ -137,12 +139,15 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
     }
+    fresh = folder if folder.exists() else folder.with_name(f".{folder.name}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            part = folder / f".{name}.part"
+            part = fresh / f".{name}.part"
             part.write_text(content, encoding="utf-8", newline="\n")
-            os.replace(part, folder / name)
+            os.replace(part, fresh / name)
+        if fresh != folder:
+            fresh.rename(folder)
     except OSError as error:
         raise OSError(f"save_tokenizer: cannot write to {str(folder)!r} ({error.strerror})") from None
 

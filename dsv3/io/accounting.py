@@ -102,6 +102,9 @@ def fp8_block(hf: Mapping[str, Any]) -> tuple[int, int]:
     quantization = hf.get("quantization_config")
     if quantization is None:
         return WEIGHT_BLOCK
+    check(
+        isinstance(quantization, Mapping), f"load_pretrained: `quantization_config` is {quantization!r}, want an object"
+    )
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size", WEIGHT_BLOCK)
     check(method == "fp8", f"load_pretrained: `quantization_config.quant_method` is {method!r}, want 'fp8'")
     check(

@@ -12,6 +12,8 @@ import socket
 import uuid
 from collections.abc import Iterator
 
+from dsv3.checks import check
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV)
@@ -27,9 +29,14 @@ def replace_directory(directory: str | os.PathLike[str]) -> Iterator[pathlib.Pat
     removed by the next call.
 
     Raises:
-      ValueError: the place cannot be written to.
+      ValueError: the place cannot be written to; it is a mount point, which cannot be renamed, or the current directory, as
+        this process would stay behind in the old one.
     """
     target = pathlib.Path(os.path.realpath(directory))
+    place = f"save_pretrained: cannot write to {directory}"
+    check(not os.path.ismount(target), f"{place}: it is a mount point, want a folder below it")
+    here = target.exists() and os.path.samefile(target, os.curdir)
+    check(not here, f"{place}: it is the current directory, want another one")
     mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     fresh = target.with_name(f".{target.name}.saving-{mark}")
     try:
@@ -38,7 +45,7 @@ def replace_directory(directory: str | os.PathLike[str]) -> Iterator[pathlib.Pat
         fresh.mkdir()
     except OSError as e:
         reason = "a file is in the way" if isinstance(e, (FileExistsError, NotADirectoryError)) else e.strerror
-        raise ValueError(f"save_pretrained: cannot write to {directory}: {reason}") from None
+        raise ValueError(f"{place}: {reason}") from None
     try:
         yield fresh
         _sync_directory(fresh)
@@ -69,7 +76,11 @@ def _exchange(fresh: pathlib.Path, target: pathlib.Path, aside: pathlib.Path) ->
         if code not in _UNSUPPORTED:
             raise OSError(code, os.strerror(code), str(target))
     os.rename(target, aside)
-    os.rename(fresh, target)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -93,11 +93,13 @@ def _json(value: Any) -> bytes:
 
 
 def _find_extras(directory: pathlib.Path, files: Sequence[str | os.PathLike[str]]) -> dict[str, pathlib.Path]:
-    """Name → path of every extra file."""
+    """Name → path of every extra file. A bare name is that of the old directory's file, if there is one."""
     check(not isinstance(files, (str, os.PathLike)), "save_pretrained: `extra_files` is one path, want a list of paths")
     found = {}
-    for file in map(pathlib.Path, files):
-        path = next((p for p in (file, directory / file.name) if p.is_file()), None)
+    for name in map(os.fspath, files):
+        file = pathlib.Path(name)
+        places = (directory / file.name, file) if os.path.basename(name) == name else (file, directory / file.name)
+        path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"save_pretrained: extra file {file} is neither there nor in {directory}")
         check(not OWN_FILES.fullmatch(file.name), f"save_pretrained: extra file {file}: the save itself writes one so named")

@@ -68,8 +68,8 @@ class Engine:
       smallest_cache: tokens a row that a cache begins with; it doubles as rows grow.
 
     Raises:
-      ValueError: a tokenizer that does not fit the vocabulary, `speculative` for a model without MTP modules, or sizes that
-        are not positive.
+      ValueError: a tokenizer that does not fit the vocabulary, `speculative` for a model without MTP modules, a `max_length`
+        above the config's, or sizes that are not positive.
     """
 
     def __init__(
@@ -87,14 +87,10 @@ class Engine:
         smallest_cache: int = 256,
     ):
         max_length = cfg.max_length if max_length is None else max_length
-        for name, value in (("max_batch", max_batch), ("max_length", max_length), ("smallest_cache", smallest_cache)):
+        for name, value in (("max_batch", max_batch), ("smallest_cache", smallest_cache)):
             check(value > 0, f"Engine: `{name}` is {value}, want > 0")
         check(bool(chunk_sizes) and min(chunk_sizes) > 0, f"Engine: `chunk_sizes` is {chunk_sizes}, want sizes > 0")
-        check(speculative >= 0, f"Engine: `speculative` is {speculative}, want at least 0")
-        check(
-            not speculative or cfg.num_mtp_layers > 0,
-            f"Engine: `speculative` is {speculative}, but the model has no MTP module to draft with",
-        )
+        check_engine(cfg, speculative=speculative, max_length=max_length)
         if tokenizer is not None:
             check_tokenizer(tokenizer, cfg.vocab_size)
         self.cfg, self.tokenizer, self.max_length, self.max_batch = cfg, tokenizer, max_length, max_batch
@@ -105,7 +101,9 @@ class Engine:
         self._policy = policy or default_policy()
         self._decode_policy = self._policy if self._policy.jit else self._policy.replace(fuse=False)
         prefill = functools.partial(prefill_step, cfg=cfg, policy=self._policy, modules=self._modules)
-        self._prefill = compile_step(prefill, jit=self._policy.jit)
+        self._prefill = {
+            first: compile_step(functools.partial(prefill, first=first), jit=self._policy.jit) for first in (True, False)
+        }
         self._decode: dict = {}
         self.update(params, router)
 
@@ -145,7 +143,7 @@ class Engine:
 
     def traces(self) -> int:
         """Returns how often a step was traced: once for each shape and kind of sampling that came up."""
-        return self._prefill.traces() + sum(step.traces() for step in self._decode.values())
+        return sum(step.traces() for step in (*self._prefill.values(), *self._decode.values()))
 
     def _run(self, waiting: collections.deque[Row], greedy: bool, top: int) -> Iterator[Event]:
         batch = None
@@ -184,7 +182,7 @@ class Engine:
         for chunk in plan:
             piece = tf.constant(tokens[:, at : at + chunk + self._modules])
             counts = tf.constant(np.clip(lengths - at, 0, chunk))
-            caches, rows = self._prefill(caches, self._params, self._router, rows, piece, counts)
+            caches, rows = self._prefill[at == 0](caches, self._params, self._router, rows, piece, counts)
             at += chunk
         rows = rows._replace(token=tf.constant(tokens[np.arange(count), lengths]))
         return _Batch(caches, rows, [None] * count), places
@@ -237,6 +235,28 @@ class Engine:
                 fn = functools.partial(speculative_step, depth=self.depth, modules=self._modules, **how)
             self._decode[greedy, top] = compile_step(fn, jit=self._policy.jit)
         return self._decode[greedy, top]
+
+
+def check_engine(cfg: ModelConfig, *, speculative: int, max_length: int) -> None:
+    """Checks what an engine is asked to do against the model's config, which is there before the model is loaded.
+
+    Args:
+      cfg: the model's.
+      speculative, max_length: as of `Engine`.
+
+    Raises:
+      ValueError: the model cannot do it.
+    """
+    check(max_length > 0, f"Engine: `max_length` is {max_length}, want > 0")
+    check(
+        max_length <= cfg.max_length,
+        f"Engine: `max_length` is {max_length}, want at most the model's, which is {cfg.max_length}",
+    )
+    check(speculative >= 0, f"Engine: `speculative` is {speculative}, want at least 0")
+    check(
+        not speculative or cfg.num_mtp_layers > 0,
+        f"Engine: `speculative` is {speculative}, but the model has no MTP module to draft with",
+    )
 
 
 def _sampling(requests: list[Request | None]) -> Sampling:

@@ -131,6 +131,7 @@ def _prompt_ids(where: str, prompt: str | Sequence[int], tokenizer: Tokenizer | 
         check(not bad, f"{where}: `prompt` holds {bad[:1]}, want text or integer token ids")
         return tuple(int(token) for token in prompt)
     check(tokenizer is not None, f"{where}: `prompt` is text, but the engine has no tokenizer")
+    _check_text(where, "prompt", prompt)
     ids = tuple(tokenizer.encode(prompt).ids)
     check(len(ids) > 0, f"{where}: `prompt` has no tokens, want at least one")
     return ids
@@ -149,7 +150,16 @@ def _check_settings(where: str, request: Request, cfg: ModelConfig, tokenizer: T
     )
     check(not isinstance(r.stop, str), f"{where}: `stop` is the string {r.stop!r}, want a sequence of strings")
     check(all(r.stop), f"{where}: `stop` holds an empty string")
+    for stop in r.stop:
+        _check_text(where, "stop", stop)
     check(not r.stop or tokenizer is not None, f"{where}: `stop` holds strings, but the engine has no tokenizer")
+
+
+def _check_text(where: str, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: `{name}` has a lone surrogate at {error.start}, want Unicode text") from None
 
 
 def key_words(seed: int) -> tuple[int, int]:

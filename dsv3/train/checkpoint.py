@@ -7,7 +7,9 @@ with the plain name is whole, and the digests show it if the disk has lost a par
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -64,32 +66,41 @@ def save_checkpoint(
       The checkpoint's folder.
 
     Raises:
-      ValueError: `keep` below 1, a negative step.
+      ValueError: `keep` below 1, a negative step, settings that are not JSON, a leaf of another dtype, too little space.
       OSError: the folder cannot be written.
     """
     check(keep >= 1, f"save_checkpoint: `keep` is {keep}, want at least 1")
     check(step >= 0, f"save_checkpoint: `step` is {step}, want at least 0")
+    try:
+        settings = json.loads(json.dumps(dict(settings)))  # as they will be read: keys are strings, sequences are lists
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_checkpoint: `settings` cannot be written as JSON: {error}") from None
+    head, size = _encode_header(state)
     root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(".step-*"):  # of a process that was killed while it saved
-        shutil.rmtree(left, ignore_errors=True)
     final = root / f"step-{step:08d}"
     part = root / f".{final.name}.part"
-    part.mkdir()
-    size, digest = _write_state(part / STATE_FILE, state)
-    meta = {"format": FORMAT, "step": step, "settings": dict(settings), "bytes": size, "state": digest}
-    meta["digest"] = _meta_digest(meta)
-    with open(part / META_FILE, "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        _sync(file)
-    _sync_folder(part)
-    if final.exists():
-        final.rename(root / f".{final.name}.old")
-    part.rename(final)
-    _sync_folder(root)
-    for old in [*list_checkpoints(root)[:-keep], *root.glob(".step-*.old")]:
-        hidden = old if old.name.startswith(".") else old.rename(root / f".{old.name}.old")
-        shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _put_back(root)
+        for left in root.glob(".step-*"):  # of a process that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
+        free = shutil.disk_usage(root).free
+        check(free >= size, f"save_checkpoint: {root} wants {size:,} bytes, {free:,} are free")
+        part.mkdir()
+        meta = {"format": FORMAT, "step": step, "settings": settings, "bytes": size}
+        meta["state"] = _write_state(part / STATE_FILE, head, state)
+        meta["digest"] = _meta_digest(meta)
+        with open(part / META_FILE, "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            _sync(file)
+        _sync_folder(part)
+        _exchange(part, final)
+        for old in list_checkpoints(root)[:-keep]:
+            if old != final:
+                shutil.rmtree(old.rename(root / f".{old.name}.gone"), ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"save_checkpoint: cannot write to {str(root)!r} ({error.strerror or error})") from None
     return final
 
 
@@ -118,7 +129,8 @@ def restore_checkpoint(
 ) -> Checkpoint | None:
     """Reads the latest checkpoint that is whole.
 
-    A damaged one is reported, renamed to `step-... .damaged`, and the one before it is taken.
+    A damaged one is reported and the one before it taken. Once a whole one is found, the damaged ones are renamed to
+    `step-....damaged`; while there is none, all stay as they are.
 
     Args:
       directory: the folder of checkpoints.
@@ -127,12 +139,15 @@ def restore_checkpoint(
       on_skip: called with one line about each damaged checkpoint; default: a warning.
 
     Returns:
-      `Checkpoint`, or `None` where there is no checkpoint at all.
+      `Checkpoint`, or `None` where there is no checkpoint at all, not even a damaged one.
 
     Raises:
       ValueError: checkpoints are there, but none is whole; other settings, or a state of another structure, by name.
+      OSError: a file is there, but cannot be read now; that is no damage.
     """
-    found = list_checkpoints(directory)
+    root, damaged = Path(directory), []
+    _put_back(root)
+    found = list_checkpoints(root)
     for path in reversed(found):
         try:
             meta = _read_meta(path / META_FILE)
@@ -140,13 +155,53 @@ def restore_checkpoint(
                 check_settings(meta["settings"], settings, where=str(path))
             leaves = dict(_read_state(path / STATE_FILE, meta))
         except _DamagedError as damage:
-            message = f"checkpoint {path} is damaged ({damage}); taking the one before it"
+            message = f"checkpoint {path} is damaged ({damage})" + ("; taking the one before it" if path != found[0] else "")
             warnings.warn(message, stacklevel=2) if on_skip is None else on_skip(message)
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            damaged.append(path)
             continue
-        return Checkpoint(_tree_like(path, like, leaves), meta["settings"], path)
-    check(not found, f"restore_checkpoint: none of the {len(found)} checkpoints in {os.fspath(directory)!r} is whole")
+        except OSError as error:
+            file = error.filename or str(path)
+            raise OSError(f"restore_checkpoint: cannot read {file!r} ({error.strerror or error})") from None
+        state = _tree_like(path, like, leaves)
+        for other in damaged:
+            _set_aside(other)
+        return Checkpoint(state, meta["settings"], path)
+    count = len(damaged) + len(list(root.glob("step-*.damaged*")))
+    check(
+        not count,
+        f"restore_checkpoint: none of the {count} checkpoints in {os.fspath(directory)!r} is whole, "
+        "want this folder emptied or another folder",
+    )
     return None
+
+
+def _put_back(root: Path) -> None:
+    """Ends what a kill has left undone while a step was saved again: the old one had made way, the new one had not come."""
+    for old in root.glob(".step-*.old"):
+        final = root / old.name[1 : -len(".old")]
+        if not final.exists():
+            old.rename(final)
+
+
+def _exchange(part: Path, final: Path) -> None:
+    """Gives a checkpoint its name; an older one of that name stays until then, if under a hidden one (see `_put_back`)."""
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        final.rename(old)
+    try:
+        part.rename(final)
+    except OSError:
+        _put_back(final.parent)
+        raise
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a damaged checkpoint to a free name; it may stay where that cannot be."""
+    names = (path.with_name(f"{path.name}.damaged" + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
+    with contextlib.suppress(OSError):
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def check_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> None:
@@ -173,8 +228,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_state(path: Path, state: Tree) -> tuple[int, str]:
-    """Streams the leaves into a safetensors file, one in memory at a time; returns its size and digest."""
+def _encode_header(state: Tree) -> tuple[bytes, int]:
+    """Returns the head of the safetensors file of a state, and the size of the whole file."""
     header, offset = {}, 0
     for name, leaf in tree.items(state):
         check(leaf.dtype in _NAMES, f"save_checkpoint: `{name}` is {leaf.dtype.name}, want one of {sorted(_NAMES.values())}")
@@ -183,6 +238,11 @@ def _write_state(path: Path, state: Tree) -> tuple[int, str]:
         offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head, 8 + len(head) + offset
+
+
+def _write_state(path: Path, head: bytes, state: Tree) -> str:
+    """Streams the leaves into a safetensors file, one in memory at a time; returns its digest."""
     digest = hashlib.blake2b(digest_size=32)
     with open(path, "wb") as file:
 
@@ -190,11 +250,11 @@ def _write_state(path: Path, state: Tree) -> tuple[int, str]:
             file.write(data)
             digest.update(data)
 
-        put(len(head).to_bytes(8, "little") + head)
+        put(head)
         for leaf in tree.flatten(state):
             put(np.ascontiguousarray(leaf.numpy()).reshape(-1).view(np.uint8))
         _sync(file)
-    return 8 + len(head) + offset, digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _read_state(path: Path, meta: Mapping[str, Any]) -> Iterator[tuple[str, tf.Tensor]]:
@@ -219,8 +279,8 @@ def _read_state(path: Path, meta: Mapping[str, Any]) -> Iterator[tuple[str, tf.T
                 begin, end = entry["data_offsets"]
                 dtype = _DTYPES[entry["dtype"]].as_numpy_dtype
                 yield name, tf.constant(np.frombuffer(take(end - begin), dtype).reshape(entry["shape"]))
-    except OSError as error:
-        raise _DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
+    except FileNotFoundError:
+        raise _DamagedError(f"{path.name} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):  # a broken header: the digest is wrong, too
         raise _DamagedError(f"{path.name} has a broken header") from None
     if digest.hexdigest() != meta["state"]:
@@ -232,8 +292,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
         digest = meta.pop("digest")
         known = meta["format"] == FORMAT
-    except OSError as error:
-        raise _DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
+    except FileNotFoundError:
+        raise _DamagedError(f"{path.name} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _DamagedError(f"{path.name} is not what was written") from None
     if digest != _meta_digest(meta):

@@ -11,10 +11,11 @@ A run that goes on from step n cuts the rows after n, so that no step stands the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,20 +34,26 @@ class RunLog:
     Args:
       directory: the run's folder; made if it is not there.
       step: the step that the run goes on from; rows after it are cut. 0 starts the log anew.
+
+    Raises:
+      ValueError: the log has something that is not a row.
+      OSError: it cannot be written; also of `write`, `sync` and `close`.
     """
 
     def __init__(self, directory: str | os.PathLike, *, step: int = 0):
         root = Path(directory)
-        root.mkdir(parents=True, exist_ok=True)
-        rows = cut_rows(root / LOG_FILE, step)
-        self._file = open(root / LOG_FILE, "a", encoding="utf-8")
-        events = root / EVENTS_FOLDER
-        for old in events.glob("events.out.tfevents.*"):  # whole once more from the rows that stay
-            old.unlink()
-        with tf.device("CPU:0"):
-            self._events = tf.summary.create_file_writer(str(events))
-        for row in rows:
-            self._write_event(row)
+        self._path, self._folder = root / LOG_FILE, root / EVENTS_FOLDER
+        with _writing(self._path):
+            root.mkdir(parents=True, exist_ok=True)
+            rows = cut_rows(self._path, step)
+            self._file = open(self._path, "a", encoding="utf-8")
+        with _writing(self._folder):
+            for old in self._folder.glob("events.out.tfevents.*"):  # whole once more from the rows that stay
+                old.unlink()
+            with tf.device("CPU:0"):
+                self._events = tf.summary.create_file_writer(str(self._folder))
+            for row in rows:
+                self._write_event(row)
 
     def __enter__(self) -> RunLog:
         return self
@@ -56,20 +63,28 @@ class RunLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one row; whoever reads the file sees it whole."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._write_event(row)
+        with _writing(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        with _writing(self._folder):
+            self._write_event(row)
 
     def sync(self) -> None:
         """Makes sure that what was written outlives a crash of the machine; to be called before a checkpoint is saved."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._events.flush()
+        with _writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with _writing(self._folder):
+            self._events.flush()
 
     def close(self) -> None:
         """Closes both."""
-        self._file.close()
-        self._events.close()
+        try:
+            with _writing(self._path):
+                self._file.close()
+        finally:
+            with _writing(self._folder):
+                self._events.close()
 
     def _write_event(self, row: Mapping[str, Any]) -> None:
         scalars = row_scalars(row)
@@ -78,6 +93,16 @@ class RunLog:
             with self._events.as_default():
                 summary = tf.compat.v1.Summary(value=values).SerializeToString()
                 tf.summary.experimental.write_raw_pb(summary, step=row["step"])
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Makes one line of what the system, or TensorFlow's writer of events, says when `path` cannot be written."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.message
+        raise OSError(f"RunLog: cannot write to {str(path)!r} ({' '.join((reason or str(error)).split())})") from None
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -171,4 +196,4 @@ def check_finite(row: Mapping[str, Any]) -> None:
     """Raises `FloatingPointError` when the loss or the gradient of a step is not a number to go on with."""
     for name in ("loss", "grad_norm"):
         if not math.isfinite(row[name]):
-            raise FloatingPointError(f"step {row['step']}: `{name}` is {row[name]}; the last checkpoint is from before it")
+            raise FloatingPointError(f"step {row['step']}: `{name}` is {row[name]}, want a finite number")

@@ -150,6 +150,27 @@ def test_save_and_load(tokenizer, tmp_path, zipped):
     assert load_tokenizer(tmp_path / "a" / "b").to_str() == tokenizer.to_str()
 
 
+def test_a_kill_while_saving_leaves_no_half_folder(tokenizer, tmp_path, monkeypatch):
+    write, calls = Path.write_text, []
+
+    class Killed(BaseException):
+        pass
+
+    def write_text(path, *arguments, **options):
+        calls.append(path)
+        if len(calls) == 2:
+            raise Killed
+        return write(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)
+        with pytest.raises(Killed):
+            save_tokenizer(tokenizer, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    save_tokenizer(tokenizer, tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new").to_str() == tokenizer.to_str() and os.listdir(tmp_path) == ["new"]
+
+
 def test_add_bos_follows_the_config_or_the_argument(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     assert load_tokenizer(tmp_path).encode("a").ids[0] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 
 import ml_dtypes
@@ -200,6 +201,7 @@ def test_folders_that_hold_no_checkpoint(saved, tmp_path):
 @pytest.mark.parametrize(
     ("quantization", "wanted"),
     [
+        ("fp8", "`quantization_config` is 'fp8', want an object"),
         ({"quant_method": "awq"}, "`quantization_config.quant_method` is 'awq', want 'fp8'"),
         ({"quant_method": "fp8", "weight_block_size": None}, "`quantization_config.weight_block_size` is None"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"`quantization_config.weight_block_size` is [128]"),
@@ -293,6 +295,17 @@ def test_save_to_a_place_that_cannot_be(tmp_path):
     assert "below: a file is in the way" in text and "\n" not in text
 
 
+def test_save_to_a_mount_point_or_the_current_directory(old, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: pathlib.Path(path) == old)
+        patch.setattr("dsv3.io.writer.encode_header", lambda *_: pytest.fail("written"))
+        assert "out: it is a mount point, want a folder below it" in refused(old, *random_model(CFG))
+    monkeypatch.chdir(old)
+    for name in (".", old):
+        assert "it is the current directory, want another" in refused(name, *random_model(CFG))
+    assert os.path.samefile(".", old)
+
+
 def test_save_without_space(old, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     assert "bytes, 1,000 are free" in refused(old, *random_model(CFG))
@@ -306,6 +319,20 @@ def test_failure_in_the_middle_leaves_the_old_directory(old, monkeypatch, broken
     monkeypatch.setattr(f"dsv3.io.{broken}", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         save_pretrained(old, *random_model(CFG, 1), max_shard_bytes=9000)
+
+
+def test_failed_exchange_without_renameat2_is_taken_back(old, monkeypatch):
+    real = os.rename
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+
+    def rename(source, target):
+        if ".saving-" in str(source):
+            raise OSError("the disk is gone")
+        real(source, target)
+
+    monkeypatch.setattr("os.rename", rename)
+    with pytest.raises(OSError, match="the disk is gone"):
+        save_pretrained(old, *random_model(CFG, 1))
 
 
 def test_exchange_without_renameat2(saved, tmp_path, monkeypatch):

@@ -257,6 +257,19 @@ def test_extra_files_are_put_beside_and_kept_by_name(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tokenizer.json"]
 
 
+def test_a_bare_name_is_the_old_directorys_file(tmp_path, monkeypatch):
+    model, out = random_model(CFG), tmp_path / "out"
+    (tmp_path / "notes.txt").write_text("of the current directory")
+    monkeypatch.chdir(tmp_path)
+    save(out, model, extra_files=["notes.txt"])
+    assert (out / "notes.txt").read_text() == "of the current directory", "where there is no old one"
+    (out / "notes.txt").write_text("old")
+    save(out, model, extra_files=["notes.txt"])
+    assert (out / "notes.txt").read_text() == "old"
+    save(out, model, extra_files=["./notes.txt"])
+    assert (out / "notes.txt").read_text() == "of the current directory"
+
+
 def test_saves_into_new_folders_empty_folders_and_links(tmp_path):
     model = random_model(CFG)
     (tmp_path / "empty").mkdir()

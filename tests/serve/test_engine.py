@@ -46,12 +46,12 @@ def test_a_row_does_not_depend_on_its_batch(depth):
 
 def test_a_second_call_traces_nothing():
     run = Engine(*model(), policy=POLICY, chunk_sizes=(8,), smallest_cache=32, max_batch=2)
-    first = run.generate(greedy(prompts(3, 9), 20))
+    first = run.generate(greedy(prompts(9, 12), 18))
     traces = run.traces()
-    assert traces == 2  # a prefill and a decode
-    run.generate(greedy(prompts(9, 12), 18))
+    assert traces == 3  # the first chunk of a prompt, a later one, a decode
+    run.generate(greedy(prompts(3, 9), 20))
     run.generate(greedy(prompts(2, 2), 30))  # other lengths, same buckets
-    assert run.generate(greedy(prompts(3, 9), 20)) == first
+    assert run.generate(greedy(prompts(9, 12), 18)) == first
     assert run.traces() == traces
 
 
@@ -192,6 +192,7 @@ def test_bad_engines_and_arguments_are_refused():
         ({"speculative": -1}, "`speculative` is -1, want at least 0"),
         ({"max_batch": 0}, "`max_batch` is 0, want > 0"),
         ({"max_length": 0}, "`max_length` is 0, want > 0"),
+        ({"max_length": 97}, "`max_length` is 97, want at most the model's, which is 96"),
         ({"chunk_sizes": ()}, "`chunk_sizes` is "),
     ]:
         with pytest.raises(ValueError, match=f"Engine: {message}"):

@@ -148,6 +148,9 @@ def test_text_needs_a_fitting_tokenizer():
         Engine(*model(12), tokenizer=tokenizer())
     with pytest.raises(ValueError, match="Engine: request 0: `prompt` is empty"):
         engine().generate([request("")])
+    for bad, name in ((request("a\udcff"), "prompt"), (request("a", stop=["b", "a\udcff"]), "stop")):
+        with pytest.raises(ValueError, match=f"Engine: request 0: `{name}` has a lone surrogate at 1, want Unicode text"):
+            engine().generate([bad])
     done = Engine(*model(VOCAB), policy=POLICY, chunk_sizes=(8,), smallest_cache=64, max_batch=2).generate(
         [request(prompts(3)[0], max_new_tokens=2)]
     )

@@ -1,7 +1,9 @@
 """Training checkpoints: what is read is what was written, and what is broken is seen."""
 
+import io
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -119,11 +121,111 @@ def test_a_damaged_one_is_seen_and_the_one_before_it_taken(tmp_path, what):
     assert len(said) == 1
 
 
-def test_damage_is_a_warning_by_default_and_an_error_if_nothing_is_left(tmp_path):
+def test_damage_is_a_warning_by_default_and_an_error_each_time_if_nothing_is_left(tmp_path):
     path = save_checkpoint(tmp_path, example(), {}, step=1)
     DAMAGE["cut short"](path)
-    with pytest.warns(UserWarning, match="step-00000001 is damaged"), pytest.raises(ValueError, match="none of the 1"):
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="step-00000001 is damaged"):
+            with pytest.raises(ValueError, match="none of the 1 checkpoints in .* is whole, want .*another folder"):
+                restore_checkpoint(tmp_path, example())
+    assert os.listdir(tmp_path) == ["step-00000001"], "what could still be mended keeps its name"
+    path.rename(tmp_path / "step-00000001.damaged")
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
         restore_checkpoint(tmp_path, example())
+
+
+def test_a_damaged_one_gets_a_free_name_or_keeps_its_own(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, example(step), {}, step=step)
+    for name in ("step-00000002.damaged", "step-00000002.damaged-2"):
+        shutil.copytree(tmp_path / "step-00000002", tmp_path / name)
+    os.remove(tmp_path / "step-00000002" / "state.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", raise_error(PermissionError(13, "Permission denied")))
+        assert restore_checkpoint(tmp_path, example(), on_skip=str).path.name == "step-00000001"
+    assert restore_checkpoint(tmp_path, example(), on_skip=str).path.name == "step-00000001"
+    assert sorted(os.listdir(tmp_path))[1:] == [f"step-00000002.damaged{n}" for n in ("", "-2", "-3")]
+
+
+def raise_error(error):
+    def call(*arguments, **options):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "checkpoint.json"])
+def test_a_file_that_cannot_be_read_now_is_not_damage(tmp_path, monkeypatch, file):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, example(step), {}, step=step)
+    real = io.open
+
+    def open_(path, *arguments, **options):
+        if str(path).endswith(f"step-00000002/{file}"):
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", open_)
+        patch.setattr("io.open", open_)
+        with pytest.raises(OSError, match=f"restore_checkpoint: cannot read '.*step-00000002/{file}' .Input/output error"):
+            restore_checkpoint(tmp_path, example(), on_skip=pytest.fail)
+    assert restore_checkpoint(tmp_path, example()).path.name == "step-00000002"
+
+
+@pytest.mark.parametrize("action", ["restore", "save"])
+def test_a_kill_while_a_step_is_saved_again_costs_nothing(tmp_path, monkeypatch, action):
+    save_checkpoint(tmp_path, example(1), {}, step=5)
+    real = pathlib.Path.rename
+
+    class Killed(BaseException):
+        pass
+
+    def rename(path, target):
+        if path.name.endswith(".part"):
+            raise Killed
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", rename)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, example(2), {}, step=5)
+    assert list_checkpoints(tmp_path) == []
+    if action == "save":
+        save_checkpoint(tmp_path, example(3), {}, step=4)
+    assert_equal(restore_checkpoint(tmp_path, example()).state, example(1))
+
+
+def test_what_was_just_written_stays(tmp_path):
+    save_checkpoint(tmp_path, example(1), {}, step=9)
+    path = save_checkpoint(tmp_path, example(2), {}, step=3, keep=1)
+    assert path.name == "step-00000003" and path.exists()
+
+
+def test_settings_are_what_json_makes_of_them(tmp_path):
+    settings = {"by_step": {2: 0.1, 10: 0.2}, "betas": (0.9, 0.95)}
+    save_checkpoint(tmp_path, example(), settings, step=1)
+    found = restore_checkpoint(tmp_path, example(), settings=settings, on_skip=pytest.fail)
+    assert found.settings == {"by_step": {"2": 0.1, "10": 0.2}, "betas": [0.9, 0.95]}
+    with pytest.raises(ValueError, match="save_checkpoint: `settings` cannot be written as JSON"):
+        save_checkpoint(tmp_path, example(), {"names": {"a"}}, step=2)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, example(1), {}, step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", raise_error(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match=f"save_checkpoint: cannot write to '{tmp_path}' .No space left on dev") as error:
+            save_checkpoint(tmp_path, example(2), {}, step=2)
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["step-00000001"]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+        with pytest.raises(ValueError, match=f"save_checkpoint: {tmp_path} wants [0-9]+ bytes, 10 are free"):
+            save_checkpoint(tmp_path, example(2), {}, step=2)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="save_checkpoint: cannot write to '.*file'"):
+        save_checkpoint(tmp_path / "file", example(), {}, step=1)
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.rename", "json.dump"])

@@ -92,7 +92,7 @@ def test_goes_on_from_the_states_step_and_stops_when_asked():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_loss_that_is_no_number_ends_the_run_unsaved(bad):
     saved = []
-    with pytest.raises(FloatingPointError, match=f"step 3: `loss` is {bad}"):
+    with pytest.raises(FloatingPointError, match=f"step 3: `loss` is {bad}, want a finite number$"):
         train_loop(
             toy_step, toy_state(), lambda done: (tf.constant(bad if done == 2 else 1.0), None), steps=5,
             save=lambda state, step: saved.append(step), save_every=1,
@@ -177,6 +177,18 @@ def test_reading_a_log(tmp_path):
         path.write_text(f"{row}\n{broken}\n{row}\n")
         with pytest.raises(ValueError, match="read_rows: .*log.jsonl' line 2 is not a row"):
             read_rows(path)
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tensorboard").write_text("a file")
+    with pytest.raises(OSError, match="RunLog: cannot write to '.*a/tensorboard'"):
+        RunLog(tmp_path / "a")
+    with RunLog(tmp_path / "b") as log:
+        log.write({"kind": "train", "step": 1})
+        monkeypatch.setattr("os.fsync", lambda _: os.write(10**6, b""))
+        with pytest.raises(OSError, match="RunLog: cannot write to '.*b/log.jsonl' .Bad file descriptor"):
+            log.sync()
 
 
 def test_row_scalars_leave_out_tables_and_names():

@@ -21,6 +21,7 @@ import dsv3
 from dsv3.data import load_tokenizer, save_tokenizer, train_tokenizer
 from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
+from dsv3.train.loop import LoopResult
 from dsv3.train.records import read_rows
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
@@ -181,6 +182,7 @@ BAD = {
     "an unwritable folder": (["--out={tmp}/short.txt/run"], "cannot write to --out"),
     "a folder of something else": (["--out={tmp}/folder_of_others"], "holds 'letters.txt' but no run"),
     "a broken run": (["--out={tmp}/broken_run"], "run.json' cannot be read as JSON; --fresh starts anew"),
+    "a run that is a list": (["--out={tmp}/list_run"], "run.json' holds a list, want an object; --fresh starts anew"),
     "beyond the model": (["--seq_len=129"], "--seq_len is 129, the model's maximum is 128"),
     "negative": (["--steps=-3"], "flag --steps=-3: .*must be >= 1|flag --steps=-3"),
     "zero": (["--batch_size=0"], "flag --batch_size=0"),
@@ -213,8 +215,9 @@ def bad_files(tmp_path_factory):
     (folder / "folder").mkdir()
     (folder / "folder_of_others").mkdir()
     (folder / "folder_of_others" / "letters.txt").write_text("dear")
-    (folder / "broken_run").mkdir()
-    (folder / "broken_run" / "run.json").write_text("{")
+    for name, text in (("broken_run", "{"), ("list_run", "[1]")):
+        (folder / name).mkdir()
+        (folder / name / "run.json").write_text(text)
     return {"tmp": folder, "large": other_tokenizer(folder)}
 
 
@@ -229,16 +232,120 @@ def test_bad_input_is_one_line(pretrain, corpus, bad_files, tmp_path, what):
     assert not (tmp_path / "run" / "run.json").exists(), "the same folder takes the corrected command"
 
 
+def prepared(pretrain, *arguments):
+    """What `prepare` returns, in this process."""
+    with flagsaver.flagsaver():
+        return pretrain.prepare(pretrain.parse_flags(["pretrain.py", *map(str, arguments)]))
+
+
 def test_fresh_deletes_a_run_and_nothing_else(pretrain, corpus, tmp_path):
-    """Of a folder that is no run nothing is deleted; of a run only what the program has written."""
-    (tmp_path / "plots").mkdir()
-    code, lines = refused(pretrain, [f"--corpus={corpus}", f"--out={tmp_path}", "--fresh", *SMALL])
-    assert code == 2 and "holds 'plots' but no run" in lines[0] and (tmp_path / "plots").exists()
+    """Of a folder that is no run nothing is deleted; of a run what the program wrote, once all is known to be good."""
+    out, short = tmp_path / "run", tmp_path / "short.txt"
+    short.write_text("".join(random.Random(1).choices("abcdefghij ", k=130)))
+    same = [f"--corpus={corpus}", f"--out={out}", "--fresh", *SMALL]
+    (out / "plots").mkdir(parents=True)
+    code, lines = refused(pretrain, same)
+    assert code == 2 and "holds 'plots' but no run" in lines[0] and (out / "plots").exists()
+    (out / "run.json").write_text('{"seed": 9}')
+    (out / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (out / "tokenizer").mkdir()  # of which the tokenizer is missing
+    (out / "mine.txt").write_text("keep")
+    before = sorted(out.rglob("*"))
+    code, lines = refused(pretrain, same)
+    assert code == 2 and "holds 'mine.txt', which is no part of a run" in lines[0] and sorted(out.rglob("*")) == before
+    (out / "mine.txt").unlink()
+    before = sorted(out.rglob("*"))
+    for bad in ([f"--corpus={tmp_path}/typo.txt"], [f"--corpus={short}", "--seq_len=128"]):
+        code, lines = refused(pretrain, [*same, *bad])
+        assert code == 2 and sorted(out.rglob("*")) == before, "nothing is deleted for a command that is refused"
+    prepared(pretrain, *same)
+    assert sorted(os.listdir(out)) == [".lock", "run.json", "tokenizer"]
+    assert load_tokenizer(out / "tokenizer") and json.loads((out / "run.json").read_text())["seed"] == 0
+
+
+def test_a_file_is_held_out_whole_or_not_at_all(pretrain, tmp_path):
+    """Of 100 documents or more no piece of one is trained on and another held out; fewer are cut into pieces first."""
+    for i in range(100):
+        (tmp_path / f"{i}.txt").write_text("".join(f"{n} is a line of file {i}\n" for n in range(3000)))
+
+    def sides(corpus):
+        with flagsaver.flagsaver():
+            pretrain.parse_flags(["pretrain.py", f"--corpus={corpus}", "--heldout=0.2"])
+            return sys.modules["pretrain_setup"].read_documents()[:2]
+
+    names = [{document.name for document in side} for side in sides(tmp_path)]
+    assert all("#" in name for side in names for name in side), "long ones are pieces by now"
+    files = [{name.partition("#")[0] for name in side} for side in names]
+    assert len(files[0] | files[1]) == 100 and len(files[1]) > 5 and not files[0] & files[1]
+    train, heldout = sides(tmp_path / "7.txt")
+    assert {document.name.partition("#")[0] for document in (*train, *heldout)} == {"7.txt"} and heldout
+
+
+def ended(pretrain, monkeypatch, arguments, **parts):
+    """Exit code and lines on standard error of a call in which functions of the program are exchanged."""
+    stream = io.StringIO()
+    with monkeypatch.context() as patch, contextlib.redirect_stderr(stream):
+        for name, part in parts.items():
+            patch.setattr(pretrain, name, part)
+        return call(pretrain, *arguments), stream.getvalue().splitlines()
+
+
+def raises(error):
+    def part(*arguments):
+        raise error
+
+    return part
+
+
+def test_what_fails_after_the_start_is_one_line_and_says_how_to_go_on(pretrain, corpus, tmp_path, monkeypatch):
+    same = [f"--corpus={corpus}", f"--out={tmp_path}", *SMALL]
+    full, bad = OSError(28, "No space left on device", "log.jsonl"), ValueError("read_rows: 'log.jsonl' line 2\nis no row")
+    done = LoopResult(None, 600, None)
+    for parts, message in [
+        ({"train": raises(full)}, "No space left on device"),
+        ({"train": raises(bad)}, "line 2 is no row"),
+        ({"train": lambda *a: done, "report": raises(bad)}, "line 2 is no row"),
+    ]:
+        code, lines = ended(pretrain, monkeypatch, same, **parts)
+        assert code == 1 and len(lines) == 1 and lines[0].startswith("pretrain: ") and message in lines[0], lines
+        assert "run the same command again: " in lines[0]
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_each_time(pretrain, corpus, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
     (tmp_path / "run.json").write_text("{}")
-    (tmp_path / "mine.txt").write_text("keep")
-    code, lines = refused(pretrain, [f"--corpus={corpus}", f"--out={tmp_path}", "--fresh", *SMALL])
-    assert code == 2 and "holds 'mine.txt' but no run" in lines[0]
-    assert sorted(os.listdir(tmp_path)) == [".lock", "mine.txt"]
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    same = [f"--corpus={corpus}", f"--out={tmp_path}", *SMALL]
+    monkeypatch.setattr("pretrain_setup.agree", lambda *arguments: None)
+    for _ in range(2):
+        code, lines = ended(pretrain, monkeypatch, same)
+        assert code == 1 and len(lines) == 1 and "none of the 1 checkpoints" in lines[0], lines
+        assert "--fresh starts anew, another --out" in lines[0]
+    assert read_rows(tmp_path / "log.jsonl"), "the log is as it was"
+
+
+def test_a_loss_that_is_no_number_tells_of_the_checkpoint_that_there_is(pretrain, corpus, tmp_path, monkeypatch):
+    same = [f"--corpus={corpus}", f"--out={tmp_path}", *SMALL]
+    diverged = raises(FloatingPointError("step 7: `loss` is nan"))
+    code, lines = ended(pretrain, monkeypatch, same, train=diverged)
+    assert code == 1 and "`loss` is nan; no checkpoint was saved before it; a lower --lr may help" in lines[0]
+    assert "with --fresh or another --out" in lines[0]
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    code, lines = ended(pretrain, monkeypatch, same, train=diverged)
+    assert code == 1 and "`loss` is nan; the last checkpoint is of step 5; a lower --lr may help" in lines[0]
+
+
+def test_the_same_command_names_the_python_that_runs(pretrain, monkeypatch, tmp_path):
+    (tmp_path / "env").mkdir()
+    os.symlink(sys.executable, tmp_path / "env" / "python")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "python"))
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--fresh", "--seed=1"])
+    monkeypatch.chdir(tmp_path)
+    assert pretrain.same_command() == "run the same command again: env/python pretrain.py --seed=1"
+    for folder in ("env", "other"):  # a bare name would be looked for elsewhere
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        assert pretrain.same_command() == f"run the same command again: {sys.executable} pretrain.py --seed=1"
 
 
 def test_a_folder_in_use_is_refused(pretrain, corpus, tmp_path):

@@ -1,0 +1,75 @@
+"""`examples/generate.py`: what can be seen to be wrong is refused in one line, before the model is loaded."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dsv3.data import save_tokenizer
+from dsv3.pretrained import save_pretrained
+from tests.io.checkpoints import edit_config
+from tests.serve.model import model
+from tests.serve.test_text import VOCAB, tokenizer
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+
+# Flags are the process's own, and another example's have the same names: so it is a process of its own, one for all cases.
+DRIVER = """
+import contextlib, io, json, sys
+import generate
+from absl.testing import flagsaver
+
+def load(*arguments, **options):
+    raise AssertionError("loaded")
+
+generate.load_pretrained = load
+for arguments in json.loads(sys.argv[1]):
+    stream = io.StringIO()
+    with contextlib.redirect_stderr(stream), flagsaver.flagsaver():
+        try:
+            code = generate.main(generate.parse_flags(["generate.py", *arguments]))
+        except BaseException as error:
+            code = repr(error)
+    print(json.dumps([code, stream.getvalue().splitlines()]))
+"""
+
+PROMPT = "--prompt=the cat"
+CASES = {
+    "negative drafts": (["{whole}", PROMPT, "--speculative=-1"], "`speculative` is -1, want at least 0"),
+    "no MTP": (["{plain}", PROMPT, "--speculative=1"], "`speculative` is 1, but the model has no MTP module"),
+    "too long": (["{whole}", PROMPT, "--max_length=97"], "`max_length` is 97, want at most the model's, which is 96"),
+    "a surrogate": (["{whole}", "--prompt=a\udcff"], "`prompt` has a lone surrogate at 1"),
+    "a file": (["{whole}", "--prompt_file={bytes}"], "bytes.txt' is not UTF-8 (byte 2)"),
+    "standard input": (["{whole}"], "standard input is not UTF-8 (byte 1)"),
+    "a good one": (["{whole}", PROMPT, "--speculative=1", "--max_length=96"], "loaded"),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    places = {name: str(folder / name) for name in ("whole", "plain")} | {"bytes": str(folder / "bytes.txt")}
+    for name in ("whole", "plain"):
+        save_pretrained(places[name], *model(VOCAB))
+        save_tokenizer(tokenizer(), places[name])
+    edit_config(folder / "plain", num_nextn_predict_layers=0)
+    (folder / "bytes.txt").write_bytes(b"ab\xff")
+    cases = [[argument.format(**places) for argument in arguments] for arguments, _ in CASES.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(cases)], input=b"a\xff\n", capture_output=True, timeout=240, cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}", "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_bad_input_is_one_line_before_loading(results, what):
+    (code, lines), message = results[what], CASES[what][1]
+    if what == "a good one":
+        assert code == "AssertionError('loaded')"
+    else:
+        assert code == 2 and len(lines) == 1 and lines[0].startswith("generate: ") and message in lines[0], (code, lines)
