@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -17,12 +18,12 @@ import tensorflow as tf
 import dsv3
 from benchmarks.protocol import Prepared, serve
 from dsv3 import tree
-from dsv3.compiled import RowWrite, compile_step
+from dsv3.compiled import RowWrite, compile_step, place
 from dsv3.nn.cache import Cache, cache_init
-from dsv3.nn.linear import linear_apply
-from dsv3.nn.model import ModelParams, head_weight
+from dsv3.nn.model import ModelParams
 from dsv3.ops.attention import attention, causal_mask
 from dsv3.ops.experts import experts_apply
+from dsv3.serve.steps import Sampling, decode_step, prefill_step, state_init
 from dsv3.train.optim import adamw
 from dsv3.train.step import make_train_step, train_state
 
@@ -109,7 +110,7 @@ def build_train(batch: int, length: int, dtype: str) -> Prepared:
     policy = dsv3.default_policy().replace(dtype=dtype)
     optimizer = adamw(LEARNING_RATE, clip_norm=None)
     step = make_train_step(_config, optimizer, policy=policy)
-    state = train_state(_params("float32"), dsv3.router_init(_config), optimizer)
+    state = place(train_state(_params("float32"), dsv3.router_init(_config), optimizer))
 
     def run(tokens):
         nonlocal state
@@ -120,15 +121,27 @@ def build_train(batch: int, length: int, dtype: str) -> Prepared:
 
 
 def build_prefill(batch: int, length: int, dtype: str) -> Prepared:
-    """The last position's logits and the cache entries of a batch of prompts."""
+    """The first new token of a batch of prompts, and their cache, by the engine's steps.
+
+    They read a prompt without its last token, of which the last layer's output is not wanted and so not computed; a decode
+    step then reads the last token.
+    """
     params, router, policy = _params(dtype), dsv3.router_init(_config), dsv3.default_policy()
+    prefill = compile_step(functools.partial(prefill_step, cfg=_config, policy=policy, first=True))
+    decode = compile_step(functools.partial(decode_step, cfg=_config, policy=policy.replace(fuse=False), greedy=True))
+    caches, start = state_init(_config, batch, length, dtype=tf.as_dtype(dtype))
+    caches, counts, active = place(caches), tf.fill([batch], length - 1), tf.fill([batch], True)
+    zeros = tf.zeros([batch])
+    sampling = Sampling(tf.zeros([batch, 2], tf.int32), zeros, tf.zeros([batch], tf.int32), zeros + 1)
 
-    @tf.function(autograph=False)
-    def prefill(tokens):
-        out = dsv3.model_apply(params, router, tokens, cfg=_config, policy=policy)
-        return linear_apply(out.hidden[:, -1:], head_weight(params)), out.entries
+    def run(tokens):
+        nonlocal caches
+        caches, rows = prefill(caches, params, router, start, tokens, counts)
+        rows = rows._replace(token=tokens[:, -1])
+        caches, (_, drawn) = decode(caches, params, router, rows, sampling, active)
+        return drawn.tokens.numpy()
 
-    return Prepared(lambda seed: _tokens(seed, batch, length), lambda tokens: prefill(tokens)[0].numpy())
+    return Prepared(lambda seed: _tokens(seed, batch, length), run)
 
 
 def build_decode(batch: int, context: int, dtype: str) -> Prepared:
@@ -198,7 +211,8 @@ def build_attention(batch: int, heads: int, length: int, qk: int, v: int, dtype:
             tape.watch([q, k, values])
             out = attention(
                 q, k, values, causal_mask(length), scale=qk**-0.5, causal=True,
-                block=policy.attention_block, max_unroll=policy.attention_unroll, fuse=policy.fuse,
+                block=policy.attention_block, max_unroll=policy.attention_unroll, keep=policy.attention_keep,
+                fuse=policy.fuse,
             )  # fmt: skip
         return out, tape.gradient(out, [q, k, values], output_gradients=d_out)
 

@@ -3,12 +3,16 @@
 Everything in dsv3 is a pure function `(state, inputs) -> (new state, outputs)`. Compiled as it stands, such a function holds
 the old and the new state at once. `compile_step` keeps the state in variables that the step updates in place, and hands
 them out as the tree that the function knows: the state that a call is given is donated to it, as in JAX.
+
+Two ways of writing need no second copy of a leaf: `RowWrite` for the part of a cache that is new, `update_leaves` for
+element-wise updates such as an optimiser's.
 """
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -23,19 +27,39 @@ from dsv3.typing import Tree
 class RowWrite:
     """A new value for part of a state leaf: `leaf[:, b, starts[b] : starts[b] + T] = values[:, b]` for every row b.
 
-    A step returns it instead of the whole new leaf, so that a large cache is not copied.
+    A step returns it instead of the whole new leaf, so that a large cache is neither copied nor read through a copy: the
+    rows are written into the buffer that the step has read. A tensor that was made of the variable earlier without
+    computing (`tf.convert_to_tensor(variable)`) changes with it; `snapshot` copies.
 
     Attributes:
       values: `[X, B, T, ...]`.
-      starts: `[B]` int32; `starts[b] + T` must not exceed the leaf's dim 2.
+      starts: `[B]` int32; a step fails if `starts[b] + T` exceeds the leaf's dim 2.
     """
 
     values: tf.Tensor
     starts: tf.Tensor
 
 
+_State = dict[int, tuple[tf.Tensor, tf.Variable]]  # by the identity of a tensor that was read: the tensor, its variable
+
+
+@dataclasses.dataclass
+class _Edge:
+    """The step that is being traced: its leaves as they were read, and those that `update_leaves` has already written."""
+
+    read: _State
+    written: _State
+
+
+_EDGE: contextvars.ContextVar[_Edge | None] = contextvars.ContextVar("dsv3_edge", default=None)
+
+
 def place(state: Tree) -> Tree:
-    """Copies a tree of tensors into variables; variables stay as they are."""
+    """Puts a tree of tensors into variables, which share the tensors' memory until they change; variables stay as they are.
+
+    A state that is placed before its first step, with no other reference to its tensors left, never exists twice:
+    `state = place(state)`.
+    """
 
     def one(path: str, leaf: Any) -> tf.Variable:
         return leaf if isinstance(leaf, tf.Variable) else tf.Variable(leaf, trainable=False, name=path.replace(".", "_"))
@@ -45,7 +69,7 @@ def place(state: Tree) -> Tree:
 
 def snapshot(state: Tree) -> Tree:
     """Copies a tree into tensors that later steps leave alone."""
-    return tree.map_leaves(lambda leaf: tf.identity(tf.convert_to_tensor(leaf)), state)
+    return tree.map_leaves(lambda leaf: tf.raw_ops.DeepCopy(x=tf.convert_to_tensor(leaf)), state)
 
 
 def compile_step(fn: Callable[..., tuple[Tree, Any]], *, jit: bool = False) -> Callable[..., tuple[Tree, Any]]:
@@ -57,35 +81,101 @@ def compile_step(fn: Callable[..., tuple[Tree, Any]], *, jit: bool = False) -> C
       jit: compile the whole step with XLA.
 
     Returns:
-      `step(state, *inputs) -> (state, outputs)`. The given state is donated: its tensors are copied into variables at the
-      first call, and the returned tree holds those variables, which convert to tensors wherever one is wanted. Pass that
-      tree on; take a `snapshot` to keep a value. `step.traces()` counts how often the function was traced.
+      `step(state, *inputs) -> (state, outputs)`. The given state is donated: its tensors are put into variables at the
+      first call (see `place`), and the returned tree holds those variables, which convert to tensors wherever one is
+      wanted. Pass that tree on; take a `snapshot` to keep a value. `step.traces()` counts how often the function was
+      traced.
     """
+    by_rows: set[str] = set()  # paths that the first trace writes through RowWrite
+    assigned: set[str] = set()  # paths that some trace assigns as a whole
 
     @tf.function(jit_compile=jit, autograph=False)
     def run(state, inputs):
         values = tree.map_leaves(tf.convert_to_tensor, state)
-        new, outputs = fn(values, *inputs)
-        check_same_tree("compile_step", "new state", tree.to_dict(new), tree.to_dict(state))
-        _write(tree.to_dict(state), tree.to_dict(values), tree.to_dict(new))
+        variables, old = tree.to_dict(state), tree.to_dict(values)
+        edge = _Edge({id(old[path]): (old[path], variable) for path, variable in variables.items()}, {})
+        token = _EDGE.set(None if jit else edge)
+        try:
+            new, outputs = fn(values, *inputs)
+        finally:
+            _EDGE.reset(token)
+        new = tree.to_dict(new)
+        check_same_tree("compile_step", "new state", new, old)
+        if not run.experimental_get_tracing_count() and not jit:  # the first trace: it is not counted yet
+            by_rows.update(path for path, value in new.items() if isinstance(value, RowWrite))
+        assigned.update(path for path, value in new.items() if not isinstance(value, RowWrite) and value is not old[path])
+        _write(variables, old, new, outputs, edge, by_rows)
         return outputs
 
     def step(state: Tree, *inputs: Any) -> tuple[Tree, Any]:
         state = place(state)
-        return state, run(state, inputs)
+        if not run.experimental_get_tracing_count():
+            run.get_concrete_function(state, inputs)
+        variables = tree.to_dict(state)
+        _own(variables[path] for path in by_rows)
+        outputs = run(state, inputs)
+        for path in assigned:
+            variables[path].shares_memory = True
+        return state, outputs
 
     step.traces = run.experimental_get_tracing_count
     return step
 
 
 @plain
-def _write(variables: dict[str, tf.Variable], old: dict[str, tf.Tensor], new: dict[str, Any]) -> None:
+def update_leaves(fn: Callable[..., Sequence[tf.Tensor]], leaves: Sequence[tf.Tensor], *args: tf.Tensor) -> list[tf.Tensor]:
+    """Returns `fn(*leaves, *args)`, the new values of leaves of a state, which have the leaves' shapes and dtypes.
+
+    In a function that `compile_step` traces (without `jit`), leaves that are the step's state as it came are overwritten by
+    one compiled kernel, so that old and new values never exist side by side. Anywhere else this just calls `fn`. The
+    result is the same, and whoever reads the old tensors still gets the old values.
+
+    Args:
+      fn: a pure element-wise function that XLA can compile.
+      leaves: tensors of the state.
+      args: more tensors for `fn`.
+    """
+    edge = _EDGE.get()
+    if edge is None or any(id(leaf) not in edge.read for leaf in leaves):
+        return list(fn(*leaves, *args))
+    variables = [edge.read[id(leaf)][1] for leaf in leaves]
+
+    @tf.function(jit_compile=True, autograph=False)
+    def kernel(*args):
+        for variable, value in zip(variables, fn(*[v.read_value() for v in variables], *args), strict=True):
+            variable.assign(value, read_value=False)
+
+    kernel(*args)
+    new = [variable.read_value() for variable in variables]
+    edge.written.update((id(tensor), (tensor, variable)) for tensor, variable in zip(new, variables))
+    return new
+
+
+def _own(variables: Iterable[tf.Variable]) -> None:
+    """Gives variables whose memory is going to be written memory of their own.
+
+    A variable shares memory with what it was assigned from; the edge marks those that it has copied since.
+    """
+    for variable in variables:
+        if getattr(variable, "shares_memory", True):
+            variable.assign(tf.raw_ops.DeepCopy(x=variable), read_value=False)
+            variable.shares_memory = False
+
+
+@plain
+def _write(
+    variables: dict[str, tf.Variable], old: dict, new: dict, outputs: Any, edge: _Edge, by_rows: set[str]
+) -> None:
     for path, variable in variables.items():
         value = new[path]
-        if value is old[path]:
+        if value is old[path] or edge.written.get(id(value), (None, None))[1] is variable:
             continue
         if isinstance(value, RowWrite):
-            _write_rows(variable, value)
+            if path in by_rows:
+                done = [leaf for leaf in new.values() if not isinstance(leaf, RowWrite)]
+                _write_rows(path, variable, old[path], value, [*done, *tree.flatten(outputs)])
+            else:
+                _slice_rows(variable, value)
             continue
         check(
             value.dtype == variable.dtype and value.shape.is_compatible_with(variable.shape),
@@ -95,8 +185,25 @@ def _write(variables: dict[str, tf.Variable], old: dict[str, tf.Tensor], new: di
         variable.assign(value, read_value=False)
 
 
-def _write_rows(variable: tf.Variable, write: RowWrite) -> None:
-    """One strided assignment a row; the variable's buffer is written in place once its readers are done."""
+def _write_rows(path: str, variable: tf.Variable, old: tf.Tensor, write: RowWrite, done: list[tf.Tensor]) -> None:
+    """Writes into the memory that was read, once all that is computed of it is `done`."""
+    layers, rows, slots = variable.shape[:3]
+    new = write.values.shape[2]
+    row = tf.expand_dims(tf.range(layers) * rows, 1) + tf.range(rows)
+    places = tf.reshape(tf.expand_dims(row * slots + write.starts, -1) + tf.range(new), [-1])
+    fits = tf.reduce_all(tf.logical_and(write.starts >= 0, write.starts + new <= slots))
+    message = f"compile_step: {new} new slots of `{path}` end beyond its {slots}; the rows start at"
+    with tf.control_dependencies([*done, tf.raw_ops.Assert(condition=fits, data=[message, write.starts])]):
+        flat = tf.raw_ops.InplaceUpdate(
+            x=tf.reshape(old, [layers * rows * slots, -1]),
+            i=places,
+            v=tf.reshape(tf.cast(write.values, variable.dtype), [layers * rows * new, -1]),
+        )
+        variable.assign(tf.reshape(flat, variable.shape), read_value=False)
+
+
+def _slice_rows(variable: tf.Variable, write: RowWrite) -> None:
+    """The same by assignments to slices: for XLA, and for a leaf that the first trace did not write. Later reads copy."""
     values = tf.cast(write.values, variable.dtype)
     layers, rows, new = values.shape[:3]
     rest = values.shape[3:].as_list()

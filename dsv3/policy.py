@@ -24,7 +24,8 @@ class ComputePolicy:
       jit: compile whole steps with XLA. fuse: compile element-wise chains inside a plain graph (pointless with `jit`).
       experts: kernel of the routed experts, `"sorted"` or `"blocks"` (see `ops.experts`).
       max_rows: at most so many (token, choice) rows, as in decoding, use the kernel `"rows"`; 0 never does.
-      attention_block: queries of a block. attention_unroll: with more blocks, loops over tiles take over.
+      attention_block: queries of a block. attention_unroll: with more blocks, loops over tiles take over. attention_keep: up
+        to so many keys the backward gets probabilities from the forward pass instead of computing them again.
       loss_chunk: tokens whose logits exist at one time in the loss.
       remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
       loop: `"unroll"` repeats the graph for each layer, `"scan"` is a loop with recomputation: short to trace, 61 layers
@@ -38,6 +39,7 @@ class ComputePolicy:
     max_rows: int = 32
     attention_block: int = 256
     attention_unroll: int = 16
+    attention_keep: int = 1024
     loss_chunk: int = 1024
     remat: str = "none"
     loop: str = "unroll"

@@ -60,7 +60,6 @@ def draft_inputs() -> dict[str, Any]:
 E4M3_VALUES = np.array([[1.0, -2.0, 448.0]] * 2, np.float32).astype(E4M3.as_numpy_dtype)
 
 OPS = [
-    Entry("dsv3.ops.activation.silu", lambda: {"x": normal(0, 3, 8)}, any_shape=True),
     Entry(
         "dsv3.ops.activation.swiglu", lambda: {"gate_up": normal(0, 3, 8)}, wrong=lambda: {"gate_up": normal(0, 3, 7)},
         unknown=("gate_up",),
@@ -124,6 +123,8 @@ OPS = [
     Entry("dsv3.ops.random.uniform_draw", lambda: {"key": int32(3, 2)}, {"count": 4}, lambda: {"key": int32(2, 3)}),
     Entry("dsv3.ops.reduce.row_max", lambda: {"x": normal(0, 3, 64)}, any_shape=True),
     Entry("dsv3.ops.reduce.row_sum", lambda: {"x": normal(0, 3, 64)}, any_shape=True),
+    Entry("dsv3.ops.softmax.row_softmax", lambda: {"x": normal(0, 3, 7)}, any_shape=True),
+    Entry("dsv3.ops.softmax.kernel_is_float32", static={"dtype": "bfloat16"}, python=True),
     Entry("dsv3.ops.rope.yarn_mscale", static={"factor": 40.0}, python=True),
     Entry("dsv3.ops.rope.yarn_range", static={"dim": 64, "theta": 1e4, "original_length": 4096}, python=True),
     Entry("dsv3.ops.rope.rope_frequencies", static={"dim": 8, "factor": 4.0}, python=True),

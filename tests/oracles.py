@@ -199,8 +199,8 @@ def update_bias(bias: Array, load: Array, rate: float) -> Array:
 
 
 def balance_loss(scores: Array, *, top_k: int, mask: Array | None = None) -> float:
-    """Equations 17 to 20 without α, the mean over sequences; only the tokens under `mask` count."""
-    total, num_experts = 0.0, scores.shape[-1]
+    """Equations 17 to 20 without α, the mean over sequences that have tokens; only those under `mask` count."""
+    total, counted, num_experts = 0.0, 0, scores.shape[-1]
     for b, sequence in enumerate(scores):
         sequence = sequence if mask is None else sequence[mask[b]]
         if len(sequence) == 0:
@@ -208,8 +208,8 @@ def balance_loss(scores: Array, *, top_k: int, mask: Array | None = None) -> flo
         chosen = load(np.array([best(s, top_k) for s in sequence]), num_experts)
         f = chosen * num_experts / (top_k * len(sequence))
         p = np.mean([s / s.sum() for s in sequence], 0)
-        total += float(f @ p)
-    return total / len(scores)
+        total, counted = total + float(f @ p), counted + 1
+    return total / max(counted, 1)
 
 
 def moe(params: Any, bias: Array, x: Array, *, cfg: Any, experts: Array | None = None) -> Array:

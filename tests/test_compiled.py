@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from dsv3 import tree
-from dsv3.compiled import RowWrite, compile_step, place, snapshot
+from dsv3.compiled import RowWrite, compile_step, place, snapshot, update_leaves
 from tests.compare import normal
 
 BOTH = pytest.mark.parametrize("jit", [False, True])
@@ -151,3 +151,71 @@ def test_wrong_new_state_is_named():
     ]:
         with pytest.raises(ValueError, match=message):
             compile_step(lambda s, new=new: (new(s), ()))(state)
+
+
+def address(variable):
+    """Where a variable's values lie; `numpy()` would copy them."""
+    return np.asarray(memoryview(tf.convert_to_tensor(variable))).ctypes.data
+
+
+def test_rows_are_written_where_the_cache_lies():
+    step = compile_step(lambda s, x: ({"a": RowWrite(s["a"][:, :, :1] + x, tf.constant([1, 2]))}, ()))
+    given = tf.zeros([2, 2, 3, 1])
+    state, _ = step({"a": given}, tf.constant(1.0))
+    where = address(state["a"])
+    state, _ = step(state, tf.constant(2.0))
+    assert address(state["a"]) == where
+    assert state["a"].numpy()[:, :, :, 0].tolist() == [[[0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]] * 2
+    assert not given.numpy().any()
+
+
+def test_rows_beyond_the_end_are_refused():
+    step = compile_step(lambda s, at: ({"a": RowWrite(tf.ones([1, 2, 2, 1]), at)}, ()))
+    state, _ = step({"a": tf.zeros([1, 2, 3, 1])}, tf.constant([0, 1]))
+    for wrong in ([0, 2], [-1, 0]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"2 new slots of `a` end beyond its 3"):
+            step(state, tf.constant(wrong))
+    assert state["a"].numpy()[0, :, :, 0].tolist() == [[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]
+
+
+def test_rows_written_by_a_later_trace_only():
+    """What the first trace did not announce is written another way."""
+
+    def fn(s, x):
+        return {"a": s["a"] + x if x.shape[0] == 1 else RowWrite(x[None, None], tf.constant([0]))}, ()
+
+    step = compile_step(fn)
+    given = tf.zeros([1, 1, 3])
+    state, _ = step({"a": given}, tf.ones([1]))
+    kept = tf.convert_to_tensor(state["a"])
+    state, _ = step(state, tf.constant([5.0, 6.0]))
+    assert state["a"].numpy().tolist() == [[[5.0, 6.0, 1.0]]] and kept.numpy().tolist() == [[[1.0, 1.0, 1.0]]]
+
+
+@BOTH
+def test_update_leaves_is_the_function(jit):
+    """Old values that are used elsewhere stay the old ones, wherever the update is traced."""
+
+    def fn(s, x):
+        a, b = update_leaves(lambda a, b, x: (a + x, b * a), (s["a"], s["b"]), x)
+        return {"a": a, "b": b, "old": s["a"] - 1.0}, (a, s["b"])
+
+    start = {"a": tf.constant([1.0, 2.0]), "b": tf.constant([3.0, 4.0]), "old": tf.zeros([2])}
+    step, state = compile_step(fn, jit=jit), start
+    for x in (1.0, 10.0):
+        want, out = fn(snapshot(state), tf.constant(x))
+        state, got = step(state, tf.constant(x))
+        for name in want:
+            assert state[name].numpy().tolist() == want[name].numpy().tolist()
+        assert [t.numpy().tolist() for t in got] == [t.numpy().tolist() for t in out]
+    assert start["a"].numpy().tolist() == [1.0, 2.0]
+
+
+def test_update_leaves_overwrites():
+    """A leaf of which nobody else holds the values is updated where it lies."""
+    step = compile_step(lambda s: ({"a": update_leaves(lambda a: (a + 1.0,), (s["a"],))[0]}, ()))
+    state = place({"a": tf.zeros([1024])})
+    state, _ = step(state)
+    where = address(state["a"])
+    state, _ = step(state)
+    assert address(state["a"]) == where and state["a"].numpy().tolist() == [2.0] * 1024

@@ -162,12 +162,13 @@ def mla_apply(
         steps = tf.range(tf.shape(x)[1])
         table = mla_rope(cfg, steps if cache is None else tf.expand_dims(cache.length, -1) + steps)
     entry = _latents(params, x, table, cfg=cfg, policy=policy)
-    q = _queries(params, x, cfg=cfg, policy=policy)
     if form == "auto":
         form = "absorbed" if cache is not None and _absorbing_is_cheaper(cfg, x.shape[1]) else "expanded"
     if form == "absorbed":
+        q = _queries(params, x, cfg=cfg, policy=policy)
         heads = _absorbed(params, q, entry, table, cache, segments, cfg=cfg)
     else:
+        q = _queries(params, x, cfg=cfg, policy=policy, halves=True)
         heads = _expanded(params, q, entry, table, cache, segments, cfg=cfg, policy=policy, naive=form == "naive")
     o = tf.reshape(params.o, [cfg.num_heads * cfg.v_dim, cfg.hidden_size])
     return MLAOutput(linear_apply(heads, o, params.o_bias), entry)
@@ -181,12 +182,23 @@ def _absorbing_is_cheaper(cfg: MLAConfig, new_tokens: int | None) -> bool:
     return new_tokens is not None and new_tokens * absorbed <= new_tokens * expanded + expansion
 
 
-def _queries(params: MLAParams, x, *, cfg: MLAConfig, policy: ComputePolicy) -> tf.Tensor:
-    """`[B, T, H·(P+R)]`, not yet rotated."""
+def _queries(params: MLAParams, x, *, cfg: MLAConfig, policy: ComputePolicy, halves: bool = False) -> tf.Tensor:
+    """`[B, T, H·(P+R)]`, not yet rotated; `halves` has the pairs to rotate in halves, however they lie in the weights."""
     if cfg.q_latent is not None:
         x = linear_apply(x, params.q_a, params.q_a_bias)
         x = rms_norm(x, params.q_norm, eps=LATENT_NORM_EPS, rounding=cfg.norm_rounding, fuse=policy.fuse)
-    return linear_apply(x, params.q_b)
+    weight = params.q_b
+    if halves and cfg.rope.pairs == "interleaved":  # on the weights: on the queries it costs more than the rotation
+        weight = _rope_halves(weight, cfg.rope_dim)
+    return linear_apply(x, weight)
+
+
+def _rope_halves(x: tf.Tensor, rope_dim: int) -> tf.Tensor:
+    """Moves interleaved pairs in the last `rope_dim` columns to halves: (.., a0, b0, a1, b1) to (.., a0, a1, b0, b1)."""
+    lead = [tf.shape(x)[i] if size is None else size for i, size in enumerate(x.shape[:-1])]
+    nope, rot = tf.split(x, [x.shape[-1] - rope_dim, rope_dim], axis=-1)
+    rot = tf.reshape(tf.linalg.matrix_transpose(tf.reshape(rot, [*lead, rope_dim // 2, 2])), [*lead, rope_dim])
+    return tf.concat([nope, rot], -1)
 
 
 def _latents(params: MLAParams, x, table: RopeTable, *, cfg: MLAConfig, policy: ComputePolicy) -> tf.Tensor:
@@ -204,24 +216,25 @@ def _finish_latents(latent, weight, cos, sin, *, rope, rounding):
     return tf.concat([latent, rope_apply(k_rope, RopeTable(cos, sin), pairs=rope.pairs, output=rope.output)], -1)
 
 
+# Both transpose first: XLA on a CPU writes a transposition at the end of a chain element by element.
+
+
 @fused
-def _heads_first(q, cos, sin, *, heads, rope):
-    """`[B, T, H·(P+R)]` to rotated `[B, H, T, P+R]`."""
-    q = tf.reshape(q, [*_lead(q), heads, q.shape[-1] // heads])
-    nope, rot = tf.split(q, [q.shape[-1] - rope.dim, rope.dim], axis=-1)
-    rot = rope_apply(rot, RopeTable(cos, sin), pairs=rope.pairs, output=rope.output)
-    return tf.transpose(tf.concat([nope, rot], -1), [0, 2, 1, 3])
+def _heads_first(q, cos, sin, *, heads, rope_dim, scale):
+    """`[B, T, H·(P+R)]` with pairs in halves to rotated and scaled `[B, H, T, P+R]`, in halves too."""
+    q = tf.transpose(tf.reshape(q, [*_lead(q), heads, q.shape[-1] // heads]), [0, 2, 1, 3])
+    nope, a, b = tf.split(q, [q.shape[-1] - rope_dim, rope_dim // 2, rope_dim // 2], axis=-1)
+    cos, sin = (tf.expand_dims(tf.cast(t, q.dtype), 1) for t in (cos, sin))
+    return tf.concat([nope, a * cos - b * sin, b * cos + a * sin], -1) * tf.constant(scale, q.dtype)
 
 
 @fused
 def _keys_values(kv, k_rope, *, heads, nope_dim):
     """`[B, S, H·(P+U)]` and the shared rotary keys `[B, S, R]` to `[B, H, S, P+R]` and `[B, H, S, U]`."""
-    kv = tf.reshape(kv, [*_lead(kv), heads, kv.shape[-1] // heads])
+    kv = tf.transpose(tf.reshape(kv, [*_lead(kv), heads, kv.shape[-1] // heads]), [0, 2, 1, 3])
     k_nope, v = tf.split(kv, [nope_dim, kv.shape[-1] - nope_dim], axis=-1)
     shape = tf.concat([tf.shape(k_nope)[:3], [k_rope.shape[-1]]], 0)
-    k_rope = tf.broadcast_to(tf.expand_dims(k_rope, 2), shape)
-    k = tf.concat([k_nope, k_rope], -1)
-    return tf.transpose(k, [0, 2, 1, 3]), tf.transpose(v, [0, 2, 1, 3])
+    return tf.concat([k_nope, tf.broadcast_to(tf.expand_dims(k_rope, 1), shape)], -1), v
 
 
 @fused
@@ -241,18 +254,23 @@ def _expanded(params, q, entry, table, cache, segments, *, cfg, policy, naive) -
         mask = causal_mask(q.shape[1] if q.shape[1] is not None else tf.shape(q)[1], segments)
     else:
         entry, mask = _with_past(entry, cache)
-    q = _heads_first(q, *table, heads=cfg.num_heads, rope=cfg.rope, fuse=policy.fuse)
+    # The scale goes into the queries, which are fewer than the scores.
+    q = _heads_first(
+        q, *table, heads=cfg.num_heads, rope_dim=cfg.rope_dim, scale=cfg.softmax_scale, fuse=policy.fuse
+    )
     latent, k_rope = tf.split(entry, [cfg.kv_latent, cfg.rope_dim], axis=-1)
+    if cfg.rope.output == "interleaved":
+        k_rope = _rope_halves(k_rope, cfg.rope_dim)
     k, v = _keys_values(
         linear_apply(latent, params.kv_b), k_rope, heads=cfg.num_heads, nope_dim=cfg.nope_dim, fuse=policy.fuse
     )
-    scale = cfg.softmax_scale
     if naive or q.shape[2] is None or k.shape[2] is None:
-        heads = attention_naive(q, k, v, mask, scale=scale)
+        heads = attention_naive(q, k, v, mask, scale=1.0)
     else:
         heads = attention(
-            q, k, v, mask, scale=scale, causal=cache is None,
-            block=policy.attention_block, max_unroll=policy.attention_unroll, fuse=policy.fuse,
+            q, k, v, mask, scale=1.0, causal=cache is None,
+            block=policy.attention_block, max_unroll=policy.attention_unroll, keep=policy.attention_keep,
+            fuse=policy.fuse,
         )  # fmt: skip
     return _heads_last(heads, fuse=policy.fuse)
 

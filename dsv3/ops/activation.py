@@ -31,10 +31,14 @@ def swiglu(gate_up: TensorLike, *, fuse: bool = False) -> tf.Tensor:
 
 @fused
 def _swiglu(gate_up):
+    return tf.cast(swiglu_float32(gate_up), gate_up.dtype)
+
+
+def swiglu_float32(gate_up: tf.Tensor) -> tf.Tensor:
+    """Returns `gate·up·sigmoid(gate)`, not yet rounded to `gate_up`'s dtype.
+
+    In this order: TensorFlow would rewrite `gate·sigmoid(gate)` to a kernel that is slow for a few rows.
+    """
     gate, up = tf.split(gate_up, 2, axis=-1)
-    return silu(gate) * up
-
-
-def silu(x: tf.Tensor) -> tf.Tensor:
-    """Returns `x·sigmoid(x)`, with the sigmoid in float32."""
-    return tf.cast(tf.cast(x, tf.float32) * tf.sigmoid(tf.cast(x, tf.float32)), x.dtype)
+    gate = tf.cast(gate, tf.float32)
+    return gate * tf.cast(up, tf.float32) * tf.sigmoid(gate)

@@ -115,18 +115,22 @@ def attention(
     causal: bool = False,
     block: int = 256,
     max_unroll: int = 16,
+    keep: int = 1024,
     fuse: bool = False,
 ) -> tf.Tensor:
-    """`softmax(scale·q kᵀ + mask) v` in blocks of queries, with a backward that recomputes the scores.
+    """`softmax(scale·q kᵀ + mask) v` in blocks of queries, with a backward that recomputes the probabilities.
 
     Args:
       q: `[B, H, T, P]`; k: `[B, H, S, P]`; v: `[B, H, S, U]`, static T and S.
       mask: see `AttentionMask`.
       scale: multiplies the scores.
-      causal: promises that no query sees a key behind its own place (T = S), so that those blocks are left out.
+      causal: promises that each query sees the key at its own place and none behind it (T = S), so that blocks of keys
+        behind are left out.
       block: queries of a block.
       max_unroll: with more blocks than this, tiles are computed in loops with an online softmax, whose memory does not
         grow with T.
+      keep: up to so many keys the backward gets the blocks' probabilities from the forward pass, as they take less memory
+        than a layer's other values; 0 always recomputes.
       fuse: compile the softmax kernels (not under XLA).
 
     Returns:
@@ -144,5 +148,6 @@ def attention(
     check(not causal or dims.T == dims.S, f"attention: causal=True wants T = S, but T={dims.T} and S={dims.S}")
     q, k, v = tf.convert_to_tensor(q), tf.convert_to_tensor(k), tf.convert_to_tensor(v)
     if -(-dims.T // block) <= max_unroll:
-        return attention_blocks.apply(q, k, v, mask, scale=scale, causal=causal, block=block, fuse=fuse)
+        how = {"scale": scale, "causal": causal, "block": block, "keep": dims.S <= keep, "fuse": fuse}
+        return attention_blocks.apply(q, k, v, mask, **how)
     return attention_tiles.apply(q, k, v, mask, scale=scale, causal=causal, tile=block, fuse=fuse)

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from dsv3.checks import Dims, check, check_choice
 from dsv3.graph import plain
-from dsv3.ops.activation import swiglu
+from dsv3.ops.activation import swiglu_float32
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
 from dsv3.ops.fuse import fused
 from dsv3.ops.reduce import row_sum
@@ -96,7 +96,7 @@ def _grouped_outer(a: tf.Tensor, b: tf.Tensor, plan: Dispatch) -> tf.Tensor:
 
 @fused
 def _weighted_swiglu(h, w):
-    return swiglu(h) * tf.cast(tf.expand_dims(w, -1), h.dtype)
+    return tf.cast(swiglu_float32(h) * tf.expand_dims(w, -1), h.dtype)
 
 
 @fused
@@ -159,7 +159,7 @@ def _rows(x, weights, experts, gate_up, down) -> tf.Tensor:
     for i in range(n):
         token, chosen = x[i : i + 1], experts[i]
         h = tf.concat([tf.matmul(token, gate_up[chosen[j]]) for j in range(k)], 0)
-        act = swiglu(h) * tf.cast(tf.expand_dims(weights[i], -1), h.dtype)
+        act = _weighted_swiglu(h, weights[i])
         parts = [tf.matmul(act[j : j + 1], down[chosen[j]]) for j in range(k)]
         out.append(tf.cast(tf.add_n([tf.cast(p, tf.float32) for p in parts]), x.dtype))
     return tf.concat(out, 0)

@@ -192,7 +192,7 @@ def router_update_bias(bias: TensorLike, load: TensorLike, *, rate: float | tf.T
 
 @plain
 def sequence_balance_loss(scores: TensorLike, *, top_k: int, mask: TensorLike | None = None) -> tf.Tensor:
-    """The sequence-wise balance loss without its factor α, averaged over sequences.
+    """The sequence-wise balance loss without its factor α, averaged over the sequences that have a counted token.
 
     `Σ_i f_i·P_i` with `f_i = E/(K·T) · #{t: i among the top K of the unbiased scores}`, `P_i = mean_t s_i / Σ_j s_j`.
 
@@ -219,8 +219,9 @@ def sequence_balance_loss(scores: TensorLike, *, top_k: int, mask: TensorLike | 
     else:
         dims("mask", mask, "B T")
         weight = tf.cast(mask, tf.float32)
-    tokens = tf.maximum(tf.reduce_sum(weight, 1, keepdims=True), 1.0)
-    weight = tf.expand_dims(weight, -1)
+    tokens = tf.reduce_sum(weight, 1, keepdims=True)
+    sequences = tf.maximum(tf.reduce_sum(tf.cast(tokens > 0, tf.float32)), 1.0)
+    tokens, weight = tf.maximum(tokens, 1.0), tf.expand_dims(weight, -1)
     f = tf.reduce_sum(hot * weight, 1) * (num_experts / top_k) / tokens
     p = tf.reduce_sum(share * weight, 1) / tokens
-    return tf.reduce_mean(tf.reduce_sum(f * p, -1))
+    return tf.reduce_sum(f * p) / sequences

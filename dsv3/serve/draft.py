@@ -85,25 +85,27 @@ def window_push(window: Window, hidden: TensorLike, tokens: TensorLike, counts: 
 def mtp_prefill(
     params: ModelParams,
     router: RouterState,
-    kv: TensorLike,
+    kv: TensorLike | None,
     hidden: TensorLike,
     tokens: TensorLike,
     length: TensorLike,
     *,
     cfg: ModelConfig,
     policy: ComputePolicy,
+    modules: int,
 ) -> tf.Tensor:
     """Returns the modules' cache entries of a chunk of prompt, `[modules, B, T, W]`.
 
     Args:
       params, router: the model.
-      kv: `[modules, B, S, W]`, the modules' caches; length: `[B]`, what they hold.
+      kv: `[modules, B, S, W]`, the modules' caches, or `None` for empty ones; length: `[B]`, what they hold.
       hidden: `[B, T, D]`, the model's hidden states of the chunk.
       tokens: `[B, T + modules]`, the chunk and the tokens behind it.
       cfg, policy: configuration, and how to compute.
+      modules: how many.
     """
     entries, size = [], hidden.shape[1]
-    for module in range(kv.shape[0]):
+    for module in range(modules):
         ahead = tokens[:, module + 1 : module + 1 + size]
         out = _module(params, router, kv, module, hidden, ahead, length, cfg=cfg, policy=policy)
         hidden = mtp_next_hidden(out, cfg)
@@ -165,9 +167,10 @@ def mtp_draft(
 def _module(params, router, kv, module, hidden, ahead, length, *, cfg, policy) -> MTPOutput:
     """Applies one module to positions from `length` on; `ahead` `[B, T]` are the tokens that it reads there."""
     positions = tf.expand_dims(length, 1) + tf.range(hidden.shape[1])
+    cache = None if kv is None else LayerCache(kv[module], length)
     return mtp_apply(
         tree.slice_leading(params.mtp, module), router.mtp[module], hidden, embed_apply(params, ahead, policy=policy),
-        cfg=cfg, table=mla_rope(cfg.mla, positions), policy=policy, cache=LayerCache(kv[module], length),
+        cfg=cfg, table=mla_rope(cfg.mla, positions), policy=policy, cache=cache,
     )  # fmt: skip
 
 

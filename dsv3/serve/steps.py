@@ -97,6 +97,7 @@ def prefill_step(
     cfg: ModelConfig,
     policy: ComputePolicy,
     modules: int = 0,
+    first: bool = False,
 ) -> tuple[Caches, Rows]:
     """Reads a chunk of each row's prompt into the caches.
 
@@ -108,19 +109,23 @@ def prefill_step(
       counts: `[B]` int32: how many of the T tokens are the row's; the others are padding on the right.
       cfg, policy: configuration, and how to compute.
       modules: MTP modules whose caches are filled too.
+      first: promises that all caches are empty, so that the chunk is read as a sequence of its own: half the attention's
+        work or less.
 
     Returns:
       New caches (as `RowWrite`s) and rows.
     """
     params = tree.map_leaves(tf.convert_to_tensor, params)
     chunk = tokens.shape[1] - modules
-    out = model_apply(
-        params, router, tokens[:, :chunk], cfg=cfg, cache=Cache(caches.trunk, rows.length), policy=policy
-    )
+    cache = None if first else Cache(caches.trunk, rows.length)
+    out = model_apply(params, router, tokens[:, :chunk], cfg=cfg, cache=cache, policy=policy)
     new, window = Caches(RowWrite(out.entries, rows.length), ()), ()
     if modules:
         hidden = _mtp_input(out, cfg)
-        entries = mtp_prefill(params, router, caches.mtp, hidden, tokens, rows.length, cfg=cfg, policy=policy)
+        kv = None if first else caches.mtp
+        entries = mtp_prefill(
+            params, router, kv, hidden, tokens, rows.length, cfg=cfg, policy=policy, modules=modules
+        )
         new = new._replace(mtp=RowWrite(entries, rows.length))
         window = window_push(rows.window, hidden, tokens[:, 1 : chunk + 1], counts, keep=modules)
     return new, rows._replace(length=rows.length + counts, window=window)

@@ -43,6 +43,7 @@ def pretrain_loss(
     balance_weight: float | tf.Tensor = 1e-4,
     normalizer: TensorLike | None = None,
     segments: TensorLike | None = None,
+    mask: TensorLike | None = None,
     policy: ComputePolicy | None = None,
 ) -> tuple[tf.Tensor, LossParts]:
     """`L = L_main + λ/D·Σ_k L_mtp_k + α·Σ_layers L_balance`.
@@ -56,7 +57,9 @@ def pretrain_loss(
       balance_weight: α (paper: 1e-4).
       normalizer: what sums over tokens are divided by; default: the sum of `weights`. With gradient accumulation pass the
         whole batch's, so that micro-batches add up.
-      segments: `[B, T]` int, to isolate packed documents; weights across a border must then be 0.
+      segments: `[B, T]` int, to isolate packed documents; weights across a border must then be 0. An MTP module's
+        predictions count where all that it reads is of one segment.
+      mask: `[B, T]` bool, inputs that count in the load and the balance loss, which padding should not; default: all.
       policy: how to compute; default: the device's.
 
     Returns:
@@ -79,7 +82,7 @@ def pretrain_loss(
     total = tf.reduce_sum(weights) if normalizer is None else tf.cast(normalizer, tf.float32)
     total = tf.maximum(total, 1e-9)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    out = model_apply(params, router, inputs, cfg=cfg, segments=segments, policy=policy)
+    out = model_apply(params, router, inputs, cfg=cfg, segments=segments, mask=mask, policy=policy)
     head = tf.cast(head_weight(params), out.hidden.dtype)
 
     def cross_entropy(hidden, targets, weights):
@@ -95,15 +98,23 @@ def pretrain_loss(
         balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
     mtp, mtp_load = tf.zeros([0]), tf.zeros_like(router.mtp)
     if cfg.num_mtp_layers:
-        chain = mtp_chain(params, router, out, targets, cfg=cfg, segments=segments, policy=policy)
-        losses = []
+        chain = mtp_chain(params, router, out, targets, cfg=cfg, segments=segments, mask=mask, policy=policy)
+        losses, ahead = [], segments
         for k in range(1, cfg.num_mtp_layers + 1):
-            targets = tf.pad(targets[:, 1:], [[0, 0], [0, 1]])
-            weights = tf.pad(weights[:, 1:], [[0, 0], [0, 1]])
-            losses.append(cross_entropy(chain.normed[k - 1], targets, weights))
+            targets, weights = _shift(targets), _shift(weights)
+            counted = weights
+            if segments is not None:
+                ahead = _shift(tf.convert_to_tensor(ahead))
+                counted *= tf.cast(tf.equal(ahead, segments), tf.float32)
+            losses.append(cross_entropy(chain.normed[k - 1], targets, counted))
         mtp, mtp_load = tf.stack(losses), chain.stats.load
         balance += tf.reduce_sum(chain.stats.balance)
     loss = main + balance_weight * balance
     if cfg.num_mtp_layers:
         loss += mtp_weight * tf.reduce_mean(mtp)
     return loss, LossParts(main, mtp, balance, RouterState(load, mtp_load))
+
+
+def _shift(x: tf.Tensor) -> tf.Tensor:
+    """Moves a row's values one place to the left; a zero comes in on the right."""
+    return tf.pad(x[:, 1:], [[0, 0], [0, 1]])

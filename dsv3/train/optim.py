@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 
 from dsv3 import tree
 from dsv3.checks import check, check_same_tree
+from dsv3.compiled import update_leaves
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
 from dsv3.typing import Tree
@@ -99,10 +101,8 @@ def adamw(
         new = []
         for (path, p), g, m, v in zip(want.items(), *map(tree.flatten, (grads, state.mu, state.nu))):
             wd = weight_decay if decay_mask(path) else 0.0
-            # One leaf after the other, so that an edge that stores them holds one leaf's old and new values at a time.
-            with tf.control_dependencies(new[-1] if new and not tf.executing_eagerly() else None):
-                after = tf.identity(scalars)
-            new.append(_adamw_leaf(p, g, m, v, after, b1=b1, b2=b2, eps=eps, wd=wd, fuse=fuse))
+            leaf = functools.partial(_adamw_leaf, b1=b1, b2=b2, eps=eps, wd=wd, fuse=fuse)
+            new.append(update_leaves(leaf, (p, m, v), g, scalars) if fuse else leaf(p, m, v, g, scalars))
         params, mu, nu = (tree.unflatten_as(params, leaves) for leaves in zip(*new))
         return params, AdamState(count, mu, nu), OptimStats(norm, lr)
 
@@ -110,7 +110,7 @@ def adamw(
 
 
 @fused
-def _adamw_leaf(p, g, m, v, scalars, *, b1, b2, eps, wd):
+def _adamw_leaf(p, m, v, g, scalars, *, b1, b2, eps, wd):
     scale, lr, c1, c2 = tf.unstack(scalars)
     g = tf.cast(g, tf.float32) * scale
     mu = b1 * tf.cast(m, tf.float32) + (1 - b1) * g
@@ -125,9 +125,15 @@ def global_norm(grads: Tree, *, fuse: bool = False) -> tf.Tensor:
     return tf.sqrt(tf.add_n([_square_sum(g, fuse=fuse) for g in tree.flatten(grads)]))
 
 
+def _square_sum(g: tf.Tensor, *, fuse: bool) -> tf.Tensor:
+    """For float32 TensorFlow's own kernel is faster than a compiled one; for bfloat16 it adds in bfloat16."""
+    return 2.0 * tf.nn.l2_loss(g) if fuse and g.dtype == tf.float32 else _square_sum_kernel(g, fuse=fuse)
+
+
 @fused
-def _square_sum(g):
+def _square_sum_kernel(g):
     squares = tf.square(tf.cast(tf.reshape(g, [-1]), tf.float32))
-    while squares.shape[0] % 32 == 0:  # short sums stay in the kernel; a long one would first store all squares
+    # Short sums stay in the kernel; a long one would first store all squares.
+    while squares.shape[0] and squares.shape[0] % 32 == 0:
         squares = tf.reduce_sum(tf.reshape(squares, [-1, 32]), -1)
     return tf.reduce_sum(squares)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from dsv3 import tree
-from dsv3.checks import check, static_shape
+from dsv3.checks import Dims, check, check_token_ids, static_shape
 from dsv3.compiled import compile_step
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
@@ -58,9 +58,13 @@ def train_state(params: ModelParams, router: RouterState, optimizer: Optimizer) 
     """Returns the state that starts training from given parameters.
 
     Args:
-      params, router: the model, e.g. from `load_pretrained`.
+      params, router: the model, e.g. from `load_pretrained`. Parameters become float32, whatever they are: in bfloat16 most
+        updates would be rounded away. The dtype of the products is the policy's.
       optimizer: see `adamw`.
+
+    References: DeepSeek-V3 section 3.3.3 (master weights in float32).
     """
+    params = tree.map_leaves(lambda p: tf.cast(p, tf.float32), params)
     zero = tf.constant(0, tf.int64)
     return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params))
 
@@ -97,7 +101,11 @@ def train_update(
     rank = tokens.shape.rank
     check(rank in (2, 3), f"train_update: `tokens` has rank {rank}, want 2 [B, T+1] or 3 [A, B, T+1]")
     shape = static_shape(tokens)
+    dims = Dims("train_update", T=shape[-1] - 1)
+    dims("tokens", tokens[..., 1:], "A B T" if rank == 3 else "B T")
     weights = tf.ones([*shape[:-1], shape[-1] - 1]) if weights is None else tf.cast(weights, tf.float32)
+    dims("weights", weights, "A B T" if rank == 3 else "B T")
+    check(rank == 2 or shape[0] > 0, "train_update: `tokens` has no micro-batch, want at least one [A, B, T+1]")
     if rank == 2:
         tokens, weights = tf.expand_dims(tokens, 0), tf.expand_dims(weights, 0)
     seen = tf.cast(state.tokens, tf.float32)
@@ -177,6 +185,7 @@ def make_train_step(
     compiled = compile_step(update, jit=policy.jit)
 
     def step(state: TrainState, tokens: TensorLike, weights: Any = None) -> tuple[TrainState, TrainMetrics]:
+        check_token_ids("train_step", "tokens", tokens, cfg.vocab_size)
         tokens = tf.convert_to_tensor(tokens)
         if weights is None:
             weights = tf.ones([*tokens.shape[:-1], tokens.shape[-1] - 1])

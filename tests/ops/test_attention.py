@@ -13,6 +13,7 @@ from tests.compare import SWEEP, assert_close, check_gradient, gradients, normal
 KERNELS = {
     "naive": lambda q, k, v, mask, *, scale, causal, block, fuse: attention_naive(q, k, v, mask, scale=scale),
     "blocks": attention,
+    "blocks, recomputed": lambda *args, **how: attention(*args, **how, keep=0),
     "tiles": lambda *args, **how: attention(*args, **how, max_unroll=0),
 }
 
@@ -137,7 +138,7 @@ def graph_shapes(graph):
                 yield from graph_shapes(graph._get_function(op.get_attr(name).name).graph)
 
 
-@pytest.mark.parametrize("kernel", ["naive", "blocks", "tiles"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_no_score_matrix_of_the_whole_sequence(kernel):
     length, block = 32, 4
     inputs = tensors(1, 1, length, length, 2, 2)
@@ -148,6 +149,26 @@ def test_no_score_matrix_of_the_whole_sequence(kernel):
     graph = tf.function(value_and_grad, autograph=False).get_concrete_function().graph
     whole = [name for name, shape in graph_shapes(graph) if shape[-2:] == [length, length]]
     assert bool(whole) == (kernel == "naive"), whole
+
+
+@pytest.mark.parametrize("keep", [7, 8])
+def test_probabilities_are_kept_up_to_a_length(keep):
+    """Beyond it the backward has a softmax of its own, which waits for the gradient, so that nothing can merge the two."""
+    inputs = tensors(1, 1, 8, 8, 2, 2)
+
+    def value_and_grad(cotangent):
+        how = {"scale": 1.0, "causal": True, "block": 4, "keep": keep}
+        return gradients(lambda *x: attention(*x, causal_mask(8), **how), inputs, cotangent)
+
+    graph = tf.function(value_and_grad, autograph=False).get_concrete_function(tf.TensorSpec([1, 1, 8, 2])).graph
+
+    def needs_gradient(op):
+        if op.type == "Placeholder":
+            return True
+        return any(needs_gradient(t.op) for t in op.inputs) or any(map(needs_gradient, op.control_inputs))
+
+    softmaxes = [op for op in graph.get_operations() if op.type == "Softmax"]
+    assert (len(softmaxes), sum(map(needs_gradient, softmaxes))) == ((2, 0) if keep == 8 else (4, 2))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

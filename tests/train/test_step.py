@@ -160,3 +160,30 @@ def test_wrong_input_is_named():
         train_update(start(optimizer), np.zeros(4, np.int32), cfg=CFG, optimizer=optimizer)
     with pytest.raises(ValueError, match="this version trains on one device"):
         make_train_step(CFG, optimizer, layouts={})
+
+
+def test_parameters_of_a_checkpoint_become_float32():
+    """In bfloat16 an update of 1e-5 would be rounded away."""
+    params = tree.map_leaves(lambda p: tf.cast(p, tf.bfloat16), random_params(model_specs(CFG)))
+    state = train_state(params, random_router(CFG), adamw(1e-5))
+    step = make_train_step(CFG, adamw(1e-5), policy=PLAIN)
+    before = snapshot(state.params)
+    state, _ = step(state, batch(2)[0])
+    for a, b in zip(tree.flatten(state.params), tree.flatten(before)):
+        assert a.dtype == tf.float32 and np.any(a.numpy() != b.numpy())
+
+
+def test_token_ids_are_looked_at_before_compiling():
+    step = make_train_step(CFG, sgd())
+    tokens = batch(2)[0]
+    tokens[1, LENGTH] = CFG.vocab_size
+    with pytest.raises(ValueError, match=rf"train_step: `tokens` holds token id {CFG.vocab_size}, want ids in"):
+        step(start(sgd()), tokens)
+    assert step.traces() == 0
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_weights_of_other_micro_batches_are_refused(parts):
+    tokens, weights = batch(4)
+    with pytest.raises(ValueError, match=rf"train_update: `weights` has shape \({parts}, .*, want \(2, 2, 7\) \[A, B, T\]"):
+        train_update(start(sgd()), parts_of(tokens, 2), np.ones([parts, 2, LENGTH]), cfg=CFG, optimizer=sgd())
