@@ -114,8 +114,8 @@ _TRAIN_NOTE = (
 )
 _PREFILL_NOTE = (
     "Prefill: prompts to their first new token and their cache; parameters in the named dtype. dsv3 runs the steps of its "
-    "engine: a prefill of all tokens but the last, which leaves out the last layer's outputs as nothing reads them, then a "
-    "decode step. transformers computes the last position's logits only (logits_to_keep=1)."
+    "engine: a prefill, which leaves out the last layer's outputs as nothing reads them, then a decode step for the "
+    "prompt's last token. transformers computes the last position's logits only (logits_to_keep=1)."
 )
 _DECODE_NOTE = (
     "Decode: one new token a row after a cache of random latents; parameters and cache in bf16; the likeliest is chosen."

@@ -123,8 +123,8 @@ def build_train(batch: int, length: int, dtype: str) -> Prepared:
 def build_prefill(batch: int, length: int, dtype: str) -> Prepared:
     """The first new token of a batch of prompts, and their cache, by the engine's steps.
 
-    They read a prompt without its last token, of which the last layer's output is not wanted and so not computed; a decode
-    step then reads the last token.
+    A prompt's last token is left to a decode step (the prefill computes it as padding), so that the last layer's outputs of
+    the prefill are not wanted and not computed.
     """
     params, router, policy = _params(dtype), dsv3.router_init(_config), dsv3.default_policy()
     prefill = compile_step(functools.partial(prefill_step, cfg=_config, policy=policy, first=True))

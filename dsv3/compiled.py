@@ -28,8 +28,9 @@ class RowWrite:
     """A new value for part of a state leaf: `leaf[:, b, starts[b] : starts[b] + T] = values[:, b]` for every row b.
 
     A step returns it instead of the whole new leaf, so that a large cache is neither copied nor read through a copy: the
-    rows are written into the buffer that the step has read. A tensor that was made of the variable earlier without
-    computing (`tf.convert_to_tensor(variable)`) changes with it; `snapshot` copies.
+    rows are written into the buffer that the step has read. What shares that buffer changes with it: a tensor or variable
+    that somebody made of the variable without computing (`tf.convert_to_tensor(variable)`, `tf.Variable(variable)`), or a
+    new value of another leaf that is a view of this one (`leaf[0]`). `snapshot` copies, and so do a step's outputs.
 
     Attributes:
       values: `[X, B, T, ...]`.
@@ -104,19 +105,21 @@ def compile_step(fn: Callable[..., tuple[Tree, Any]], *, jit: bool = False) -> C
         if not run.experimental_get_tracing_count() and not jit:  # the first trace: it is not counted yet
             by_rows.update(path for path, value in new.items() if isinstance(value, RowWrite))
         assigned.update(path for path, value in new.items() if not isinstance(value, RowWrite) and value is not old[path])
-        _write(variables, old, new, outputs, edge, by_rows)
-        return outputs
+        return _write(variables, old, new, outputs, edge, by_rows)
 
     def step(state: Tree, *inputs: Any) -> tuple[Tree, Any]:
         state = place(state)
         if not run.experimental_get_tracing_count():
             run.get_concrete_function(state, inputs)
         variables = tree.to_dict(state)
-        _own(variables[path] for path in by_rows)
-        outputs = run(state, inputs)
-        for path in assigned:
-            variables[path].shares_memory = True
-        return state, outputs
+        _own(variable for path, variable in variables.items() if path in by_rows)
+        try:
+            return state, run(state, inputs)
+        finally:
+            if assigned:  # what was assigned may share memory with any leaf that the step has read
+                for path, variable in variables.items():
+                    if path not in by_rows or path in assigned:
+                        variable.shares_memory = True
 
     step.traces = run.experimental_get_tracing_count
     return step
@@ -135,10 +138,10 @@ def update_leaves(fn: Callable[..., Sequence[tf.Tensor]], leaves: Sequence[tf.Te
       leaves: tensors of the state.
       args: more tensors for `fn`.
     """
-    edge = _EDGE.get()
-    if edge is None or any(id(leaf) not in edge.read for leaf in leaves):
+    edge, graph = _EDGE.get(), tf.compat.v1.get_default_graph()
+    if edge is None or any(id(leaf) not in edge.read or leaf.graph is not graph for leaf in leaves):
         return list(fn(*leaves, *args))
-    variables = [edge.read[id(leaf)][1] for leaf in leaves]
+    variables = [edge.read.pop(id(leaf))[1] for leaf in leaves]  # once only: after that a leaf is not as it came
 
     @tf.function(jit_compile=True, autograph=False)
     def kernel(*args):
@@ -165,18 +168,39 @@ def _own(variables: Iterable[tf.Variable]) -> None:
 @plain
 def _write(
     variables: dict[str, tf.Variable], old: dict, new: dict, outputs: Any, edge: _Edge, by_rows: set[str]
-) -> None:
-    for path, variable in variables.items():
-        value = new[path]
-        if value is old[path] or edge.written.get(id(value), (None, None))[1] is variable:
-            continue
-        if isinstance(value, RowWrite):
-            if path in by_rows:
-                done = [leaf for leaf in new.values() if not isinstance(leaf, RowWrite)]
-                _write_rows(path, variable, old[path], value, [*done, *tree.flatten(outputs)])
-            else:
-                _slice_rows(variable, value)
-            continue
+) -> Any:
+    """Writes the new state; returns the outputs, as copies if memory is written that they may be views of."""
+    by_rows = {path for path in by_rows if isinstance(new.get(path), RowWrite)}
+    if by_rows:
+        outputs = tree.map_leaves(lambda leaf: tf.raw_ops.DeepCopy(x=leaf) if tf.is_tensor(leaf) else leaf, outputs)
+        views = {id(leaf) for leaf in old.values()}
+        new = {
+            path: tf.raw_ops.DeepCopy(x=value) if value is not old[path] and id(value) in views else value
+            for path, value in new.items()
+        }
+    # Identities: an edge from a function's call would, once that is inlined, no longer wait for its results.
+    done = [tf.identity(leaf) for leaf in _computed(new, outputs)] if by_rows else []
+    with tf.control_dependencies([_check_rows(path, variables[path], new[path]) for path in sorted(by_rows)]):
+        for path, variable in variables.items():
+            _write_leaf(path, variable, old[path], new[path], edge, done if path in by_rows else None)
+    return outputs
+
+
+def _computed(new: dict, outputs: Any) -> list[tf.Tensor]:
+    """All tensors that a step computes: what they read has been read when they are there."""
+    parts = [(v.values, v.starts) if isinstance(v, RowWrite) else v for v in new.values()]
+    return [leaf for leaf in tree.flatten((parts, outputs)) if tf.is_tensor(leaf)]
+
+
+def _write_leaf(path: str, variable: tf.Variable, old: tf.Tensor, value: Any, edge: _Edge, done: list | None) -> None:
+    overwritten = any(variable is written for _, written in edge.written.values())
+    if edge.written.get(id(value), (None, None))[1] is variable or (value is old and not overwritten):
+        return
+    if isinstance(value, RowWrite) and done is not None:
+        _write_rows(variable, old, value, done)
+    elif isinstance(value, RowWrite):
+        _slice_rows(variable, value)
+    else:
         check(
             value.dtype == variable.dtype and value.shape.is_compatible_with(variable.shape),
             f"compile_step: new state `{path}` is {value.dtype.name} {value.shape}, "
@@ -185,15 +209,21 @@ def _write(
         variable.assign(value, read_value=False)
 
 
-def _write_rows(path: str, variable: tf.Variable, old: tf.Tensor, write: RowWrite, done: list[tf.Tensor]) -> None:
+def _check_rows(path: str, variable: tf.Variable, write: RowWrite) -> tf.Operation:
+    """Fails before anything is written if rows are to be written beyond a leaf's end."""
+    slots, new = variable.shape[2], write.values.shape[2]
+    fits = tf.reduce_all(tf.logical_and(write.starts >= 0, write.starts + new <= slots))
+    message = f"compile_step: {new} new slots of `{path}` end beyond its {slots}; the rows start at"
+    return tf.raw_ops.Assert(condition=fits, data=[message, write.starts])
+
+
+def _write_rows(variable: tf.Variable, old: tf.Tensor, write: RowWrite, done: list[tf.Tensor]) -> None:
     """Writes into the memory that was read, once all that is computed of it is `done`."""
     layers, rows, slots = variable.shape[:3]
     new = write.values.shape[2]
     row = tf.expand_dims(tf.range(layers) * rows, 1) + tf.range(rows)
     places = tf.reshape(tf.expand_dims(row * slots + write.starts, -1) + tf.range(new), [-1])
-    fits = tf.reduce_all(tf.logical_and(write.starts >= 0, write.starts + new <= slots))
-    message = f"compile_step: {new} new slots of `{path}` end beyond its {slots}; the rows start at"
-    with tf.control_dependencies([*done, tf.raw_ops.Assert(condition=fits, data=[message, write.starts])]):
+    with tf.control_dependencies(done):
         flat = tf.raw_ops.InplaceUpdate(
             x=tf.reshape(old, [layers * rows * slots, -1]),
             i=places,

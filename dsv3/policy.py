@@ -1,8 +1,12 @@
-"""ComputePolicy: dtype, kernels, recomputation and compilation, with the measured default of each device in one place.
+"""ComputePolicy: dtype, kernels, recomputation and compilation, with the default of each device in one place.
 
 A policy changes speed and memory, never the function. On a CPU matrix products are fastest outside XLA, so a step is a plain
-graph whose element-wise chains are compiled; on a GPU or TPU the whole step is compiled. `docs/performance.md` has the
-measurements and the command that repeats them.
+graph whose element-wise chains are compiled: `docs/benchmark.md` has the measurements and their command. On a GPU or TPU the
+whole step is compiled, which was not timed.
+
+On GPUs TensorFlow rounds the inputs of float32 products to TF32 unless it is told not to
+(`tf.config.experimental.enable_tensor_float_32_execution(False)`); the router's product is one of them, and near-ties
+between experts may then fall the other way than in the published model.
 """
 
 from __future__ import annotations
@@ -77,7 +81,7 @@ ACCELERATOR = ComputePolicy(jit=True, fuse=False, experts="blocks", max_rows=0)
 
 
 def default_policy(device: str | None = None) -> ComputePolicy:
-    """Returns the measured default of a device type, `"CPU"`, `"GPU"` or `"TPU"`; `None` asks what this machine has.
+    """Returns the default of a device type, `"CPU"` (measured), `"GPU"` or `"TPU"`; `None` asks what this machine has.
 
     >>> default_policy("CPU").jit
     False

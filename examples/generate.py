@@ -11,6 +11,7 @@ Examples:
   python examples/generate.py runs/demo/export --prompt 'def main(' --max_new_tokens 64 --stream
   python examples/generate.py runs/demo/export --prompt 'import os' --prompt 'class ' --temperature 0.8 --top_p 0.95
   python examples/generate.py runs/demo/export --prompt 'for i in' --speculative 1      # draft with the MTP module
+  python examples/generate.py runs/demo/export --prompt 'for i in' --speculative 1 --compare    # and time it without
   python examples/generate.py runs/demo/export --prompt 'for i in' --stop '\\n\\n' --logprobs 3
   cat notes.txt | python examples/generate.py model --dtype bfloat16 --temperature 0.6 --top_k 40 --seed 7
 
@@ -24,6 +25,7 @@ import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
 import io
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +41,7 @@ from dsv3.serve import Completion, Engine, Request, check_requests
 from dsv3.serve.engine import check_engine
 
 FLAGS = flags.FLAGS
+TURNS = 5  # of each side of --compare
 
 flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat the flag for several.")
 flags.DEFINE_string("prompt_file", None, "File whose whole text is one more prompt.")
@@ -49,6 +52,7 @@ flags.DEFINE_float("top_p", 1.0, "Sample among the best tokens that together hav
 flags.DEFINE_integer("seed", 0, "Decides what is sampled: the same seed gives the same text.")
 flags.DEFINE_multi_string("stop", [], "String that ends the text (\\n and \\t are understood); repeat for several.")
 flags.DEFINE_integer("speculative", 0, "Tokens that the MTP modules draft in each step; 0: none.")
+flags.DEFINE_bool("compare", False, "After --speculative, generate again with and without it, and tell the speed-up.")
 flags.DEFINE_integer("logprobs", None, "List each token's log-probability, and those of so many best tokens.", 0)
 flags.DEFINE_bool("stream", False, "Print text as it comes.")
 flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of parameters and products.")
@@ -60,8 +64,10 @@ def main(argv: list[str]) -> int:
     """Runs everything; returns the exit code: 2 for bad input."""
     try:
         directory, requests = read_flags(argv)
-        engine = load_engine(directory, requests)
+        engine, plain = load_engines(directory, requests)
         done = show(engine, requests)
+        if plain is not None:
+            compare(engine, plain, requests, done)
     except (ValueError, OSError) as error:
         print(f"generate: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -86,6 +92,7 @@ def read_flags(argv: Sequence[str]) -> tuple[Path, list[Request]]:
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in FLAGS.stop]
     settings = {name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     settings |= {"stop": stops, "top_logprobs": FLAGS.logprobs or 0}
+    check(not FLAGS.compare or FLAGS.speculative, "--compare wants --speculative, which it compares with plain decoding")
     return Path(argv[1]), [Request(prompt, **settings) for prompt in prompts]
 
 
@@ -97,8 +104,8 @@ def read_text(where: str, data: bytes) -> str:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start})") from None
 
 
-def load_engine(directory: Path, requests: list[Request]) -> Engine:
-    """Loads the model, after everything that is small and may be wrong."""
+def load_engines(directory: Path, requests: list[Request]) -> tuple[Engine, Engine | None]:
+    """Loads the model, after everything that is small and may be wrong; the second engine is for --compare."""
     cfg = ModelConfig.from_hf(directory)
     tokenizer = load_tokenizer(directory)
     check_tokenizer(tokenizer, cfg.vocab_size)
@@ -107,12 +114,10 @@ def load_engine(directory: Path, requests: list[Request]) -> Engine:
     check_requests(requests, cfg=cfg, tokenizer=tokenizer, max_length=max_length)
     start = time.monotonic()
     cfg, params, router = load_pretrained(directory, dtype=FLAGS.dtype)
-    engine = Engine(
-        cfg, params, router, tokenizer=tokenizer, speculative=FLAGS.speculative, max_batch=FLAGS.max_batch,
-        max_length=max_length,
-    )  # fmt: skip
+    how = {"tokenizer": tokenizer, "max_batch": FLAGS.max_batch, "max_length": max_length}
+    engine = Engine(cfg, params, router, speculative=FLAGS.speculative, **how)
     note(f"loaded {directory} in {time.monotonic() - start:.1f} s")
-    return engine
+    return engine, Engine(cfg, params, router, **how) if FLAGS.compare else None
 
 
 def show(engine: Engine, requests: list[Request]) -> list[Completion]:
@@ -192,6 +197,28 @@ def figures(done: list[Completion], meter: Meter) -> None:
     if drafted:
         share = f"{accepted} of {drafted} accepted ({accepted / drafted:.0%})"
         note(f"drafts: {share}, {tokens / steps:.2f} tokens a step")
+
+
+def compare(engine: Engine, plain: Engine, requests: list[Request], done: list[Completion]) -> None:
+    """Times both engines in turns, compiled before, prompts included, and says how much drafting is worth."""
+    first = plain.generate(requests)
+    times: dict[Engine, list[float]] = {engine: [], plain: []}
+    for _ in range(TURNS):
+        for each, taken in times.items():
+            start = time.monotonic()
+            each.generate(requests)
+            taken.append(time.monotonic() - start)
+    drafting, plainly = (
+        sum(len(c.tokens) for c in completions) / statistics.median(times[each])
+        for each, completions in ((engine, done), (plain, first))
+    )
+    note(
+        f"speed-up {drafting / plainly:.2f}: {drafting:.1f} tokens/s with drafts, {plainly:.1f} without "
+        f"(compiled, prompts included, medians of {TURNS} turns each)"
+    )
+    if all(request.temperature == 0 for request in requests):
+        same = sum(a.tokens == b.tokens for a, b in zip(done, first))
+        note(f"{same} of {len(done)} greedy texts are the same with and without drafts")
 
 
 def list_logprobs(engine: Engine, index: int, completion: Completion) -> None:

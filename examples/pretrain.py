@@ -38,6 +38,7 @@ from pretrain_report import report
 from pretrain_setup import Setup, prepare, say, warmup_steps
 
 import dsv3
+from dsv3.compiled import place
 from dsv3.data import batch_at
 from dsv3.eval import make_evaluator
 from dsv3.policy import ComputePolicy, default_policy
@@ -150,6 +151,7 @@ def train(setup: Setup, policy: ComputePolicy) -> LoopResult:
         cfg, optimizer, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
         bias_rate=FLAGS.bias_rate, policy=policy,
     )  # fmt: skip
+    state, found = place(state), None  # with no other reference to it, it does not exist twice
     start = int(state.step)
     eval_every = max(1, FLAGS.steps // 10) if FLAGS.eval_every is None else FLAGS.eval_every
     with contextlib.ExitStack() as stack:

@@ -225,7 +225,8 @@ def _heads_first(q, cos, sin, *, heads, rope_dim, scale):
     q = tf.transpose(tf.reshape(q, [*_lead(q), heads, q.shape[-1] // heads]), [0, 2, 1, 3])
     nope, a, b = tf.split(q, [q.shape[-1] - rope_dim, rope_dim // 2, rope_dim // 2], axis=-1)
     cos, sin = (tf.expand_dims(tf.cast(t, q.dtype), 1) for t in (cos, sin))
-    return tf.concat([nope, a * cos - b * sin, b * cos + a * sin], -1) * tf.constant(scale, q.dtype)
+    q_rotated = tf.concat([nope, a * cos - b * sin, b * cos + a * sin], -1)
+    return tf.cast(tf.cast(q_rotated, tf.float32) * scale, q.dtype)  # a rounded scale would be another temperature
 
 
 @fused

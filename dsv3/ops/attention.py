@@ -4,7 +4,8 @@ A query sees the keys whose index is not above its own and whose segment is its 
 sequence (causal attention); segments isolate packed documents, and padding, which is a segment of its own.
 
 `attention_naive` holds all scores and is the plain statement of the function. `attention` computes it in blocks, so that
-no `[T, S]` score matrix of a whole sequence exists, forward or backward.
+no `[T, S]` score matrix of a whole sequence exists, forward or backward; up to a length, the blocks' probabilities wait
+for the backward.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def attention(
     keep: int = 1024,
     fuse: bool = False,
 ) -> tf.Tensor:
-    """`softmax(scale·q kᵀ + mask) v` in blocks of queries, with a backward that recomputes the probabilities.
+    """`softmax(scale·q kᵀ + mask) v` in blocks of queries; for long sequences the backward recomputes the probabilities.
 
     Args:
       q: `[B, H, T, P]`; k: `[B, H, S, P]`; v: `[B, H, S, U]`, static T and S.
@@ -131,7 +132,7 @@ def attention(
         grow with T.
       keep: up to so many keys the backward gets the blocks' probabilities from the forward pass, as they take less memory
         than a layer's other values; 0 always recomputes.
-      fuse: compile the softmax kernels (not under XLA).
+      fuse: use the kernels that are fast outside XLA: TensorFlow's softmax, and compiled element-wise chains.
 
     Returns:
       `[B, H, T, U]` in `q`'s dtype; zeros for a query that sees no key. Differentiable (once) in `q`, `k` and `v`.

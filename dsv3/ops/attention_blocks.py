@@ -1,4 +1,7 @@
-"""Attention in unrolled blocks of queries: each block's scores against all keys that it may see, then forgotten."""
+"""Attention in unrolled blocks of queries: each block's scores against all keys that it may see.
+
+Backward computes a block's probabilities again, or, for short sequences, gets them from the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,9 @@ def apply(
 
         return out, grad
 
-    return run(q * tf.constant(scale, q.dtype) if scale != 1.0 else q, k, v)
+    if scale != 1.0:
+        q = tf.cast(tf.cast(q, tf.float32) * scale, q.dtype)  # in float32: a rounded scale would be another temperature
+    return run(q, k, v)
 
 
 def _sum_prefixes(pieces: list[tf.Tensor], size: int) -> tf.Tensor:

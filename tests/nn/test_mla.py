@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 import dsv3
 from dsv3 import YarnConfig, tree
+from dsv3.nn import mla
 from dsv3.nn.mla import LayerCache, mla_apply, mla_rope, mla_specs
 from tests import oracles
-from tests.compare import FUSED, GRADIENT_TOLERANCE, PLAIN, assert_close, check_gradient, gradients, normal
+from tests.compare import FUSED, GRADIENT_TOLERANCE, PLAIN, assert_close, check_gradient, gradients, normal, to_numpy
 from tests.small import mla_config, random_params
 
 FORMS = ("expanded", "absorbed", "naive")
@@ -20,8 +21,9 @@ CONFIGS = {
     "no query compression": {"q_latent": None},
     "bias": {"bias": True},
     "one head, wide values": {"num_heads": 1, "v_dim": 7, "nope_dim": 1},
-    "hf order": {"rope": {"output": "halves"}},
-    "halves": {"rope": {"pairs": "halves", "output": "halves"}, "rope_dim": 4},
+    "hf order": {"rope": {"output": "halves"}, "rope_dim": 6},
+    "halves": {"rope": {"pairs": "halves", "output": "halves"}, "rope_dim": 6},
+    "halves to interleaved": {"rope": {"pairs": "halves"}, "rope_dim": 6},
     "yarn": {"rope": {"yarn": YARN}, "rope_dim": 6},
 }
 
@@ -97,9 +99,10 @@ def test_entry_is_the_normalised_latent_and_the_rotated_key():
 @pytest.mark.parametrize("form", [*FORMS, "auto"])
 @pytest.mark.parametrize("dirt", [0.0, 1e4])
 @pytest.mark.parametrize("new", [1, 3])
-def test_past_of_unlike_lengths(form, new, dirt):
+@pytest.mark.parametrize("name", ["yarn", "hf order", "halves", "halves to interleaved"])
+def test_past_of_unlike_lengths(form, new, dirt, name):
     """Row b has `past[b]` tokens in a cache of 6 slots; what lies in the other slots must not matter."""
-    cfg, params = setup(**CONFIGS["yarn"])
+    cfg, params = setup(**CONFIGS[name])
     past = [0, 4, 6]
     x = normal(0, 3, 6 + new, cfg.hidden_size)
     full = mla_apply(params, x, cfg=cfg, form="naive", policy=PLAIN)
@@ -143,6 +146,15 @@ def test_bfloat16(form):
     assert got.out.dtype == got.entry.dtype == tf.bfloat16
     # Five products in a row, each rounded to 2^-9.
     assert_close(got.out, mla_apply(exact, tf.cast(x, tf.float32), cfg=cfg, policy=PLAIN).out, 3e-2)
+
+
+def test_bfloat16_keeps_the_softmax_scale():
+    """A scale rounded to bfloat16 would be 0.35% off for the published model: all scores at another temperature."""
+    scale = dsv3.preset("deepseek-v3").mla.softmax_scale
+    q = tf.cast(normal(0, 1, 6, 2 * 8, scale=4.0), tf.bfloat16)
+    table = mla_rope(mla_config(rope_dim=4), tf.zeros([6], tf.int32))
+    plain, scaled = (mla._heads_first(q, *table, heads=2, rope_dim=4, scale=s) for s in (1.0, scale))
+    np.testing.assert_array_equal(to_numpy(scaled), to_numpy(tf.cast(to_numpy(plain) * np.float32(scale), tf.bfloat16)))
 
 
 def test_published_softmax_scale():

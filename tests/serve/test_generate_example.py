@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -40,6 +41,7 @@ PROMPT = "--prompt=the cat"
 CASES = {
     "negative drafts": (["{whole}", PROMPT, "--speculative=-1"], "`speculative` is -1, want at least 0"),
     "no MTP": (["{plain}", PROMPT, "--speculative=1"], "`speculative` is 1, but the model has no MTP module"),
+    "nothing to compare": (["{whole}", PROMPT, "--compare"], "--compare wants --speculative"),
     "too long": (["{whole}", PROMPT, "--max_length=97"], "`max_length` is 97, want at most the model's, which is 96"),
     "a surrogate": (["{whole}", "--prompt=a\udcff"], "`prompt` has a lone surrogate at 1"),
     "a file": (["{whole}", "--prompt_file={bytes}"], "bytes.txt' is not UTF-8 (byte 2)"),
@@ -73,3 +75,14 @@ def test_bad_input_is_one_line_before_loading(results, what):
         assert code == "AssertionError('loaded')"
     else:
         assert code == 2 and len(lines) == 1 and lines[0].startswith("generate: ") and message in lines[0], (code, lines)
+
+
+def test_the_speed_up_of_drafts_is_told(tmp_path):
+    save_pretrained(tmp_path, *model(VOCAB))
+    save_tokenizer(tokenizer(), tmp_path)
+    program = [sys.executable, str(EXAMPLES / "generate.py"), str(tmp_path), PROMPT, "--max_new_tokens=8"]
+    program += ["--speculative=1", "--compare", "--dtype=float32"]
+    done = subprocess.run(program, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"speed-up \d+\.\d\d: [\d.]+ tokens/s with drafts, [\d.]+ without", done.stderr)
+    assert "1 of 1 greedy texts are the same" in done.stderr

@@ -121,8 +121,9 @@ def test_policies_change_how_and_not_what(reference, name, policy, compiled, tol
         assert_trees_close(snapshot(got.router), want.router)
 
 
-def test_step_is_the_pure_update_in_place_and_traced_once():
-    optimizer = adamw(1e-2, eps=1e-3, fuse=False)
+@pytest.mark.parametrize("fuse", [False, True])
+def test_step_is_the_pure_update_in_place_and_traced_once(fuse):
+    optimizer = adamw(1e-2, eps=1e-3, fuse=fuse)
     first = start(optimizer)
     kept = snapshot(first)
     want, at_once = train_update(first, *batch(2), cfg=CFG, optimizer=optimizer, policy=PLAIN)
