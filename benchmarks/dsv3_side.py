@@ -20,7 +20,7 @@ from benchmarks.protocol import Prepared, serve
 from dsv3 import tree
 from dsv3.compiled import RowWrite, compile_step, place
 from dsv3.nn.cache import Cache, cache_init
-from dsv3.nn.model import ModelParams
+from dsv3.nn.model import ModelParams, absorb_params
 from dsv3.ops.attention import attention, causal_mask
 from dsv3.ops.experts import experts_apply
 from dsv3.serve.steps import Sampling, decode_step, prefill_step, state_init
@@ -126,7 +126,8 @@ def build_prefill(batch: int, length: int, dtype: str) -> Prepared:
     A prompt's last token is left to a decode step (the prefill computes it as padding), so that the last layer's outputs of
     the prefill are not wanted and not computed.
     """
-    params, router, policy = _params(dtype), dsv3.router_init(_config), dsv3.default_policy()
+    params, router = absorb_params(_params(dtype), _config), dsv3.router_init(_config)
+    policy = dsv3.default_policy()
     prefill = compile_step(functools.partial(prefill_step, cfg=_config, policy=policy, first=True))
     decode = compile_step(functools.partial(decode_step, cfg=_config, policy=policy.replace(fuse=False), greedy=True))
     caches, start = state_init(_config, batch, length, dtype=tf.as_dtype(dtype))
@@ -146,7 +147,7 @@ def build_prefill(batch: int, length: int, dtype: str) -> Prepared:
 
 def build_decode(batch: int, context: int, dtype: str) -> Prepared:
     """One new token for each row of a cache that holds `context` tokens; the length goes back now and then, untimed."""
-    params, router = _params(dtype), dsv3.router_init(_config)
+    params, router = absorb_params(_params(dtype), _config), dsv3.router_init(_config)
     policy = dsv3.default_policy().replace(fuse=False)  # one token's element-wise chains are shorter than a kernel's launch
 
     def decode(cache, tokens):

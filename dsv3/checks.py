@@ -98,6 +98,12 @@ def check_same_tree(function: str, argument: str, got: Mapping[str, Any], want: 
         )
 
 
+def check_type(function: str, argument: str, value: Any, kind: type) -> None:
+    """Raises `ValueError` unless `value` is of a type, such as a layer's own config or parameters."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{function}: `{argument}` is of type {type(value).__name__}, want {kind.__name__}")
+
+
 def is_concrete(value: Any) -> bool:
     """Whether a value can be looked at now (an eager tensor or an array, not a symbolic tensor)."""
     return hasattr(value, "numpy") or not tf.is_tensor(value)

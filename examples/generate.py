@@ -89,6 +89,7 @@ def read_flags(argv: Sequence[str]) -> tuple[Path, list[Request]]:
     if not prompts:
         check(not sys.stdin.isatty(), "no prompt, want --prompt, --prompt_file or text on standard input")
         prompts.append(read_text("standard input", sys.stdin.buffer.read()).removesuffix("\n"))
+        check(prompts[-1] != "", "standard input is empty, want text there, --prompt or --prompt_file")
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in FLAGS.stop]
     settings = {name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     settings |= {"stop": stops, "top_logprobs": FLAGS.logprobs or 0}

@@ -3,6 +3,10 @@
 import pathlib
 import re
 
+import tensorflow as tf
+
+import dsv3
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -15,6 +19,14 @@ def test_first_program_runs(capsys):
     assert shape.startswith("(8, 64, 256)")
     # Each of the two mixture layers sent 8·64 tokens to 2 experts.
     assert "[1024. 1024.]" in shape
+
+
+def test_layers_compose_as_printed():
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "mla_rope" in block]
+    names = {"tf": tf, "dsv3": dsv3}
+    exec(compile(program, "README.md", "exec"), names)  # noqa: S102
+    assert names["y"].shape == names["m"].out.shape == names["x"].shape
+    assert float(tf.reduce_sum(names["m"].stats.load)) == 2 * 16 * names["cfg"].moe.router.top_k
 
 
 def test_files_that_are_named_exist():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check, check_choice
+from dsv3.checks import Dims, check, check_choice, check_type
 from dsv3.config import LATENT_NORM_EPS, MLAConfig
 from dsv3.graph import plain
 from dsv3.nn.linear import linear_apply
@@ -36,6 +36,7 @@ class MLAParams(NamedTuple):
       kv_b: `[L, H, P+U]`: per head keys, then values.
       o: `[H, U, D]`.
       q_a_bias `[Q]`, kv_a_bias `[L+R]`, o_bias `[D]`: with `MLAConfig.bias`.
+      k_up: `[H, P, L]`, v_up: `[H, L, U]`: kv_b again, as the absorbed form reads it; `()` unless `mla_absorb` made them.
     """
 
     q_a: tf.Tensor
@@ -48,6 +49,8 @@ class MLAParams(NamedTuple):
     q_a_bias: tf.Tensor
     kv_a_bias: tf.Tensor
     o_bias: tf.Tensor
+    k_up: tf.Tensor = ()
+    v_up: tf.Tensor = ()
 
 
 class LayerCache(NamedTuple):
@@ -92,6 +95,25 @@ def mla_specs(cfg: MLAConfig, *, std: float) -> MLAParams:
         q_a_bias=bias(q_in, "q_latent") if compressed and biased else (),
         kv_a_bias=bias(cfg.cache_width, "kv_latent") if biased else (),
         o_bias=bias(d, "embed") if biased else (),
+    )
+
+
+@plain
+def mla_absorb(params: MLAParams, *, cfg: MLAConfig) -> MLAParams:
+    """Adds kv_b in the layout that the absorbed form reads, so that decoding does not transpose it at every step.
+
+    Args:
+      params: of one layer, or of stacked layers with a leading dim.
+      cfg: the layer's configuration.
+
+    Returns:
+      The parameters with `k_up` and `v_up`. They are for decoding: nothing else keeps them in step with kv_b.
+    """
+    lead = list(range(len(params.kv_b.shape) - 3))
+    latent, head, dim = (len(lead) + i for i in range(3))
+    keys, values = tf.split(params.kv_b, [cfg.nope_dim, cfg.v_dim], axis=-1)
+    return params._replace(
+        k_up=tf.transpose(keys, [*lead, head, dim, latent]), v_up=tf.transpose(values, [*lead, head, latent, dim])
     )
 
 
@@ -148,6 +170,8 @@ def mla_apply(
     References: DeepSeek-V3 section 2.1.1; DeepSeek-V2 (arXiv:2405.04434) appendix C for the absorbed form.
     """
     check_choice("mla_apply", "form", form, FORMS)
+    check_type("mla_apply", "cfg", cfg, MLAConfig)
+    check_type("mla_apply", "params", params, MLAParams)
     policy = policy or default_policy()
     dims = Dims("mla_apply", D=cfg.hidden_size, W=cfg.cache_width)
     dims("x", x, "B T D")
@@ -291,10 +315,11 @@ def _with_past(entry: tf.Tensor, cache: LayerCache) -> tuple[tf.Tensor, Attentio
 def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf.Tensor:
     """Attends over latents: queries go through the keys' expansion, outputs through the values'."""
     h, p = cfg.num_heads, cfg.nope_dim
-    kv_b = tf.cast(params.kv_b, q.dtype)
+    if isinstance(params.k_up, tuple):
+        params = mla_absorb(params, cfg=cfg)
     q = tf.reshape(q, [*_lead(q), h, cfg.qk_dim])
     rot = rope_apply(q[..., p:], table, pairs=cfg.rope.pairs, output=cfg.rope.output)
-    wide = tf.concat([tf.einsum("bthp,lhp->bthl", q[..., :p], kv_b[..., :p]), rot], -1)
+    wide = tf.concat([_per_head(q[..., :p], params.k_up), rot], -1)
     b, t = _lead(wide)
     wide = tf.reshape(wide, [b, t * h, cfg.cache_width])
     new_mask = _new_token_mask(t, segments)
@@ -315,8 +340,15 @@ def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf
         latent = tf.matmul(probs[..., :slots], past) + tf.matmul(probs[..., slots:], entry)
         latent = latent[..., : cfg.kv_latent]
     latent = tf.reshape(latent, [b, t, h, cfg.kv_latent])
-    heads = tf.einsum("bthl,lhu->bthu", latent, kv_b[..., p:])
-    return tf.reshape(heads, [b, t, h * cfg.v_dim])
+    return tf.reshape(_per_head(latent, params.v_up), [b, t, h * cfg.v_dim])
+
+
+def _per_head(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """Multiplies `[B, T, H, P]` by each head's `[P, L]` of `[H, P, L]`: `[B, T, H, L]`."""
+    b, t = _lead(x)
+    rows = tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [x.shape[2], b * t, x.shape[3]])
+    y = tf.matmul(rows, tf.cast(weight, x.dtype))
+    return tf.transpose(tf.reshape(y, [x.shape[2], b, t, weight.shape[2]]), [1, 2, 0, 3])
 
 
 def _new_token_mask(t, segments) -> tf.Tensor:

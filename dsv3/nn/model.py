@@ -13,7 +13,7 @@ from dsv3.graph import plain
 from dsv3.nn.block import BlockParams, block_apply, block_specs
 from dsv3.nn.cache import Cache
 from dsv3.nn.linear import linear_apply
-from dsv3.nn.mla import LayerCache, mla_rope
+from dsv3.nn.mla import LayerCache, mla_absorb, mla_rope
 from dsv3.nn.moe import RouterStats
 from dsv3.nn.mtp import MTPParams, mtp_apply, mtp_next_hidden, mtp_specs
 from dsv3.nn.stack import stack_apply
@@ -138,6 +138,16 @@ def cast_params(params: ModelParams, policy: ComputePolicy) -> ModelParams:
         return leaf if name.endswith("norm") or name in ("router", "embed") else tf.cast(leaf, dtype)
 
     return tree.map_with_path(cast, params)
+
+
+def absorb_params(params: ModelParams, cfg: ModelConfig) -> ModelParams:
+    """Returns parameters for decoding: every attention layer's with `mla_absorb`. They are not for training or saving."""
+
+    def block(blocks: BlockParams) -> BlockParams:
+        return blocks._replace(mla=mla_absorb(blocks.mla, cfg=cfg.mla)) if blocks else blocks
+
+    mtp = params.mtp._replace(block=block(params.mtp.block)) if params.mtp else params.mtp
+    return params._replace(dense=block(params.dense), moe=block(params.moe), mtp=mtp)
 
 
 @plain

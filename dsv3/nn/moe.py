@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check
+from dsv3.checks import Dims, check, check_type
 from dsv3.config import MoEConfig
 from dsv3.graph import plain
 from dsv3.nn.linear import MLPParams, mlp_apply, mlp_specs
@@ -103,6 +103,8 @@ def moe_apply(
 
     References: DeepSeek-V3 section 2.1.2, equations 12 to 20.
     """
+    check_type("moe_apply", "cfg", cfg, MoEConfig)
+    check_type("moe_apply", "params", params, MoEParams)
     policy = policy or default_policy()
     r = cfg.router
     dims = Dims("moe_apply", D=cfg.hidden_size, E=r.num_experts, K=r.top_k)

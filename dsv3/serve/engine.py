@@ -20,7 +20,7 @@ from dsv3.checks import check
 from dsv3.compiled import compile_step, place
 from dsv3.config import ModelConfig
 from dsv3.data.tokenizer import check_tokenizer
-from dsv3.nn.model import ModelParams, RouterState, cast_params
+from dsv3.nn.model import ModelParams, RouterState, absorb_params, cast_params
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.serve.batch import chunk_plan, row_bucket, rows_take, slot_bucket
 from dsv3.serve.request import Completion, Event, Request, check_requests, key_words
@@ -109,7 +109,7 @@ class Engine:
 
     def update(self, params: ModelParams, router: RouterState) -> None:
         """Exchanges the model's parameters, as between the steps of reinforcement learning; nothing is traced again."""
-        self._params, self._router = cast_params(params, self._policy), router
+        self._params, self._router = absorb_params(cast_params(params, self._policy), self.cfg), router
         self._dtype = self._policy.compute_dtype or params.embed.dtype
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from dsv3 import tree
-from dsv3.checks import Dims, check, check_token_ids, static_shape
+from dsv3.checks import Dims, check, check_token_ids, check_type, static_shape
 from dsv3.compiled import compile_step
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
@@ -64,6 +64,7 @@ def train_state(params: ModelParams, router: RouterState, optimizer: Optimizer) 
 
     References: DeepSeek-V3 section 3.3.3 (master weights in float32).
     """
+    check_type("train_state", "optimizer", optimizer, Optimizer)
     params = tree.map_leaves(lambda p: tf.cast(p, tf.float32), params)
     zero = tf.constant(0, tf.int64)
     return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params))
@@ -173,6 +174,7 @@ def make_train_step(
       `step(state, tokens, weights=None) -> (state, TrainMetrics)`. The given state is donated (see `compile_step`); the
       first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`.
     """
+    check_type("make_train_step", "optimizer", optimizer, Optimizer)
     check(layouts is None, "make_train_step: `layouts` is given, but this version trains on one device: want None")
     policy = policy or default_policy()
 

@@ -116,6 +116,18 @@ def test_past_of_unlike_lengths(form, new, dirt, name):
         assert_close(getattr(got, part), want, 4e-6, part)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_laid_out_for_decoding_change_nothing(name):
+    cfg, params = setup(**CONFIGS[name])
+    stacked = mla.mla_absorb(tree.map_leaves(lambda p: tf.stack([p, 2.0 * p]), params), cfg=cfg)
+    x = normal(0, 2, 3, cfg.hidden_size)
+    for i, same in enumerate([params, tree.map_leaves(lambda p: 2.0 * p, params)]):
+        laid_out = tree.slice_leading(stacked, i)
+        want = mla_apply(same, x, cfg=cfg, form="naive", policy=PLAIN)
+        for form in FORMS:
+            assert_close(mla_apply(laid_out, x, cfg=cfg, form=form, policy=PLAIN).out, want.out, 4e-6, form)
+
+
 def test_positions_shift_all_scores_alike():
     cfg, params = setup()
     x = normal(0, 1, 5, cfg.hidden_size)
@@ -198,7 +210,10 @@ def test_wrong_input_is_named():
         ({"segments": tf.zeros([2, 3]), "cache": cache}, "mla_apply: `segments` and `cache` exclude each other"),
         ({"cache": cache._replace(kv=cache.kv[:1])}, r"mla_apply: `cache.kv` has shape .*, want \(2, \?, 8\) \[B, S, W\]"),
         ({"cache": cache._replace(length=[0])}, r"mla_apply: `cache.length` has shape \(1,\), want \(2,\) \[B\]"),
+        ({"cfg": dsv3.preset("tiny")}, "mla_apply: `cfg` is of type ModelConfig, want MLAConfig"),
         ({"form": "flash"}, "mla_apply: `form` is 'flash', want one of 'auto', 'expanded', 'absorbed', 'naive'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            mla_apply(params, **({"x": x} | arguments), cfg=cfg)
+            mla_apply(params, **({"x": x, "cfg": cfg} | arguments))
+    with pytest.raises(ValueError, match="mla_apply: `params` is of type tuple, want MLAParams"):
+        mla_apply((), x, cfg=cfg)

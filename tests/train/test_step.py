@@ -183,6 +183,15 @@ def test_token_ids_are_looked_at_before_compiling():
     assert step.traces() == 0
 
 
+def test_an_optimizer_of_another_library_is_refused():
+    for name, make in (
+        ("make_train_step", lambda other: make_train_step(CFG, other)),
+        ("train_init", lambda other: train_init(KEY, CFG, other)),
+    ):
+        with pytest.raises(ValueError, match=rf"(train_state|{name}): `optimizer` is of type Adam, want Optimizer"):
+            make(tf.keras.optimizers.Adam())
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 def test_weights_of_other_micro_batches_are_refused(parts):
     tokens, weights = batch(4)
