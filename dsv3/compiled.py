@@ -2,7 +2,7 @@
 
 Everything in dsv3 is a pure function `(state, inputs) -> (new state, outputs)`. Compiled as it stands, such a function holds
 the old and the new state at once. `compile_step` keeps the state in variables that the step updates in place, and hands
-them out as the tree that the function knows: the state that a call is given is donated to it, as in JAX.
+them out as the tree that the function knows: the state that a call is given is donated to it.
 
 Two ways of writing need no second copy of a leaf: `RowWrite` for the part of a cache that is new, `update_leaves` for
 element-wise updates such as an optimiser's.

@@ -17,7 +17,7 @@ import tensorflow as tf
 from tokenizers import Tokenizer
 
 from dsv3.checks import check
-from dsv3.compiled import compile_step, place
+from dsv3.compiled import compile_step
 from dsv3.config import ModelConfig
 from dsv3.data.tokenizer import check_tokenizer
 from dsv3.nn.model import ModelParams, RouterState, absorb_params, cast_params
@@ -178,7 +178,7 @@ class Engine:
         caches, rows = state_init(
             self.cfg, count, size, dtype=self._dtype, modules=self._modules, depth=self.depth
         )
-        caches, at = place(caches), 0
+        at = 0
         for chunk in plan:
             piece = tf.constant(tokens[:, at : at + chunk + self._modules])
             counts = tf.constant(np.clip(lengths - at, 0, chunk))
