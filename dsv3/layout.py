@@ -6,7 +6,7 @@ not by the compiler.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tensorflow.experimental import dtensor
 
@@ -19,7 +19,11 @@ LayoutRules = Mapping[str, str | None]
 """Logical axis (`"layer"`, `"expert"`, `"embed"`, `"heads"`, ...) to mesh axis; left-out ones are not sharded."""
 
 
-def make_layouts(specs: Tree, mesh: dtensor.Mesh, rules: LayoutRules) -> Tree:
+RULES: LayoutRules = {"expert": "expert"}
+"""Experts over the axis `expert`, everything else whole on every device."""
+
+
+def make_layouts(specs: Tree, mesh: dtensor.Mesh, rules: LayoutRules = RULES) -> Tree:
     """Returns a tree of `dtensor.Layout`s that mirrors the parameters.
 
     Args:
@@ -63,6 +67,55 @@ def _layout(path: str, spec: ParamSpec, mesh: dtensor.Mesh, rules: LayoutRules) 
         )
         shards.append(axis)
     return dtensor.Layout(shards, mesh)
+
+
+def zero_layouts(specs: Tree, layouts: Tree, *, axes: Sequence[str] = ("data", "expert")) -> Tree:
+    """ZeRO-1: returns layouts that shard what `layouts` leave whole, so that each device stores and updates a part.
+
+    Master parameters and optimiser moments are stored so; a step gathers the parameters that it uses, and sums gradients to
+    these layouts.
+
+    Args:
+      specs: a tree of `ParamSpec`.
+      layouts: a tree of layouts that mirrors it, from `make_layouts`.
+      axes: mesh axes to shard over as well, each over the largest dim that is still whole and divides, or over none.
+
+    References: arXiv:1910.02054 section 5, stage 1.
+    """
+
+    def one(spec: ParamSpec, layout: dtensor.Layout) -> dtensor.Layout:
+        shards, mesh = list(layout.sharding_specs), layout.mesh
+        for axis in axes:
+            if axis not in mesh.dim_names or axis in shards or mesh.dim_size(axis) == 1:
+                continue
+            ways = mesh.dim_size(axis)
+            free = [d for d, s in enumerate(shards) if s == dtensor.UNSHARDED and spec.shape[d] % ways == 0]
+            if free:
+                shards[max(free, key=lambda d: spec.shape[d])] = axis
+        return dtensor.Layout(shards, mesh)
+
+    return tree.map_leaves(one, specs, layouts)
+
+
+def mesh_of(layouts: Tree) -> dtensor.Mesh:
+    """Returns the mesh that a tree of layouts is on.
+
+    Raises:
+      ValueError: the tree has no layouts, or they are on unlike meshes.
+    """
+    leaves = tree.flatten(layouts)
+    check(
+        bool(leaves) and all(isinstance(leaf, dtensor.Layout) for leaf in leaves),
+        "mesh_of: `layouts` holds other things than layouts, want a tree from make_layouts",
+    )
+    mesh = leaves[0].mesh
+    check(all(leaf.mesh == mesh for leaf in leaves), "mesh_of: `layouts` are on more than one mesh, want one")
+    return mesh
+
+
+def expert_dim(spec: ParamSpec) -> int | None:
+    """Returns the dim of a parameter that counts experts, or `None`: that which a step uses sharded over `expert`."""
+    return spec.axes.index("expert") if "expert" in spec.axes else None
 
 
 def local_bytes(specs: Tree, layouts: Tree, *, bytes_per_value: int = 4) -> int:

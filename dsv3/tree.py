@@ -56,6 +56,13 @@ def path_hash(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
+def subtree(tree: Tree, path: str) -> Tree:
+    """Returns what lies at a dotted path: a leaf or a tree."""
+    for part in path.split("."):
+        tree = tree[int(part)] if part.isdigit() else tree[part] if isinstance(tree, dict) else getattr(tree, part)
+    return tree
+
+
 def slice_leading(tree: Tree, index: Any) -> Tree:
     """Returns element `index` of every leaf's leading dim: one layer of a stack."""
     return map_leaves(lambda leaf: leaf[index], tree)

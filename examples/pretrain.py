@@ -48,7 +48,8 @@ from dsv3.train.optim import Optimizer, adamw
 from dsv3.train.progress import Progress, stop_on_signals
 from dsv3.train.records import RunLog
 from dsv3.train.schedule import warmup_cosine
-from dsv3.train.step import TrainState, make_train_step, train_init
+from dsv3.train.state import TrainState
+from dsv3.train.step import make_train_step, train_init
 
 FLAGS = flags.FLAGS
 FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper

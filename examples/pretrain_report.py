@@ -19,7 +19,7 @@ from dsv3.pretrained import save_pretrained
 from dsv3.serve import Completion, Engine, Request
 from dsv3.train.plots import plot_run
 from dsv3.train.records import read_rows
-from dsv3.train.step import TrainState
+from dsv3.train.state import TrainState
 
 FLAGS = flags.FLAGS
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64

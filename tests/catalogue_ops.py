@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsv3.ops.attention import AttentionMask
-from dsv3.ops.dispatch import Dispatch, dispatch_rows
+from dsv3.ops.dispatch import Dispatch, dispatch_rows, dispatch_slots
 from dsv3.ops.fp8 import E4M3
 from dsv3.ops.rope import RopeTable
 from tests.catalogue_entry import Entry, arrays
@@ -46,6 +46,10 @@ def plan() -> Dispatch:
     return arrays(dispatch_rows(EXPERTS, 4, multiple=2))
 
 
+def slots() -> dict[str, Any]:
+    return dict(zip(("slots", "tokens"), arrays(dispatch_slots(EXPERTS, 4, capacity=3))))
+
+
 def probabilities(*shape: int) -> np.ndarray:
     p = np.exp(normal(0, *shape))
     return p / p.sum(-1, keepdims=True)
@@ -80,6 +84,18 @@ OPS = [
     Entry(
         "dsv3.ops.dispatch.dispatch_rows", lambda: {"experts": EXPERTS}, {"num_experts": 4, "multiple": 2},
         lambda: {"experts": EXPERTS[0]},
+    ),
+    Entry("dsv3.ops.dispatch.dispatch_capacity", static={"load": 3, "tokens": 20}, python=True),
+    Entry(
+        "dsv3.ops.dispatch.dispatch_slots", lambda: {"experts": EXPERTS}, {"num_experts": 4, "capacity": 3},
+        lambda: {"experts": EXPERTS[0]},
+    ),
+    Entry(
+        "dsv3.ops.dispatch.dispatch_gather", lambda: {"x": normal(0, 3, 4), **slots()}, wrong=lambda: {"slots": EXPERTS[0]},
+    ),
+    Entry(
+        "dsv3.ops.dispatch.dispatch_combine", lambda: {"buffer": normal(0, 12, 4), **slots()},
+        wrong=lambda: {"tokens": EXPERTS},
     ),
     Entry(
         "dsv3.ops.dispatch.gather_rows", lambda: {"x": normal(0, 3, 4), "tokens": plan().tokens},

@@ -73,14 +73,37 @@ def block_apply(
     Returns:
       `BlockOutput`.
     """
+    x, h, entry = block_attend(params, x, cfg=cfg, table=table, policy=policy, segments=segments, cache=cache, form=form)
+    if isinstance(params.ffn, MLPParams):
+        return BlockOutput(x + mlp_apply(params.ffn, h, fuse=policy.fuse), entry, ())
+    ffn = moe_apply(params.ffn, bias, h, cfg=cfg.moe, mask=mask, experts=experts, policy=policy)
+    return BlockOutput(x + ffn.out, entry, ffn.stats)
+
+
+@plain
+def block_attend(
+    params: BlockParams,
+    x: TensorLike,
+    *,
+    cfg: ModelConfig,
+    table: RopeTable,
+    policy: ComputePolicy,
+    segments: TensorLike | None = None,
+    cache: LayerCache | None = None,
+    form: str = "auto",
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The first half of a block: `x + attention(norm(x))`, its norm, which the feed-forward reads, and the cache entry.
+
+    Args:
+      params, x, cfg, table, policy, segments, cache, form: as in `block_apply`; `params.ffn` is not read.
+
+    Returns:
+      `[B, T, D]`, `[B, T, D]` and `[B, T, L+R]`.
+    """
     norm = {"eps": cfg.norm_eps, "rounding": cfg.norm_rounding, "fuse": policy.fuse}
     attn = mla_apply(
         params.mla, rms_norm(x, params.attn_norm, **norm), cfg=cfg.mla, table=table,
         segments=segments, cache=cache, form=form, policy=policy,
     )  # fmt: skip
     x = x + attn.out
-    h = rms_norm(x, params.ffn_norm, **norm)
-    if isinstance(params.ffn, MLPParams):
-        return BlockOutput(x + mlp_apply(params.ffn, h, fuse=policy.fuse), attn.entry, ())
-    ffn = moe_apply(params.ffn, bias, h, cfg=cfg.moe, mask=mask, experts=experts, policy=policy)
-    return BlockOutput(x + ffn.out, attn.entry, ffn.stats)
+    return x, rms_norm(x, params.ffn_norm, **norm), attn.entry

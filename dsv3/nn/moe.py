@@ -103,9 +103,37 @@ def moe_apply(
 
     References: DeepSeek-V3 section 2.1.2, equations 12 to 20.
     """
-    check_type("moe_apply", "cfg", cfg, MoEConfig)
     check_type("moe_apply", "params", params, MoEParams)
     policy = policy or default_policy()
+    routing, stats = moe_route(params.router, bias, x, cfg=cfg, mask=mask, experts=experts)
+    x = tf.convert_to_tensor(x)
+    out = _experts(params, tf.reshape(x, [-1, cfg.hidden_size]), routing, policy)
+    out = tf.reshape(out, tf.shape(x))
+    if cfg.num_shared:
+        out += mlp_apply(params.shared, x, fuse=policy.fuse)
+    return MoEOutput(tf.ensure_shape(out, x.shape), stats)
+
+
+@plain
+def moe_route(
+    weight: TensorLike,
+    bias: TensorLike,
+    x: TensorLike,
+    *,
+    cfg: MoEConfig,
+    mask: TensorLike | None = None,
+    experts: TensorLike | None = None,
+) -> tuple[Routing, RouterStats]:
+    """The router alone: which experts `moe_apply` sends each token to.
+
+    Args:
+      weight: `[D, E]`, the router's parameter.
+      bias, x, cfg, mask, experts: as in `moe_apply`.
+
+    Returns:
+      `Routing` of the N = B·T tokens, and `RouterStats`.
+    """
+    check_type("moe_apply", "cfg", cfg, MoEConfig)
     r = cfg.router
     dims = Dims("moe_apply", D=cfg.hidden_size, E=r.num_experts, K=r.top_k)
     dims("x", x, "B T D")
@@ -113,8 +141,7 @@ def moe_apply(
     if mask is not None:
         dims("mask", mask, "B T")
     x = tf.convert_to_tensor(x)
-    tokens = tf.reshape(x, [-1, cfg.hidden_size])
-    scores = router_scores(tokens, params.router)
+    scores = router_scores(tf.reshape(x, [-1, cfg.hidden_size]), weight)
     if experts is None:
         routing = router_select(
             scores, bias, top_k=r.top_k, num_groups=r.num_groups, groups_kept=r.groups_kept,
@@ -123,10 +150,6 @@ def moe_apply(
     else:
         dims("experts", experts, "B T K")
         routing = _replay(scores, tf.reshape(tf.cast(experts, tf.int32), [-1, r.top_k]), r.scale, r.normalize)
-    out = _experts(params, tokens, routing, policy)
-    out = tf.reshape(out, tf.shape(x))
-    if cfg.num_shared:
-        out += mlp_apply(params.shared, x, fuse=policy.fuse)
     shape = tf.shape(x)
     stats = RouterStats(
         load=expert_load(routing.experts, r.num_experts, mask),
@@ -135,7 +158,7 @@ def moe_apply(
         ),
         experts=tf.reshape(routing.experts, [shape[0], shape[1], r.top_k]),
     )
-    return MoEOutput(tf.ensure_shape(out, x.shape), stats)
+    return routing, stats
 
 
 def _experts(params: MoEParams, tokens, routing: Routing, policy: ComputePolicy) -> tf.Tensor:

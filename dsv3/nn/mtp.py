@@ -94,6 +94,19 @@ def mtp_apply(
 
     References: DeepSeek-V3 section 2.2, equations 21 to 23; the published layer 61 takes the embedding first.
     """
+    x = mtp_input(params, hidden, embedded, cfg=cfg, policy=policy)
+    block = block_apply(
+        params.block, bias, x, cfg=cfg, table=table, policy=policy, segments=segments, cache=cache, mask=mask
+    )
+    norm = {"eps": cfg.norm_eps, "rounding": cfg.norm_rounding, "fuse": policy.fuse}
+    return MTPOutput(block.out, rms_norm(block.out, params.norm, **norm), block)
+
+
+@plain
+def mtp_input(
+    params: MTPParams, hidden: TensorLike, embedded: TensorLike, *, cfg: ModelConfig, policy: ComputePolicy
+) -> tf.Tensor:
+    """Returns `[B, T, D]`, what the module's block reads: `proj([enorm(embedded) ; hnorm(hidden)])`. See `mtp_apply`."""
     check(cfg.num_mtp_layers > 0, "mtp_apply: the config has no MTP module (num_nextn_predict_layers is 0)")
     dims = Dims("mtp_apply", D=cfg.hidden_size)
     dims("hidden", hidden, "B T D")
@@ -102,8 +115,4 @@ def mtp_apply(
     parts = [rms_norm(embedded, params.embed_norm, **norm), rms_norm(hidden, params.hidden_norm, **norm)]
     if cfg.mtp_concat == "hidden_first":
         parts.reverse()
-    x = linear_apply(tf.concat(parts, -1), params.proj)
-    block = block_apply(
-        params.block, bias, x, cfg=cfg, table=table, policy=policy, segments=segments, cache=cache, mask=mask
-    )
-    return MTPOutput(block.out, rms_norm(block.out, params.norm, **norm), block)
+    return linear_apply(tf.concat(parts, -1), params.proj)

@@ -45,7 +45,7 @@ def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1) -
     """Groups the rows of chosen experts by expert, in token order within an expert.
 
     Args:
-      experts: `[N, K]` int32 with static N: the experts of each token.
+      experts: `[N, K]` int32 with static N: the experts of each token; E stands for none, such a row lies behind all groups.
       num_experts: E.
       multiple: rows of an expert are rounded up to this.
 
@@ -60,16 +60,101 @@ def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1) -
     check(multiple >= 1, f"dispatch_rows: `multiple` is {multiple}, want >= 1")
     total = n * k
     flat = tf.reshape(experts, [total])
-    load = tf.math.unsorted_segment_sum(tf.ones([total], tf.int32), flat, num_experts)
+    load = tf.math.unsorted_segment_sum(tf.ones([total], tf.int32), flat, num_experts + 1)
     rows = ((load + (multiple - 1)) // multiple) * multiple
     starts = tf.cumsum(rows, exclusive=True)
-    order = tf.argsort(flat, stable=True)
-    place = tf.scatter_nd(tf.expand_dims(order, -1), tf.range(total), [total])
-    slots = place + tf.gather(starts - tf.cumsum(load, exclusive=True), flat)
+    slots = _sorted_places(flat) + tf.gather(starts - tf.cumsum(load, exclusive=True), flat)
     tokens = tf.scatter_nd(
         tf.expand_dims(slots, -1), tf.range(total) // k, [dispatch_size(total, num_experts, multiple)]
     )
-    return Dispatch(tf.reshape(slots, [n, k]), tokens, starts, rows, load)
+    return Dispatch(tf.reshape(slots, [n, k]), tokens, starts[:-1], rows[:-1], load[:-1])
+
+
+def _sorted_places(flat: tf.Tensor) -> tf.Tensor:
+    """Returns where each entry comes to stand when they are sorted, equal ones in order."""
+    order, size = tf.argsort(flat, stable=True), flat.shape[0]
+    return tf.scatter_nd(tf.expand_dims(order, -1), tf.range(size), [size])
+
+
+def dispatch_capacity(load: int, tokens: int) -> int:
+    """Returns the rows that experts get when the fullest has `load` of `tokens` tokens: few sizes, so few compilations.
+
+    Sizes are multiples of 8 up to 64, then four to each doubling; the largest, `tokens`, holds every token.
+
+    >>> [dispatch_capacity(n, 100) for n in (0, 1, 9, 65, 81, 97, 100)]
+    [8, 8, 16, 80, 96, 100, 100]
+    """
+    check(0 <= load <= tokens, f"dispatch_capacity: `load` is {load}, want 0 to {tokens}, the number of tokens")
+    step = max(8, 2 ** (max(load - 1, 0).bit_length() - 3))
+    return min(max(-(-load // step), 1) * step, max(tokens, 1))
+
+
+@plain
+def dispatch_slots(experts: TensorLike, num_experts: int, *, capacity: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Gives every expert the same number of buffer rows, as an exchange between devices needs it.
+
+    Args:
+      experts: `[N, K]` int32 with static N: the experts of each token.
+      num_experts: E.
+      capacity: C, at least the largest number of tokens that one expert gets; with fewer, rows would share a place.
+
+    Returns:
+      `slots` `[N, K]` int32: rows of an `[E·C]` buffer, expert e's from e·C on, in token order; and `tokens` `[E·C]` int32,
+      the token in each row, 0 in rows that stay empty.
+    """
+    Dims("dispatch_slots")("experts", experts, "N K")
+    check_integer("dispatch_slots", "experts", experts)
+    experts = tf.cast(experts, tf.int32)
+    n, k = experts.shape
+    check(n is not None, "dispatch_slots: `experts` has an unknown number of tokens, want a static [N, K]")
+    check(capacity >= 1, f"dispatch_slots: `capacity` is {capacity}, want >= 1")
+    flat = tf.reshape(experts, [n * k])
+    load = tf.math.unsorted_segment_sum(tf.ones([n * k], tf.int32), flat, num_experts)
+    slots = flat * capacity + _sorted_places(flat) - tf.gather(tf.cumsum(load, exclusive=True), flat)
+    tokens = tf.scatter_nd(tf.expand_dims(slots, -1), tf.range(n * k) // k, [num_experts * capacity])
+    return tf.reshape(slots, [n, k]), tokens
+
+
+@plain
+def dispatch_gather(x: TensorLike, tokens: TensorLike, slots: TensorLike, *, fuse: bool = False) -> tf.Tensor:
+    """Returns `x[tokens]`, like `gather_rows`, with a gradient that gathers by `slots` instead of scattering.
+
+    Args:
+      x: `[N, D]`. tokens: `[C]` int32. slots: `[N, K]` int32; each row that matters is in `slots` once.
+      fuse: compile as one kernel.
+    """
+    _check_buffer("dispatch_gather", tokens, slots)
+
+    @tf.custom_gradient
+    def run(x):
+        return gather_rows(x, tokens, fuse=fuse), lambda d: combine_rows(d, slots, fuse=fuse)
+
+    return run(tf.convert_to_tensor(x))
+
+
+@plain
+def dispatch_combine(buffer: TensorLike, tokens: TensorLike, slots: TensorLike, *, fuse: bool = False) -> tf.Tensor:
+    """Returns `Σ_k buffer[slots[:, k]]`, like `combine_rows`, with a gradient that gathers by `tokens`, not a scatter.
+
+    The gradient of rows that are not in `slots` is arbitrary: whoever made them must not use it.
+
+    Args:
+      buffer: `[C, D]`. tokens, slots: as in `dispatch_gather`.
+      fuse: compile as one kernel.
+    """
+    _check_buffer("dispatch_combine", tokens, slots)
+
+    @tf.custom_gradient
+    def run(buffer):
+        return combine_rows(buffer, slots, fuse=fuse), lambda d: gather_rows(d, tokens, fuse=fuse)
+
+    return run(tf.convert_to_tensor(buffer))
+
+
+def _check_buffer(function: str, tokens: TensorLike, slots: TensorLike) -> None:
+    dims = Dims(function)
+    dims("tokens", tokens, "C")
+    dims("slots", slots, "N K")
 
 
 @fused

@@ -39,7 +39,7 @@ def experts_apply(
     Args:
       x: `[N, D]` tokens, static N.
       weights: `[N, K]` float32 gate values.
-      experts: `[N, K]` int32 chosen experts.
+      experts: `[N, K]` int32 chosen experts; E stands for none, adds nothing, and needs the weight 0.
       gate_up: `[E, D, 2F]`; down: `[E, F, D]`, in `x`'s dtype.
       kernel: one of `KERNELS`; all compute the same function.
       multiple: rows of an expert are rounded up to this (`sorted`), or the block size (`blocks`).
@@ -155,6 +155,7 @@ def _blocks(x, weights, plan: Dispatch, gate_up, down, *, block: int) -> tf.Tens
 def _rows(x, weights, experts, gate_up, down) -> tf.Tensor:
     n, k = experts.shape
     check(n is not None, "experts_apply: `x` has an unknown number of tokens, want a static N for kernel='rows'")
+    experts = tf.minimum(experts, gate_up.shape[0] - 1)  # E, none, has the weight 0
     out = []
     for i in range(n):
         token, chosen = x[i : i + 1], experts[i]

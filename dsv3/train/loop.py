@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dsv3.checks import check
 from dsv3.train.records import check_finite, step_numbers
-from dsv3.train.step import TrainMetrics, TrainState
+from dsv3.train.state import TrainMetrics, TrainState
 from dsv3.typing import TensorLike
 
 Row = Mapping[str, Any]

@@ -84,15 +84,7 @@ def pretrain_loss(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     out = model_apply(params, router, inputs, cfg=cfg, segments=segments, mask=mask, policy=policy)
     head = tf.cast(head_weight(params), out.hidden.dtype)
-
-    def cross_entropy(hidden, targets, weights):
-        nll = token_nll(
-            tf.reshape(hidden, [-1, cfg.hidden_size]), head, tf.reshape(targets, [-1]),
-            chunk=policy.loss_chunk, fuse=policy.fuse,
-        )  # fmt: skip
-        return tf.reduce_sum(nll * tf.reshape(weights, [-1])) / total
-
-    main = cross_entropy(out.hidden, targets, weights)
+    main = weighted_nll(out.hidden, head, targets, weights, total, policy=policy)
     balance, load = tf.constant(0.0), tf.zeros_like(router.moe)
     if cfg.num_moe_layers:
         balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
@@ -101,12 +93,12 @@ def pretrain_loss(
         chain = mtp_chain(params, router, out, targets, cfg=cfg, segments=segments, mask=mask, policy=policy)
         losses, ahead = [], segments
         for k in range(1, cfg.num_mtp_layers + 1):
-            targets, weights = _shift(targets), _shift(weights)
+            targets, weights = shift_left(targets), shift_left(weights)
             counted = weights
             if segments is not None:
-                ahead = _shift(tf.convert_to_tensor(ahead))
+                ahead = shift_left(tf.convert_to_tensor(ahead))
                 counted *= tf.cast(tf.equal(ahead, segments), tf.float32)
-            losses.append(cross_entropy(chain.normed[k - 1], targets, counted))
+            losses.append(weighted_nll(chain.normed[k - 1], head, targets, counted, total, policy=policy))
         mtp, mtp_load = tf.stack(losses), chain.stats.load
         balance += tf.reduce_sum(chain.stats.balance)
     loss = main + balance_weight * balance
@@ -115,6 +107,16 @@ def pretrain_loss(
     return loss, LossParts(main, mtp, balance, RouterState(load, mtp_load))
 
 
-def _shift(x: tf.Tensor) -> tf.Tensor:
+@plain
+def weighted_nll(
+    hidden: tf.Tensor, head: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor, total: tf.Tensor, *, policy: ComputePolicy
+) -> tf.Tensor:
+    """Returns `Σ weights·nll / total`: the cross-entropy of `[B, T]` targets under `head(hidden)`, a float32 scalar."""
+    rows = tf.reshape(hidden, [-1, hidden.shape[-1]])
+    nll = token_nll(rows, head, tf.reshape(targets, [-1]), chunk=policy.loss_chunk, fuse=policy.fuse)
+    return tf.reduce_sum(nll * tf.reshape(weights, [-1])) / total
+
+
+def shift_left(x: tf.Tensor) -> tf.Tensor:
     """Moves a row's values one place to the left; a zero comes in on the right."""
     return tf.pad(x[:, 1:], [[0, 0], [0, 1]])

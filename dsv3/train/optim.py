@@ -37,8 +37,11 @@ class OptimStats(NamedTuple):
 class Optimizer(NamedTuple):
     """A pair of pure functions.
 
-    `init(params) -> state`; `update(grads, state, params, tokens) -> (params, state, OptimStats)`, where `tokens` is the
-    number of tokens seen so far, which schedules are functions of.
+    `init(params) -> state`; `update(grads, state, params, tokens, norm) -> (params, state, OptimStats)`, where `tokens` is
+    the number of tokens seen so far, which schedules are functions of, and `norm` that of all gradients (`global_norm`).
+
+    On a mesh `update` gets each device's parts of the trees, so it must treat every scalar alike: what it needs of the whole
+    is in `norm`.
     """
 
     init: Callable[[Tree], Tree]
@@ -89,11 +92,12 @@ def adamw(
         return AdamState(tf.constant(0), zeros, tree.map_leaves(tf.identity, zeros))
 
     @plain
-    def update(grads: Tree, state: AdamState, params: Tree, tokens: tf.Tensor) -> tuple[Tree, AdamState, OptimStats]:
+    def update(
+        grads: Tree, state: AdamState, params: Tree, tokens: tf.Tensor, norm: tf.Tensor
+    ) -> tuple[Tree, AdamState, OptimStats]:
         want = tree.to_dict(params)
         check_same_tree("adamw.update", "grads", tree.to_dict(grads), want)
         lr = tf.cast(learning_rate(tokens) if callable(learning_rate) else learning_rate, tf.float32)
-        norm = global_norm(grads, fuse=fuse)
         scale = tf.constant(1.0) if clip_norm is None else tf.minimum(1.0, clip_norm / (norm + 1e-12))
         count = state.count + 1
         steps = tf.cast(count, tf.float32)
@@ -122,11 +126,12 @@ def _adamw_leaf(p, m, v, g, scalars, *, b1, b2, eps, wd):
 
 def global_norm(grads: Tree, *, fuse: bool = False) -> tf.Tensor:
     """Returns the Euclidean norm over all leaves, float32; `fuse` compiles each leaf's sum as one kernel."""
-    return tf.sqrt(tf.add_n([_square_sum(g, fuse=fuse) for g in tree.flatten(grads)]))
+    return tf.sqrt(tf.add_n([square_sum(g, fuse=fuse) for g in tree.flatten(grads)]))
 
 
-def _square_sum(g: tf.Tensor, *, fuse: bool) -> tf.Tensor:
-    """For float32 TensorFlow's own kernel is faster than a compiled one; for bfloat16 it adds in bfloat16."""
+def square_sum(g: tf.Tensor, *, fuse: bool) -> tf.Tensor:
+    """Returns `Σ g²`, float32; `fuse` compiles it as one kernel."""
+    # For float32 TensorFlow's own kernel is faster than a compiled one; for bfloat16 it adds in bfloat16.
     return 2.0 * tf.nn.l2_loss(g) if fuse and g.dtype == tf.float32 else _square_sum_kernel(g, fuse=fuse)
 
 

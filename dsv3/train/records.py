@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from dsv3.checks import check
-from dsv3.train.step import TrainMetrics
+from dsv3.train.state import TrainMetrics
 
 LOG_FILE, EVENTS_FOLDER = "log.jsonl", "tensorboard"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from dsv3 import tree
@@ -14,33 +15,14 @@ from dsv3.config import ModelConfig
 from dsv3.graph import plain
 from dsv3.nn.model import ModelParams, RouterState, cast_params, model_init, router_init
 from dsv3.ops.router import router_update_bias
+from dsv3.parallel.mesh import place as place_leaf
+from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy, default_policy
-from dsv3.train.loss import LossParts, pretrain_loss
-from dsv3.train.optim import Optimizer, OptimStats, Schedule
+from dsv3.train.loss import pretrain_loss
+from dsv3.train.mesh_step import Rates, make_mesh_update, state_layouts
+from dsv3.train.optim import Optimizer, Schedule, global_norm
+from dsv3.train.state import TrainMetrics, TrainState
 from dsv3.typing import TensorLike, Tree
-
-
-class TrainState(NamedTuple):
-    """Everything that a step changes.
-
-    Attributes:
-      step: int64 scalar, optimiser steps done. tokens: int64 scalar, tokens seen.
-      params: `ModelParams`. router: `RouterState`. opt: the optimiser's state.
-    """
-
-    step: tf.Tensor
-    tokens: tf.Tensor
-    params: ModelParams
-    router: RouterState
-    opt: Tree
-
-
-class TrainMetrics(NamedTuple):
-    """What one step reports: the loss (float32 scalar), its `parts`, and the optimiser's `optim` statistics."""
-
-    loss: tf.Tensor
-    parts: LossParts
-    optim: OptimStats
 
 
 def train_init(key: TensorLike, cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
@@ -139,7 +121,8 @@ def train_update(
         loss, parts, grads = total
         parts = parts._replace(balance=parts.balance / micro_batches)
     counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
-    new_params, opt, stats = optimizer.update(grads, state.opt, state.params, seen)
+    norm = global_norm(grads, fuse=policy.fuse)
+    new_params, opt, stats = optimizer.update(grads, state.opt, state.params, seen, norm)
     router = RouterState(
         *(
             router_update_bias(bias, load, rate=rate) if bias.shape[0] else bias
@@ -163,26 +146,32 @@ def make_train_step(
     balance_weight: float | Schedule = 1e-4,
     bias_rate: float | Schedule = 1e-3,
     policy: ComputePolicy | None = None,
+    dispatch_dtype: tf.DType | str | None = None,
 ) -> Callable[..., tuple[TrainState, TrainMetrics]]:
     """Compiles `train_update` into a step that updates its state in place.
 
     Args:
       cfg, optimizer, mtp_weight, balance_weight, bias_rate, policy: as in `train_update`.
-      layouts: `None`: one device. (Sharded layouts are refused until the parallel step is there.)
+      layouts: `None`: one device. Else how the parameters are stored on a mesh (`make_layouts`, `zero_layouts`); the state
+        must have been placed so (`place_state`). The step computes the same.
+      dispatch_dtype: on a mesh, the dtype of rows on their way to other devices' experts; default: the compute dtype.
 
     Returns:
       `step(state, tokens, weights=None) -> (state, TrainMetrics)`. The given state is donated (see `compile_step`); the
       first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`.
+
+    Raises:
+      ValueError: layouts that the step cannot use, at once.
     """
     check_type("make_train_step", "optimizer", optimizer, Optimizer)
-    check(layouts is None, "make_train_step: `layouts` is given, but this version trains on one device: want None")
     policy = policy or default_policy()
+    rates = {"mtp_weight": mtp_weight, "balance_weight": balance_weight, "bias_rate": bias_rate}
+    if layouts is not None:
+        return _mesh_step(cfg, optimizer, layouts, rates, policy, dispatch_dtype)
+    check(dispatch_dtype is None, "make_train_step: `dispatch_dtype` is given, but without `layouts` nothing is dispatched")
 
     def update(state, tokens, weights):
-        return train_update(
-            state, tokens, weights, cfg=cfg, optimizer=optimizer, mtp_weight=mtp_weight,
-            balance_weight=balance_weight, bias_rate=bias_rate, policy=policy,
-        )  # fmt: skip
+        return train_update(state, tokens, weights, cfg=cfg, optimizer=optimizer, policy=policy, **rates)
 
     compiled = compile_step(update, jit=policy.jit)
 
@@ -195,3 +184,41 @@ def make_train_step(
 
     step.traces = compiled.traces
     return step
+
+
+def _mesh_step(cfg, optimizer, layouts, rates, policy, dispatch_dtype):
+    """`make_train_step` on a mesh."""
+    dtype = None if dispatch_dtype is None else tf.as_dtype(dispatch_dtype)
+    update = make_mesh_update(cfg, optimizer, layouts, policy, dtype)
+
+    def step(state: TrainState, tokens: TensorLike, weights: Any = None) -> tuple[TrainState, TrainMetrics]:
+        check_token_ids("train_step", "tokens", tokens, cfg.vocab_size)
+        tokens = np.asarray(tokens, np.int32)
+        check(tokens.ndim in (2, 3), f"train_step: `tokens` has shape {tokens.shape}, want [B, T+1] or [A, B, T+1]")
+        wanted = (*tokens.shape[:-1], tokens.shape[-1] - 1)
+        weights = np.ones(wanted, np.float32) if weights is None else np.asarray(weights, np.float32)
+        check(weights.shape == wanted, f"train_step: `weights` has shape {weights.shape}, want {wanted}, one column less")
+        check(min(wanted) > 0, f"train_step: `tokens` has shape {tokens.shape}, want at least one row of two tokens")
+        if tokens.ndim == 2:
+            tokens, weights = tokens[None], weights[None]
+        seen = tf.cast(whole(state.tokens), tf.float32)
+        values = (float(rate(seen)) if callable(rate) else float(rate) for rate in rates.values())
+        return update(state, tokens, weights, Rates(*values))
+
+    step.traces = update.traces
+    return step
+
+
+def place_state(state: TrainState, layouts: Tree) -> TrainState:
+    """Lays a state out on a mesh: parameters and what mirrors them as `layouts` say, the rest on every device.
+
+    Args:
+      state: tensors, equal on all processes.
+      layouts: how the parameters are stored, from `make_layouts` or `zero_layouts`.
+    """
+    return tree.map_leaves(place_leaf, state, state_layouts(state, layouts))
+
+
+def gather_state(state: TrainState) -> TrainState:
+    """Returns a state from a mesh as plain tensors; every process takes part, and each gets the whole."""
+    return tree.map_leaves(whole, state)

@@ -6,7 +6,17 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.ops.dispatch import combine_rows, dispatch_rows, dispatch_size, gather_rows, scatter_weights
+from dsv3.ops.dispatch import (
+    combine_rows,
+    dispatch_capacity,
+    dispatch_combine,
+    dispatch_gather,
+    dispatch_rows,
+    dispatch_size,
+    dispatch_slots,
+    gather_rows,
+    scatter_weights,
+)
 from tests.compare import assert_close, check_gradient, normal
 
 
@@ -53,6 +63,51 @@ def test_size_is_enough_for_the_worst_case_and_no_more(rows, num_experts, multip
     assert worst <= size <= rows + groups * (multiple - 1) + multiple - 1
 
 
+@settings(max_examples=40)
+@given(routings(), st.integers(0, 3))
+def test_every_row_once_in_its_experts_slots(case, spare):
+    experts, num_experts, _ = case
+    n, k = experts.shape
+    load = np.bincount(experts.reshape(-1), minlength=num_experts)
+    capacity = max(int(load.max()), 1) + spare
+    slots, tokens = (t.numpy() for t in dispatch_slots(experts, num_experts, capacity=capacity))
+    assert tokens.shape == (num_experts * capacity,) and len(set(slots.reshape(-1))) == n * k
+    np.testing.assert_array_equal(slots // capacity, experts)
+    for e in range(num_experts):
+        np.testing.assert_array_equal(np.sort(slots[experts == e]), e * capacity + np.arange(load[e]))
+    np.testing.assert_array_equal(tokens[slots], np.repeat(np.arange(n)[:, None], k, 1))
+    if not n:
+        return
+    x = normal(0, n, 3)
+    rows = dispatch_gather(x, tokens, slots)
+    assert_close(dispatch_combine(rows, tokens, slots), k * x)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 5000), st.integers(0, 5000))
+def test_capacities_are_enough_few_and_not_too_large(load, more):
+    tokens = load + more
+    size = dispatch_capacity(load, tokens)
+    assert load <= size <= max(tokens, 1) and size <= max(8, 1.25 * load)
+    sizes = {dispatch_capacity(n, tokens) for n in range(0, tokens + 1, max(1, tokens // 500))} | {size}
+    assert len(sizes) <= 8 + 4 * max(0, tokens.bit_length() - 6) + 1 and dispatch_capacity(tokens, tokens) == max(tokens, 1)
+
+
+@settings(max_examples=40)
+@given(routings())
+def test_none_is_an_expert_whose_rows_come_last(case):
+    """The number of experts stands for none: those rows are in no group, and all others lie as without them."""
+    experts, num_experts, multiple = case
+    none = np.where(experts == num_experts - 1, num_experts, experts)
+    plan, ref = dispatch_rows(none, num_experts, multiple=multiple), dispatch_rows(experts, num_experts, multiple=multiple)
+    np.testing.assert_array_equal(plan.load[:-1], ref.load[:-1])
+    np.testing.assert_array_equal(plan.starts, ref.starts)
+    assert plan.load[-1] == 0 and plan.rows[-1] == 0
+    kept = none < num_experts
+    np.testing.assert_array_equal(plan.slots.numpy()[kept], ref.slots.numpy()[kept])
+    assert len(set(plan.slots.numpy().reshape(-1))) == experts.size and (plan.slots.numpy() < len(plan.tokens)).all()
+
+
 def test_gather_and_combine_are_inverse():
     experts = np.array([[2, 0], [2, 1], [0, 2]], np.int32)
     x = normal(0, 3, 4)
@@ -76,6 +131,10 @@ def test_gradients(fuse):
         return out
 
     check_gradient(lambda x: gather_rows(x, plan.tokens, fuse=fuse), lambda x: x[tokens], [normal(0, 3, 4)])
+    full = normal(1, 3, 4)
+    slots3, tokens3 = dispatch_slots(np.array([[0, 1], [0, 1], [0, 1]]), 2, capacity=3)  # no row stays empty
+    check_gradient(lambda x: dispatch_gather(x, tokens3, slots3), lambda x: x[tokens3.numpy()], [full])
+    check_gradient(lambda b: dispatch_combine(b, tokens3, slots3), lambda b: b[slots3.numpy()].sum(1), [normal(1, 6, 4)])
     rows = normal(1, len(tokens), 4)
     check_gradient(lambda b: combine_rows(b, plan.slots, fuse=fuse), lambda b: b[slots].sum(1), [rows])
     check_gradient(lambda w: scatter_weights(w, plan.slots, size=len(tokens), fuse=fuse), scattered, [normal(2, 3, 2)])

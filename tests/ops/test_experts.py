@@ -123,3 +123,28 @@ def test_wrong_input_is_named():
             experts_apply(*arguments)
     with pytest.raises(ValueError, match="experts_apply: `kernel` is 'dense', want one of 'sorted', 'blocks', 'rows'"):
         experts_apply(x, weights, experts, gate_up, down, kernel="dense")
+
+
+@pytest.mark.parametrize("kernel", ["sorted", "blocks", "rows"])
+def test_no_expert_adds_nothing(kernel):
+    """The number of experts stands for none, with the weight 0: results and gradients are those of the other rows."""
+    x, gate_up, down = normal(0, 4, 4), normal(1, 3, 4, 6), normal(2, 3, 3, 4)
+    experts, weights = np.array([[2], [3], [0], [3]], np.int32), np.array([[1.0], [0.0], [2.0], [0.0]], np.float32)
+
+    def run(x, gate_up, down):
+        return experts_apply(x, weights, experts, gate_up, down, kernel=kernel, multiple=4)
+
+    got = run(x, gate_up, down)
+    kept = [0, 2]
+    want = experts_apply(x[kept], weights[kept], experts[kept], gate_up, down, kernel=kernel, multiple=4)
+    assert_close(tf.gather(got, kept), want)
+    assert not tf.gather(got, [1, 3]).numpy().any()
+    d = normal(3, 4, 4)
+    found = gradients(run, [x, gate_up, down], [tf.constant(d)])
+    part = gradients(
+        lambda x, a, b: experts_apply(x, weights[kept], experts[kept], a, b, kernel=kernel, multiple=4),
+        [x[kept], gate_up, down], [tf.constant(d[kept])],
+    )  # fmt: skip
+    assert_close(tf.gather(found[0], kept), part[0], 1e-5)
+    assert_close(found[1], part[1], 1e-5)
+    assert_close(found[2], part[2], 1e-5)

@@ -20,7 +20,7 @@ from dsv3.train.optim import OptimStats
 from dsv3.train.plots import plot_run
 from dsv3.train.progress import Progress, stop_on_signals
 from dsv3.train.records import RunLog, cut_rows, read_rows, row_scalars
-from dsv3.train.step import TrainMetrics, TrainState
+from dsv3.train.state import TrainMetrics, TrainState
 from tests.compare import PLAIN
 from tests.small import KEY, model_config
 

@@ -1,0 +1,1 @@
+"""Running one program on many devices: meshes, exchanges, and the model cut into pieces."""

@@ -1,0 +1,232 @@
+"""The model with its loss as pieces, between which experts on other devices are reached.
+
+A mixture block is four of them: attention (with router and shared experts), dispatch, experts, combine; where every device
+has all experts, it is one. Dense blocks, embedding and losses are one piece each. What a piece computes is what
+`pretrain_loss` computes there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from dsv3.config import ModelConfig
+from dsv3.nn.block import BlockParams, block_apply, block_attend
+from dsv3.nn.linear import mlp_apply
+from dsv3.nn.mla import mla_rope
+from dsv3.nn.moe import moe_route
+from dsv3.nn.mtp import mtp_input
+from dsv3.ops.dispatch import dispatch_combine, dispatch_gather, dispatch_slots
+from dsv3.ops.experts import experts_apply
+from dsv3.ops.norm import rms_norm
+from dsv3.parallel.tape import Capacity, Piece, Tape, Value
+from dsv3.policy import ComputePolicy
+from dsv3.train.loss import weighted_nll
+from dsv3.typing import Tree
+
+
+class Mixed(NamedTuple):
+    """What the attention piece leaves: the residual stream, the shared experts' output or `()`, what the routed experts read
+    `[N, D]`, gate values and experts `[N, K]`, and the router's load `[E]` and balance loss."""
+
+    x: Any
+    shared: Any
+    rows: Any
+    weights: Any
+    experts: Any
+    load: Any
+    balance: Any
+
+
+class ModelPieces(NamedTuple):
+    """The pieces of one model. `attention` and `mtp` are for mixtures, `dispatch` and `combine` are made for a capacity; all
+    three are `None` where experts are not shared out, and `attention` and `mtp` are then whole blocks."""
+
+    embed: Piece
+    dense: Piece
+    attention: Piece
+    dispatch: Callable[[int], Piece] | None
+    experts: Piece | None
+    combine: Callable[[int], Piece] | None
+    head: Piece
+    mtp: Piece
+    mtp_loss: Piece
+
+
+def model_pieces(
+    cfg: ModelConfig, policy: ComputePolicy, *, ways: int, dispatch_dtype: tf.DType | None = None
+) -> ModelPieces:
+    """Returns the pieces of a model.
+
+    Args:
+      cfg: the model's configuration.
+      policy: how to compute.
+      ways: devices that share the experts.
+      dispatch_dtype: of the rows on their way to the experts and of their gradients; default: the compute dtype.
+    """
+    norm = {"eps": cfg.norm_eps, "rounding": cfg.norm_rounding, "fuse": policy.fuse}
+
+    def table(x):
+        return mla_rope(cfg.mla, tf.range(x.shape[1]))
+
+    def embed(p, tokens):
+        rows = tf.gather(p["embed"], tokens)
+        return tf.cast(rows, policy.compute_dtype or rows.dtype)
+
+    def dense(p, x):
+        return block_apply(p["block"], (), x, cfg=cfg, table=table(x), policy=policy).out
+
+    mixture = _mix if ways > 1 else _mix_whole
+
+    def attention(p, bias, x):
+        return mixture(p["block"], bias, x, cfg, table(x), policy)
+
+    def mtp(p, bias, hidden, embedded):
+        x = mtp_input(p["mtp"], hidden, embedded, cfg=cfg, policy=policy)
+        return mixture(p["mtp"].block, bias, x, cfg, table(x), policy)
+
+    def loss(p, normed, targets, weights, total):
+        head = tf.transpose(p["embed"]) if "embed" in p else p["head"]
+        return weighted_nll(normed, tf.cast(head, normed.dtype), targets, weights, total, policy=policy)
+
+    def head(p, x, targets, weights, total):
+        normed = rms_norm(x, p["norm"], **norm)
+        return loss(p, normed, targets, weights, total), normed if cfg.mtp_hidden == "normed" else x
+
+    def mtp_loss(p, x, targets, weights, total):
+        normed = rms_norm(x, p["norm"], **norm)
+        return loss(p, normed, targets, weights, total), x if cfg.mtp_next == "raw" else normed
+
+    made = functools.partial(Piece, jit=policy.jit)
+    experts_apart = _expert_pieces(cfg, policy, ways, dispatch_dtype, made) if ways > 1 else (None, None, None)
+    return ModelPieces(
+        made("embed", embed), made("dense", dense), made("attention", attention), *experts_apart,
+        made("head", head), made("attention", mtp), made("mtp_loss", mtp_loss),
+    )  # fmt: skip
+
+
+def _mix(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy) -> Mixed:
+    x, h, _ = block_attend(block, x, cfg=cfg, table=table, policy=policy)
+    routing, stats = moe_route(block.ffn.router, bias, h, cfg=cfg.moe)
+    shared = mlp_apply(block.ffn.shared, h, fuse=policy.fuse) if cfg.moe.num_shared else ()
+    rows = tf.reshape(h, [-1, cfg.hidden_size])
+    return Mixed(x, shared, rows, routing.weights, routing.experts, stats.load, stats.balance)
+
+
+def _mix_whole(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy) -> Mixed:
+    out = block_apply(block, bias, x, cfg=cfg, table=table, policy=policy)
+    return Mixed(out.out, (), (), (), (), out.stats.load, out.stats.balance)
+
+
+def _expert_pieces(cfg: ModelConfig, policy: ComputePolicy, ways: int, dispatch_dtype, made) -> tuple:
+    """Buffers are `[ways, …]`: row g holds what goes to, or came from, device g of the expert axis."""
+    d, e = cfg.hidden_size, cfg.moe.router.num_experts
+
+    @functools.cache
+    def dispatch(capacity: int) -> Piece:
+        def fn(_, rows, weights, experts):
+            slots, tokens = dispatch_slots(experts, e, capacity=capacity)
+            sent = tf.cast(dispatch_gather(rows, tokens, slots, fuse=policy.fuse), dispatch_dtype or rows.dtype)
+            empty = tf.fill([e * capacity], -1.0)  # a gate value is never negative
+            gates = tf.tensor_scatter_nd_update(empty, tf.reshape(slots, [-1, 1]), tf.reshape(weights, [-1]))
+            return tf.reshape(sent, [ways, -1, d]), tf.reshape(gates, [ways, -1]), slots, tokens
+
+        return made("dispatch", fn)
+
+    def experts(p, rows, gates):
+        local = p["ffn"].gate_up.shape[0]
+        dtype = policy.compute_dtype or p["ffn"].down.dtype
+        capacity = gates.shape[1] // local
+        owner = tf.broadcast_to(tf.expand_dims(tf.repeat(tf.range(local), capacity), 0), gates.shape)
+        owner = tf.reshape(tf.where(gates < 0, local, owner), [-1, 1])
+        out = experts_apply(
+            tf.reshape(tf.cast(rows, dtype), [-1, d]), tf.reshape(tf.where(gates < 0, 0.0, gates), [-1, 1]), owner,
+            tf.cast(p["ffn"].gate_up, dtype), tf.cast(p["ffn"].down, dtype),
+            kernel=policy.experts, multiple=policy.row_multiple(gates.shape[0] * gates.shape[1], local), fuse=policy.fuse,
+        )  # fmt: skip
+        return tf.reshape(out, rows.shape)
+
+    @functools.cache
+    def combine(capacity: int) -> Piece:
+        def fn(_, x, rows, slots, tokens, *shared):
+            out = tf.reshape(dispatch_combine(tf.reshape(rows, [-1, d]), tokens, slots, fuse=policy.fuse), x.shape)
+            return x + (out + shared[0] if shared else out)
+
+        return made("combine", fn)
+
+    return dispatch, made("experts", experts), combine
+
+
+class StageLosses(NamedTuple):
+    """What a forward pass leaves, as `Value`s: the next-token loss, each MTP module's; each mixture's balance and load."""
+
+    main: Value
+    mtp: list[Value]
+    balance: list[Value]
+    load: list[Value]
+
+
+class StageBatch(NamedTuple):
+    """One micro-batch as `Value`s. `targets` and `weights`: one for the model and one for each MTP module; `ahead`: the
+    tokens that each module embeds."""
+
+    tokens: Value
+    targets: Sequence[Value]
+    weights: Sequence[Value]
+    ahead: Sequence[Value]
+    total: Value
+
+
+def model_forward(
+    tape: Tape, pieces: ModelPieces, params: Sequence[Tree], router: Tree, batch: StageBatch, cfg: ModelConfig
+) -> Generator[Any, Any, StageLosses]:
+    """The forward pass of a whole model with its losses, as a generator of exchanges (see `parallel.tape`).
+
+    Args:
+      tape: records the pass.
+      pieces: from `model_pieces`.
+      params: the devices' parameters, with stacks as tuples of layers.
+      router: `RouterState` whose leaves are lists of `Value`s `[E]`.
+      batch: the micro-batch.
+      cfg: the model's configuration.
+    """
+    balance, load, mtp = [], [], []
+    x = tape.call(pieces.embed, {"embed": "embed"}, params, batch.tokens)
+    for i in range(cfg.num_dense_layers):
+        x = tape.call(pieces.dense, {"block": f"dense.{i}"}, params, x)
+    for i in range(cfg.num_moe_layers):
+        mixed = tape.call(pieces.attention, {"block": f"moe.{i}"}, params, router.moe[i], x)
+        x = yield from _route(tape, pieces, f"moe.{i}.ffn", params, mixed, cfg)
+        balance.append(mixed.balance)
+        load.append(mixed.load)
+    head = {"embed": "embed"} if cfg.tie_embeddings else {"head": "head"}
+    main, hidden = tape.call(
+        pieces.head, {"norm": "norm"} | head, params, x, batch.targets[0], batch.weights[0], batch.total
+    )
+    for k in range(cfg.num_mtp_layers):
+        embedded = tape.call(pieces.embed, {"embed": "embed"}, params, batch.ahead[k])
+        mixed = tape.call(pieces.mtp, {"mtp": f"mtp.{k}"}, params, router.mtp[k], hidden, embedded)
+        x = yield from _route(tape, pieces, f"mtp.{k}.block.ffn", params, mixed, cfg)
+        told = (batch.targets[k + 1], batch.weights[k + 1], batch.total)
+        loss, hidden = tape.call(pieces.mtp_loss, {"norm": f"mtp.{k}.norm"} | head, params, x, *told)
+        mtp.append(loss)
+        balance.append(mixed.balance)
+        load.append(mixed.load)
+    return StageLosses(main, mtp, balance, load)
+
+
+def _route(tape: Tape, pieces: ModelPieces, path: str, params, mixed: Mixed, cfg: ModelConfig):
+    """Dispatch, experts, combine. The capacity is that of the fullest expert on any device: no token is dropped."""
+    if pieces.experts is None:
+        return mixed.x
+    capacity = yield Capacity(mixed.load)
+    rows, gates, slots, tokens = tape.call(pieces.dispatch(capacity), {}, params, mixed.rows, mixed.weights, mixed.experts)
+    rows = yield from tape.swap(rows)
+    gates = yield from tape.swap(gates)
+    rows = tape.call(pieces.experts, {"ffn": path}, params, rows, gates)
+    rows = yield from tape.swap(rows)
+    shared = (mixed.shared,) if cfg.moe.num_shared else ()
+    return tape.call(pieces.combine(capacity), {}, params, mixed.x, rows, slots, tokens, *shared)
