@@ -19,6 +19,9 @@ LayoutRules = Mapping[str, str | None]
 """Logical axis (`"layer"`, `"expert"`, `"embed"`, `"heads"`, ...) to mesh axis; left-out ones are not sharded."""
 
 
+MESH_AXES = ("pipe", "data", "expert")
+"""The axes of a mesh that a training step runs on, slowest first: neighbouring devices share experts."""
+
 RULES: LayoutRules = {"expert": "expert"}
 """Experts over the axis `expert`, everything else whole on every device."""
 
@@ -39,6 +42,8 @@ def make_layouts(specs: Tree, mesh: dtensor.Mesh, rules: LayoutRules = RULES) ->
         twice in one parameter, naming the leaf.
     """
     known = {axis for spec in tree.flatten(specs) for axis in spec.axes}
+    if rules is RULES:
+        rules = {logical: axis for logical, axis in rules.items() if logical in known and axis in mesh.dim_names}
     for logical, axis in rules.items():
         check(
             logical in known,
@@ -69,7 +74,7 @@ def _layout(path: str, spec: ParamSpec, mesh: dtensor.Mesh, rules: LayoutRules) 
     return dtensor.Layout(shards, mesh)
 
 
-def zero_layouts(specs: Tree, layouts: Tree, *, axes: Sequence[str] = ("data", "expert")) -> Tree:
+def zero_layouts(specs: Tree, layouts: Tree, *, axes: Sequence[str] = MESH_AXES) -> Tree:
     """ZeRO-1: returns layouts that shard what `layouts` leave whole, so that each device stores and updates a part.
 
     Master parameters and optimiser moments are stored so; a step gathers the parameters that it uses, and sums gradients to
@@ -83,6 +88,9 @@ def zero_layouts(specs: Tree, layouts: Tree, *, axes: Sequence[str] = ("data", "
     References: arXiv:1910.02054 section 5, stage 1.
     """
 
+    unknown = [axis for axis in axes if axis not in MESH_AXES]
+    check(not unknown, f"zero_layouts: `axes` has {unknown}, want some of {', '.join(MESH_AXES)}")
+
     def one(spec: ParamSpec, layout: dtensor.Layout) -> dtensor.Layout:
         shards, mesh = list(layout.sharding_specs), layout.mesh
         for axis in axes:
@@ -90,6 +98,7 @@ def zero_layouts(specs: Tree, layouts: Tree, *, axes: Sequence[str] = ("data", "
                 continue
             ways = mesh.dim_size(axis)
             free = [d for d, s in enumerate(shards) if s == dtensor.UNSHARDED and spec.shape[d] % ways == 0]
+            free = [d for d in free if spec.axes[d] != "layer"]  # a step takes layers apart
             if free:
                 shards[max(free, key=lambda d: spec.shape[d])] = axis
         return dtensor.Layout(shards, mesh)

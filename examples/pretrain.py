@@ -20,6 +20,9 @@ Examples:
   python examples/pretrain.py --corpus rows.jsonl --config model/config.json --tokenizer model --out runs/mine
   python examples/pretrain.py --corpus texts --preset small --out runs/small --steps 20000 --batch_size 32 \\
       --accumulate 8 --seq_len 1024 --lr 1e-3 --dtype bfloat16 --remat block
+  python examples/pretrain.py --mesh data:2,expert:2
+  python examples/pretrain.py --mesh pipe:2,expert:2 --accumulate 4 --schedule dualpipe
+  python examples/launch.py --num_clients=2 examples/pretrain.py --mesh data:2,expert:2
 """
 
 from __future__ import annotations
@@ -31,25 +34,31 @@ import contextlib
 import math
 import os
 import shlex
+import signal
 import sys
 
-from absl import app, flags
-from pretrain_report import report
-from pretrain_setup import Setup, prepare, say, warmup_steps
+import tensorflow as tf
+from absl import app, flags, logging
+from pretrain_report import on_host, report
+from pretrain_setup import Setup, agreed, prepare, say, warmup_steps
 
 import dsv3
+from dsv3 import pipeline
 from dsv3.compiled import place
 from dsv3.data import batch_at
 from dsv3.eval import make_evaluator
+from dsv3.layout import make_layouts, zero_layouts
+from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints, restore_checkpoint, save_checkpoint
 from dsv3.train.loop import LoopResult, train_loop
+from dsv3.train.mesh_params import state_layouts
 from dsv3.train.optim import Optimizer, adamw
 from dsv3.train.progress import Progress, stop_on_signals
 from dsv3.train.records import RunLog
 from dsv3.train.schedule import warmup_cosine
 from dsv3.train.state import TrainState
-from dsv3.train.step import make_train_step, train_init
+from dsv3.train.step import make_train_step, train_init, train_specs
 
 FLAGS = flags.FLAGS
 FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper
@@ -83,6 +92,11 @@ flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0: only at t
 flags.DEFINE_integer("keep", 2, "Checkpoints that stay.", 1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters are float32.")
 flags.DEFINE_enum("remat", "none", ["none", "block"], "Recompute each block in the backward pass: less memory.")
+flags.DEFINE_string("mesh", None, "Devices by axis, as data:2,expert:4: rows over both, experts over expert. Default: one.")
+flags.DEFINE_enum(
+    "schedule", "one_f_one_b", sorted(pipeline.SCHEDULES), "Order of micro-batches on the pipeline ranks of a --mesh with pipe."
+)
+flags.DEFINE_bool("zero", True, "With --mesh: each device stores and updates a part of what all use (ZeRO-1).")
 flags.DEFINE_enum("loop", "unroll", ["unroll", "scan"], "Layers as a repeated graph or as a loop.")
 
 
@@ -93,14 +107,26 @@ def main(argv: list[str]) -> int:
       The exit code: 2 for bad input, 1 for what fails later, 128 + n when signal n has interrupted the training.
     """
     again = same_command()
+    logging.set_verbosity(logging.WARNING)  # TensorFlow tells at length how it connects processes
     try:
-        try:
-            setup = prepare(argv)
-        except (ValueError, OSError) as error:
-            return fail(error, 2)
-        policy = default_policy().replace(
-            dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat, loop=FLAGS.loop
-        )
+        setup = prepare(argv)
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        return fail(f"interrupted; to go on, {again}", 130)
+    with setup.clients:
+        code = run(setup, again)
+        if 0 < code < 128:  # the other processes end, too
+            sys.exit(code)
+    return code
+
+
+def run(setup: Setup, again: str) -> int:
+    """Trains and reports; returns the exit code."""
+    policy = default_policy().replace(
+        dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat, loop=FLAGS.loop
+    )
+    try:
         result = train(setup, policy)
         if result.step < FLAGS.steps:
             say(f"{result.stopped.name}: saved at step {result.step} of {FLAGS.steps}; to go on, {again}")
@@ -110,6 +136,11 @@ def main(argv: list[str]) -> int:
         return fail(f"{error}; {last_checkpoint(setup)}; a lower --lr may help, with --fresh or another --out", 1)
     except (ValueError, OSError) as error:
         return fail(f"{error}; once that is put right, {again}", 1)
+    except tf.errors.OpError as error:
+        if setup.clients.count == 1:
+            raise
+        setup.clients.wait_for_watch()
+        return fail(f"an exchange with the other processes has failed ({error.message}); {again}", 1)
     except KeyboardInterrupt:  # outside of the training
         return fail(f"interrupted; to go on, {again}", 130)
     return 0
@@ -123,6 +154,8 @@ def fail(error: object, code: int) -> int:
 
 def same_command() -> str:
     """How to go on with a run; the interpreter is named as seen from here, so that an environment's own is taken."""
+    if os.environ.get("DTENSOR_JOBS"):
+        return "start all processes again"
     python = os.path.relpath(sys.executable)
     if python.startswith(os.pardir) or os.sep not in python:
         python = sys.executable
@@ -139,36 +172,60 @@ def last_checkpoint(setup: Setup) -> str:
 def train(setup: Setup, policy: ComputePolicy) -> LoopResult:
     """Trains from the latest checkpoint, or from the start, to the last step or to a signal."""
     cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
-    optimizer = make_optimizer()
-    state = train_init([0, FLAGS.seed], cfg, optimizer)
-    try:
-        found = restore_checkpoint(checkpoints, state, settings=setup.settings, on_skip=say)
-    except ValueError as error:
-        raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
-    if found is not None:
-        state = found.state
-        say(f"going on from step {int(state.step)} ({found.path})")
+    optimizer, layouts = make_optimizer(), make_mesh_layouts(setup)
     step = make_train_step(
-        cfg, optimizer, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
-        bias_rate=FLAGS.bias_rate, policy=policy,
+        cfg, optimizer, layouts, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
+        bias_rate=FLAGS.bias_rate, policy=policy, schedule=pipeline.SCHEDULES[FLAGS.schedule],
     )  # fmt: skip
-    state, found = place(state), None  # with no other reference to it, it does not exist twice
-    start = int(state.step)
+    state = start_state(setup, optimizer, layouts)
+    start = int(whole(state.step))
     eval_every = max(1, FLAGS.steps // 10) if FLAGS.eval_every is None else FLAGS.eval_every
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(RunLog(setup.out, step=start))
-        progress = stack.enter_context(Progress(FLAGS.steps, start=start))
         stop = stack.enter_context(stop_on_signals())
+        log = stack.enter_context(RunLog(setup.out, step=start)) if setup.leads else None
+        progress = stack.enter_context(Progress(FLAGS.steps, start=start)) if setup.leads else None
 
         def save(state: TrainState, done: int) -> None:
-            log.sync()
+            if log is not None:
+                log.sync()
             save_checkpoint(checkpoints, state, setup.settings, step=done, keep=FLAGS.keep)
 
+        def stop_together() -> signal.Signals | None:
+            number = agreed(stop() or 0, setup.mesh)
+            return signal.Signals(number) if number else None
+
+        writers = {"write": log.write, "progress": progress.update} if log is not None else {}
         return train_loop(
-            step, state, lambda done: micro_batches(setup, done), steps=FLAGS.steps, write=log.write,
-            progress=progress.update, evaluate=make_evaluate(setup, policy), eval_every=eval_every,
-            save=save, save_every=FLAGS.save_every, load_every=max(1, FLAGS.steps // 50), stop=stop,
+            step, state, lambda done: micro_batches(setup, done), steps=FLAGS.steps,
+            evaluate=make_evaluate(setup, policy), eval_every=eval_every, save=save, save_every=FLAGS.save_every,
+            load_every=max(1, FLAGS.steps // 50), stop=stop_together, **writers,
         )  # fmt: skip
+
+
+def make_mesh_layouts(setup: Setup):
+    """How the parameters lie on the mesh, `None` without one."""
+    if setup.mesh is None:
+        return None
+    specs = dsv3.model_specs(setup.cfg)
+    layouts = make_layouts(specs, setup.mesh)
+    return zero_layouts(specs, layouts) if FLAGS.zero else layouts
+
+
+def start_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
+    """The state of the latest checkpoint, wherever that was written, or of a new model."""
+    cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
+    like = train_specs(cfg, optimizer)
+    placed = None if layouts is None else state_layouts(like, layouts)
+    try:
+        found = restore_checkpoint(checkpoints, like, layouts=placed, settings=setup.settings, on_skip=say)
+    except ValueError as error:
+        raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
+    if found is None:
+        state = train_init([0, FLAGS.seed], cfg, optimizer, layouts)
+    else:
+        state = found.state
+        say(f"going on from step {int(whole(state.step))} ({found.path})")
+    return place(state) if layouts is None else state  # with no other reference to it, it does not exist twice
 
 
 def make_optimizer() -> Optimizer:
@@ -189,11 +246,14 @@ def micro_batches(setup: Setup, done: int):
 
 
 def make_evaluate(setup: Setup, policy: ComputePolicy):
-    """Held-out numbers of a state, for the curve: windows without overlap, which is fast."""
+    """Held-out numbers of a state, for the curve: windows without overlap, which is fast. The first process measures."""
     score = make_evaluator(setup.cfg, length=FLAGS.seq_len, policy=policy)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        got = score(state.params, state.router, setup.curve)._asdict()
+        params, router = (state.params, state.router) if setup.mesh is None else on_host(setup, (state.params, state.router))
+        if not setup.leads:
+            return {}
+        got = score(params, router, setup.curve)._asdict()
         return {name: value for name, value in got.items() if math.isfinite(value) and name not in ("tokens", "bytes")}
 
     return evaluate

@@ -11,15 +11,18 @@ import numpy as np
 from absl import flags
 from pretrain_setup import Setup, say
 
+from dsv3 import tree
 from dsv3.compiled import snapshot
 from dsv3.data import compression_bits_per_byte
 from dsv3.eval import make_evaluator
+from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
 from dsv3.pretrained import save_pretrained
 from dsv3.serve import Completion, Engine, Request
 from dsv3.train.plots import plot_run
 from dsv3.train.records import read_rows
 from dsv3.train.state import TrainState
+from dsv3.typing import Tree
 
 FLAGS = flags.FLAGS
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64
@@ -28,7 +31,10 @@ SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64
 def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     """Evaluates, plots, samples and exports; prints what came out and where it is."""
     out, cfg = setup.out, setup.cfg
-    params, router = snapshot((state.params, state.router))
+    params, router = on_host(setup, (state.params, state.router))
+    if not setup.leads:
+        return
+    params, router = snapshot((params, router))
     rows = read_rows(out / "log.jsonl")
     say("\nscoring the held-out text")
     evaluate = make_evaluator(cfg, length=FLAGS.seq_len, overlap=FLAGS.seq_len // 2, policy=policy)
@@ -53,6 +59,16 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     say(f"checkpoints  {out / 'checkpoints'}")
     say(f"export       {export}: AutoModelForCausalLM.from_pretrained({str(export)!r}), AutoTokenizer the same,")
     say(f"             dsv3.load_pretrained({str(export)!r})")
+
+
+def on_host(setup: Setup, values: Tree) -> Tree:
+    """Gathers what lies on the mesh, for the first process; the others take part and keep nothing."""
+
+    def one(leaf):
+        leaf = whole(leaf)
+        return leaf if setup.leads else ()
+
+    return tree.map_leaves(one, values)
 
 
 def training_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tensorflow as tf
 from absl import flags
+from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
 
 import dsv3
+from dsv3 import pipeline
 from dsv3.checks import check, check_token_ids
 from dsv3.data import (
     Document,
@@ -34,6 +37,9 @@ from dsv3.data import (
     split_documents,
     train_tokenizer,
 )
+from dsv3.parallel.clients import Clients, read_clients, start_clients
+from dsv3.parallel.collectives import gather_parts
+from dsv3.parallel.mesh import make_mesh, parse_axes
 from dsv3.train.checkpoint import check_settings
 
 FLAGS = flags.FLAGS
@@ -57,6 +63,7 @@ class Setup(NamedTuple):
       tokenizer: the tokenizer. train: rows of the training text.
       heldout: tokens of the held-out documents. curve: of the first of them, for the losses during the training.
       heldout_documents: the held-out documents, long ones in pieces.
+      clients: who this process is among those of the run. mesh: their devices, `None`: one device.
     """
 
     cfg: dsv3.ModelConfig
@@ -67,34 +74,49 @@ class Setup(NamedTuple):
     heldout: TokenStream
     curve: TokenStream
     heldout_documents: list[Document]
+    clients: Clients
+    mesh: dtensor.Mesh | None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes log, plots and export; of several the first does."""
+        return self.clients.index == 0
+
+
+_silent = False  # all processes but the first
 
 
 def say(line: str) -> None:
     """Prints a line at once."""
-    print(line, flush=True)
+    if not _silent:
+        print(line, flush=True)
 
 
 def prepare(argv: Sequence[str]) -> Setup:
     """Checks everything that can be wrong, cheapest first, and prepares the data.
 
+    Of several processes the first makes the folder, the tokenizer and the settings; the others wait for them.
+
     Raises:
       ValueError, OSError: bad input; the message is one line.
     """
+    global _silent
     check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
     cfg = read_config()
     check_flags(cfg)
-    tokenizer = None
     if FLAGS.tokenizer is not None:
-        tokenizer = load_tokenizer(FLAGS.tokenizer)
-        check_tokenizer(tokenizer, cfg.vocab_size)
+        check_tokenizer(load_tokenizer(FLAGS.tokenizer), cfg.vocab_size)
     out = Path(FLAGS.out)
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf()}
     settings["warmup_steps"] = warmup_steps()
-    saved = claim_folder(out, settings)
+    clients, mesh = start_mesh(settings)
+    _silent = clients.index > 0
+    if _silent:
+        meet(mesh)
+    saved = None if _silent else claim_folder(out, settings)
     train, heldout, settings["corpus"] = read_documents()
     agree(saved, settings, out)
-    if tokenizer is None:
-        tokenizer = run_tokenizer(out, train, cfg.vocab_size)
+    tokenizer = run_tokenizer(out, train, cfg.vocab_size)
     settings["tokenizer"] = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
     agree(saved, settings, out)
     ids = special_ids(tokenizer)
@@ -104,14 +126,43 @@ def prepare(argv: Sequence[str]) -> Setup:
     for stream in streams:
         check_token_ids("corpus", "tokens", stream.tokens, cfg.vocab_size)
     packed = pack_sequences(streams[0], FLAGS.seq_len)
-    if FLAGS.fresh:  # all that can be wrong with the command has been looked at
+    if not _silent:
+        write_setup(out, saved, settings, tokenizer)
+        meet(mesh)
+    describe(cfg, packed, *streams[:2])
+    return Setup(cfg, out, settings, tokenizer, packed, *streams[1:], heldout, clients, mesh)
+
+
+def write_setup(out: Path, saved: Mapping[str, Any] | None, settings: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Writes settings and tokenizer, now that all that can be wrong with the command has been looked at."""
+    if FLAGS.fresh:
         delete_run(out)
     if saved is None:
         write_run(out, settings)
     if not (out / "tokenizer").exists():
         save_tokenizer(tokenizer, out / "tokenizer")
-    describe(cfg, packed, *streams[:2])
-    return Setup(cfg, out, settings, tokenizer, packed, *streams[1:], heldout)
+
+
+def start_mesh(settings: Mapping[str, Any]) -> tuple[Clients, dtensor.Mesh | None]:
+    """Starts the devices of --mesh, those of other processes included; nothing has been computed yet."""
+    if FLAGS.mesh is None:
+        return Clients(), None
+    found = read_clients()
+    devices = math.prod(parse_axes(FLAGS.mesh).values()) // (len(found.jobs) if found else 1)
+    common = {"mesh": FLAGS.mesh, "settings": hashlib.blake2b(json.dumps(settings).encode()).hexdigest()[:16]}
+    return start_clients(devices, common=common), make_mesh(FLAGS.mesh)
+
+
+def meet(mesh: dtensor.Mesh | None) -> None:
+    """Waits until every process has come here."""
+    agreed(0, mesh)
+
+
+def agreed(number: int, mesh: dtensor.Mesh | None) -> int:
+    """The largest of the processes' numbers."""
+    if mesh is None or dtensor.num_clients() == 1:
+        return number
+    return int(gather_parts([tf.constant(number)] * len(mesh.local_devices()), mesh).max())
 
 
 def warmup_steps() -> int:
@@ -142,11 +193,40 @@ def check_flags(cfg: dsv3.ModelConfig) -> None:
     check(FLAGS.seq_len <= cfg.max_length, f"--seq_len is {FLAGS.seq_len}, the model's maximum is {cfg.max_length}")
     check(warmup_steps() <= FLAGS.steps, f"--warmup_steps is {warmup_steps()}, want at most --steps {FLAGS.steps}")
     check(not FLAGS.fresh or FLAGS.resume, "--fresh and --noresume are both given, want one of them")
+    check_mesh(cfg)
     if FLAGS.tokenizer is None:
         check(
             cfg.vocab_size >= 266,
             f"the vocabulary has {cfg.vocab_size} ids, too few for a trained tokenizer: want --vocab_size 266 or more",
         )
+
+
+def check_mesh(cfg: dsv3.ModelConfig) -> None:
+    """Checks --mesh against the batch, the model and the number of processes."""
+    found = read_clients()
+    processes = len(found.jobs) if found else 1
+    if FLAGS.mesh is None:
+        check(processes == 1, f"{processes} processes run this, but there is no --mesh; want one, such as data:{processes}")
+        for name in ("zero", "schedule"):
+            check(not FLAGS[name].present, f"--{name} is given, but no --mesh")
+        return
+    sizes = parse_axes(FLAGS.mesh)
+    devices, experts = math.prod(sizes.values()), cfg.moe.router.num_experts
+    fits = devices % processes == 0
+    check(fits, f"--mesh {FLAGS.mesh} has {devices} devices, want a multiple of the {processes} processes")
+    ranks = sizes.get("pipe", 1)
+    check(ranks == 1 or processes == 1, f"--mesh {FLAGS.mesh} has a pipeline, which one process has to hold, not {processes}")
+    pipeline.SCHEDULES[FLAGS.schedule](ranks, FLAGS.accumulate)  # refuses numbers that it cannot order
+    rows, ways = FLAGS.batch_size // FLAGS.accumulate, sizes.get("data", 1) * sizes.get("expert", 1)
+    check(
+        rows % ways == 0,
+        f"--batch_size {FLAGS.batch_size} with --accumulate {FLAGS.accumulate} has {rows} rows in a micro-batch, want a "
+        f"multiple of {ways}, the devices on data and expert",
+    )
+    check(
+        experts % sizes.get("expert", 1) == 0,
+        f"the model has {experts} experts, want a multiple of the {sizes.get('expert')} devices on expert",
+    )
 
 
 _lock = None  # the open lock file: it is held as long as the process lives
@@ -239,9 +319,11 @@ def read_documents() -> tuple[list[Document], list[Document], str]:
 
 
 def run_tokenizer(out: Path, train: list[Document], vocab_size: int) -> Tokenizer:
-    """The tokenizer that the run's folder has, unless that will be deleted, or one that is trained on the training text."""
+    """The tokenizer of --tokenizer, the one that the run's folder has, unless that will be deleted, or a new one."""
+    if FLAGS.tokenizer is not None:
+        return load_tokenizer(FLAGS.tokenizer)
     folder = out / "tokenizer"
-    if folder.exists() and not FLAGS.fresh:
+    if folder.exists() and (not FLAGS.fresh or _silent):  # the first process has deleted the old one
         tokenizer = load_tokenizer(folder)
         check_tokenizer(tokenizer, vocab_size)
         return tokenizer

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from dsv3 import tree
 from dsv3.checks import check
+from dsv3.layout import MESH_AXES
 from dsv3.typing import Tree
 
-AXES = ("pipe", "data", "expert")
-"""The axes of a mesh, slowest first: neighbouring devices share experts."""
+AXES = MESH_AXES
 
 
 def parse_axes(text: str) -> dict[str, int]:
@@ -42,7 +43,7 @@ def start_devices(count: int) -> None:
     """Gives this process `count` devices: its GPUs, or as many virtual ones of its CPU. Call it before anything is computed.
 
     Raises:
-      ValueError: fewer GPUs than that, or TensorFlow has already started with another number of devices.
+      ValueError: fewer GPUs than that, or TensorFlow has already started with fewer devices.
     """
     check(count >= 1, f"start_devices: `count` is {count}, want >= 1")
     gpus = tf.config.list_physical_devices("GPU")
@@ -50,7 +51,7 @@ def start_devices(count: int) -> None:
         check(len(gpus) >= count, f"start_devices: {count} devices are wanted, this machine has {len(gpus)} GPUs")
         return
     cpu = tf.config.list_physical_devices("CPU")[0]
-    if len(tf.config.get_logical_device_configuration(cpu) or [None]) == count:
+    if len(tf.config.get_logical_device_configuration(cpu) or [None]) >= count:
         return
     try:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
@@ -103,6 +104,17 @@ def local_places(mesh: dtensor.Mesh) -> list[dict[str, int]]:
     return [{axis: 0 for axis in AXES} | dict(place) for place in mesh.local_device_locations()]
 
 
+def pipe_meshes(mesh: dtensor.Mesh) -> list[dtensor.Mesh]:
+    """Returns the part of a mesh that each pipeline rank is, as a mesh of its own."""
+    if axis_size(mesh, "pipe") == 1:
+        return [mesh]
+    devices: dict[int, list[str]] = {}
+    for device, where in zip(mesh.local_devices(), local_places(mesh)):
+        devices.setdefault(where["pipe"], []).append(device)
+    dims = [(axis, 1 if axis == "pipe" else axis_size(mesh, axis)) for axis in AXES]
+    return [dtensor.create_mesh(dims, devices=found) for _, found in sorted(devices.items())]
+
+
 @contextlib.contextmanager
 def on_device(device: str) -> Iterator[None]:
     """Computes on a mesh's device.
@@ -129,18 +141,30 @@ def pack(parts: Sequence[tf.Tensor], layout: dtensor.Layout) -> tf.Tensor:
     return dtensor.pack(placed, layout)
 
 
+def shard_box(
+    shape: Sequence[int], layout: dtensor.Layout, where: Mapping[str, int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns where the part of a device begins, and its shape.
+
+    Args:
+      shape: of the whole tensor. layout: how it lies. where: the device's coordinates, by axis.
+    """
+    begin, size = [0] * len(shape), list(shape)
+    for dim, axis in enumerate(layout.sharding_specs):
+        if axis != dtensor.UNSHARDED:
+            ways = layout.mesh.dim_size(axis)
+            fits = size[dim] % ways == 0
+            check(fits, f"shard_box: shape {tuple(shape)} is not divisible by the {ways} devices of {axis!r}")
+            size[dim] //= layout.mesh.dim_size(axis)
+            begin[dim] = where[axis] * size[dim]
+    return tuple(begin), tuple(size)
+
+
 def place(value: tf.Tensor, layout: dtensor.Layout) -> tf.Tensor:
     """Makes a DTensor of a tensor that every process holds whole, without communication."""
     value = tf.convert_to_tensor(value)
-    parts = []
-    for where in layout.mesh.local_device_locations():
-        begin, size = [0] * value.shape.rank, value.shape.as_list()
-        for dim, axis in enumerate(layout.sharding_specs):
-            if axis != dtensor.UNSHARDED:
-                size[dim] //= layout.mesh.dim_size(axis)
-                begin[dim] = where[axis] * size[dim]
-        parts.append(tf.slice(value, tf.constant(begin, tf.int32), tf.constant(size, tf.int32)))
-    return pack(parts, layout)
+    boxes = [shard_box(value.shape.as_list(), layout, where) for where in layout.mesh.local_device_locations()]
+    return pack([tf.slice(value, *(tf.constant(part, tf.int32) for part in box)) for box in boxes], layout)
 
 
 def unpack_tree(values: Tree) -> list[Tree]:
@@ -149,9 +173,21 @@ def unpack_tree(values: Tree) -> list[Tree]:
     return [tree.unflatten_as(values, list(leaves)) for leaves in zip(*parts)]
 
 
+def layout_of(value: Any) -> dtensor.Layout | None:
+    """Returns a DTensor's layout, `None` for anything else."""
+    # `dtensor.is_dtensor` would start DTensor where it is not used.
+    placed = isinstance(value, tf.Tensor) and tf.executing_eagerly() and "CUSTOM" in (value.device or "")
+    return dtensor.fetch_layout(value) if placed else None
+
+
 def whole(value: tf.Tensor) -> tf.Tensor:
-    """Returns a DTensor's values as one tensor on the host; every process of the mesh must take part."""
-    layout = dtensor.fetch_layout(value)
+    """Returns a DTensor's values as one tensor on the host; every process of the mesh must take part.
+
+    A plain tensor, or a variable, is returned as it is.
+    """
+    layout = layout_of(value)
+    if layout is None:
+        return value
     if any(axis != dtensor.UNSHARDED for axis in layout.sharding_specs):
         value = dtensor.relayout(value, dtensor.Layout.replicated(layout.mesh, len(value.shape)))
     with tf.device("CPU:0"):

@@ -21,9 +21,10 @@ from dsv3.typing import Tree
 
 @dataclasses.dataclass(eq=False, frozen=True)
 class Value:
-    """What each local device holds of one thing: a tensor a device. Two values are the same only if they are one object."""
+    """What each local device holds of one thing: a tensor a device. `key` stands for it where the tensors may go."""
 
     parts: tuple[tf.Tensor, ...]
+    key: object = dataclasses.field(default_factory=object)
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
@@ -47,36 +48,40 @@ class Piece:
     Attributes:
       name: what it is called in a schedule's table.
       fn: the function.
-      jit: compile it with XLA.
+      jit: compile it with XLA. remat: keep nothing for the backward pass but the inputs.
     """
 
     name: str
     fn: Callable[..., Tree]
     jit: bool = False
+    remat: bool = False
     cache: dict = dataclasses.field(default_factory=dict)
 
     def programs(self, params: Tree, inputs: Sequence[tf.Tensor]) -> SplitVjp:
         """Returns the programs for arguments of these shapes and dtypes."""
         key = tuple((str(x.shape), x.dtype) for x in (*tree.flatten(params), *inputs))
         if key not in self.cache:
-            self.cache[key] = split_vjp(self.fn, params, inputs, jit=self.jit)
+            self.cache[key] = split_vjp(self.fn, params, inputs, jit=self.jit, remat=self.remat)
         return self.cache[key]
 
 
 @dataclasses.dataclass(eq=False)
 class _Call:
+    """Holds no more than the backward programs read."""
+
     vjp: SplitVjp
-    params: list[list[tf.Tensor]]  # by device
-    names: list[str]
-    inputs: tuple[Value, ...]
-    outputs: list[Value]
-    residuals: list[list]  # by device
+    params: list[list[tf.Tensor]]  # by device, as are the next two
+    inputs: list[list[tf.Tensor | None]]
+    residuals: list[list[tf.Tensor | None]]
+    names: list[str]  # of the parameters
+    sources: list[object]  # keys of the inputs
+    results: list[object]  # keys of the floating outputs
 
 
 @dataclasses.dataclass(eq=False)
 class _Swap:
-    source: Value
-    result: Value
+    source: object
+    result: object
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,13 +114,15 @@ class Tape:
             residuals.append(kept)
         values = [Value(parts) for parts in zip(*outputs)]
         names = [where[top] + rest for top, rest in (_split_name(name) for name, _ in tree.items(taken[0]))]
-        self.records.append(_Call(vjp, leaves, names, inputs, values, residuals))
+        kept = [[v.parts[i] if j in vjp.reads else None for j, v in enumerate(inputs)] for i in range(len(self.devices))]
+        results = [v.key for v in values if v.parts[0].dtype.is_floating]
+        self.records.append(_Call(vjp, leaves, kept, residuals, names, [v.key for v in inputs], results))
         return tree.unflatten_as(vjp.outputs, values)
 
     def swap(self, value: Value) -> Generator[Exchange, Value, Value]:
         """Yields an exchange of `value` and returns its result."""
         result = yield Exchange(value)
-        self.records.append(_Swap(value, result))
+        self.records.append(_Swap(value.key, result.key))
         return result
 
 
@@ -129,56 +136,54 @@ Gradients = dict[str, list[tf.Tensor]]
 
 
 def backward(
-    tape: Tape, seeds: dict[Value, Any], grads: Gradients, *, deferred: list[Callable[[], None]] | None = None
-) -> Generator[Exchange, Value, dict[int, list]]:
+    tape: Tape, seeds: dict[object, Any], grads: Gradients, *, deferred: list[Callable[[], None]] | None = None
+) -> Generator[Exchange, Value, dict[object, list]]:
     """Walks a tape in reverse; yields the exchanges of gradients.
 
     Args:
       tape: a finished forward pass. Its records are taken off, so that what they hold is freed.
-      seeds: the gradients of values: a list of tensors, one a device.
+      seeds: by a value's key, its gradient: tensors, one a device.
       grads: to add the parameters' gradients to, in float32.
       deferred: if given, the weights' part of the work is not done but put into this list, to be called later.
 
     Returns:
-      By `id` of a value that nothing on the tape made, its gradient.
+      By the key of a value that nothing on the tape made, its gradient.
     """
-    cotangents: dict[int, list] = {id(value): list(parts) for value, parts in seeds.items()}
+    cotangents: dict[object, list] = {key: list(parts) for key, parts in seeds.items()}
     while tape.records:
         record = tape.records.pop()
         if isinstance(record, _Swap):
-            d = cotangents.pop(id(record.result), None)
+            d = cotangents.pop(record.result, None)
             if d is not None:
                 back = yield Exchange(Value(tuple(d)))
-                _accumulate(cotangents, record.source, list(back.parts))
+                _accumulate(tape.devices, cotangents, record.source, list(back.parts))
             continue
-        d_outputs = [cotangents.pop(id(v), None) for v in record.outputs if v.parts[0].dtype.is_floating]
+        d_outputs = [cotangents.pop(key, None) for key in record.results]
         if any(d is not None for d in d_outputs):
             _call_backward(tape.devices, record, d_outputs, cotangents, grads, deferred)
     return cotangents
 
 
 def _call_backward(devices, record: _Call, d_outputs, cotangents, grads: Gradients, deferred) -> None:
-    d_inputs, messages = [], []
+    vjp, params, inputs, names = record.vjp, record.params, record.inputs, record.names
+    d_inputs, messages, kept = [], [], []
     for i, device in enumerate(devices):
-        inputs = [v.parts[i] for v in record.inputs]
         with on_device(device):
-            d, left = record.vjp.backward(
-                record.params[i], inputs, record.residuals[i], [None if d is None else d[i] for d in d_outputs]
+            d, left = vjp.backward(
+                params[i], inputs[i], record.residuals[i], [None if d is None else d[i] for d in d_outputs]
             )
         d_inputs.append(d)
         messages.append(left)
-        kept = set(record.vjp.weight_residuals)
-        record.residuals[i] = [r if j in kept else None for j, r in enumerate(record.residuals[i])]
-    for value, parts in zip(record.inputs, zip(*d_inputs)):
+        kept.append([r if j in vjp.weight_residuals else None for j, r in enumerate(record.residuals[i])])
+    for key, parts in zip(record.sources, zip(*d_inputs)):
         if parts[0] is not None:
-            _accumulate(cotangents, value, list(parts))
+            _accumulate(devices, cotangents, key, list(parts))
 
     def weights() -> None:
         for i, device in enumerate(devices):
-            inputs = [v.parts[i] for v in record.inputs]
             with on_device(device):
-                found = record.vjp.weights(record.params[i], inputs, record.residuals[i], messages[i])
-                for name, g in zip(record.names, found):
+                found = vjp.weights(params[i], inputs[i], kept[i], messages[i])
+                for name, g in zip(names, found):
                     if g is not None:
                         _add_gradient(grads, name, i, len(devices), g)
 
@@ -188,21 +193,15 @@ def _call_backward(devices, record: _Call, d_outputs, cotangents, grads: Gradien
         deferred.append(weights)
 
 
-def _accumulate(cotangents: dict[int, list], value: Value, parts: list) -> None:
-    before = cotangents.get(id(value))
-    cotangents[id(value)] = parts if before is None else [a + b for a, b in zip(before, parts)]
+def _accumulate(devices, cotangents: dict[object, list], key: object, parts: list) -> None:
+    before = cotangents.get(key)
+    if before is not None:
+        for i, device in enumerate(devices):
+            with on_device(device):
+                parts[i] = before[i] + parts[i]
+    cotangents[key] = parts
 
 
 def _add_gradient(grads: Gradients, name: str, i: int, count: int, g: tf.Tensor) -> None:
     sums = grads.setdefault(name, [None] * count)
     sums[i] = tf.cast(g, tf.float32) if sums[i] is None else sums[i] + tf.cast(g, tf.float32)
-
-
-def drive(program: Generator[Any, Any, Any], answer: Callable[[Any], Any]) -> Any:
-    """Runs a generator of requests to its end and returns its result."""
-    try:
-        request = next(program)
-        while True:
-            request = program.send(answer(request))
-    except StopIteration as stop:
-        return stop.value

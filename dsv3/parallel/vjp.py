@@ -26,7 +26,7 @@ class SplitVjp(NamedTuple):
         output, `None` for a zero; `d_inputs` one for each input, `None` where there is no gradient.
       weights: `(params, inputs, residuals, messages) -> d_params`, one for each parameter, `None` where there is none. It
         reads only those residuals that `weight_residuals` lists (the others may be gone, as `None`).
-      weight_residuals: indices of residuals.
+      weight_residuals: indices of residuals. reads: indices of the inputs that the backward programs read.
       outputs: the structure of the function's outputs.
     """
 
@@ -34,6 +34,7 @@ class SplitVjp(NamedTuple):
     backward: Callable[..., tuple[list[tf.Tensor | None], list[tf.Tensor]]]
     weights: Callable[..., list[tf.Tensor | None]]
     weight_residuals: tuple[int, ...]
+    reads: frozenset[int]
     outputs: Tree
 
 
@@ -50,26 +51,33 @@ class _Traced(NamedTuple):
     structure: Tree
 
 
-def split_vjp(fn: Callable[..., Tree], params: Tree, inputs: Sequence[tf.Tensor], *, jit: bool = False) -> SplitVjp:
+def split_vjp(
+    fn: Callable[..., Tree], params: Tree, inputs: Sequence[tf.Tensor], *, jit: bool = False, remat: bool = False
+) -> SplitVjp:
     """Splits `fn(params, *inputs)`.
 
     Args:
-      fn: a pure function of a tree of tensors and tensors; returns a tree of tensors.
+      fn: a pure function of a tree of tensors and tensors; returns a tree of tensors. Assertions in it are left out.
       params, inputs: tensors or `tf.TensorSpec`s that give the signature. Integer inputs and outputs have no gradient.
       jit: compile the three programs with XLA.
+      remat: keep no residuals; the backward program computes again what it needs, from the inputs.
 
     Returns:
       `SplitVjp`. Each program is compiled at its first call.
+
+    Raises:
+      ValueError: `fn` reads tensors from outside, or has operations with a state, such as random ones, which could not be
+        computed again to the same values.
     """
     t = _trace(fn, params, inputs)
-    forward_ops = _ancestors(t.outputs)
+    forward_ops = set() if remat else _ancestors(t.outputs)
     given = {x.name for x in (*t.params, *t.inputs)}
     chain_ops = _ancestors(_present(t.d_inputs)) - forward_ops
     weight_ops = _ancestors(_present(t.d_params)) - forward_ops - chain_ops
-    depends = _dependent(t.graph, [*t.params, *t.inputs, *t.d_outputs])
+    depends = _dependent(t.graph, [*t.inputs, *t.d_outputs])
 
     def crossing(ops: set, sources: set, also: Iterable[tf.Tensor]) -> list[tf.Tensor]:
-        """What `ops`, or the results `also`, read of `sources`; constants are repeated instead."""
+        """What `ops`, or the results `also`, read of `sources`; what depends on parameters alone, as casts, is repeated."""
         read = [x for op in sorted(ops, key=lambda op: op.name) for x in op.inputs] + list(also)
         found = {x.name: x for x in read if x.op in sources and x.op in depends and x.name not in given}
         return list(found.values())
@@ -82,6 +90,17 @@ def split_vjp(fn: Callable[..., Tree], params: Tree, inputs: Sequence[tf.Tensor]
     kept = {x.name for x in weight_reads}
     weight_residuals = tuple(i for i, x in enumerate(residuals) if x.name in kept)
     return _programs(t, residuals, weight_residuals, messages, jit)
+
+
+CALLS = {"PartitionedCall", "StatefulPartitionedCall", "While", "StatelessWhile", "If", "StatelessIf", "Placeholder"}
+
+
+def _check_pure(graph: tf.Graph) -> None:
+    for op in graph.get_operations():
+        check(
+            not op.op_def.is_stateful or op.type in CALLS,
+            f"split_vjp: `fn` has the operation {op.name} of type {op.type}, which has a state: want pure operations only",
+        )
 
 
 def _trace(fn: Callable[..., Tree], params: Tree, inputs: Sequence[tf.Tensor]) -> _Traced:
@@ -107,6 +126,7 @@ def _trace(fn: Callable[..., Tree], params: Tree, inputs: Sequence[tf.Tensor]) -
     traced = tf.compat.v1.wrap_function(whole, signature)
     outputs, d_outputs, grads, result = parts
     check(not traced.captured_inputs, "split_vjp: `fn` reads tensors from outside: make them inputs")
+    _check_pure(traced.graph)
     n, given = len(leaves), traced.inputs
     structure = tree.map_leaves(lambda y: tf.TensorSpec(y.shape, y.dtype), result)
     return _Traced(traced.graph, given[:n], given[n:], outputs, d_outputs, grads[n:], grads[:n], structure)
@@ -115,9 +135,10 @@ def _trace(fn: Callable[..., Tree], params: Tree, inputs: Sequence[tf.Tensor]) -
 def _programs(t: _Traced, residuals, weight_residuals, messages, jit: bool) -> SplitVjp:
     given = [*t.params, *t.inputs]
     kept = [residuals[i] for i in weight_residuals]
-    forward_fn = _prune(t.graph, given, [*t.outputs, *residuals], jit)
-    backward_fn = _prune(t.graph, [*given, *residuals, *t.d_outputs], [*_present(t.d_inputs), *messages], jit)
-    weight_fn = _prune(t.graph, [*given, *kept, *messages], _present(t.d_params), jit)
+    forward_fn, _ = _prune(t.graph, given, [*t.outputs, *residuals], jit)
+    backward_fn, read = _prune(t.graph, [*given, *residuals, *t.d_outputs], [*_present(t.d_inputs), *messages], jit)
+    weight_fn, also = _prune(t.graph, [*given, *kept, *messages], _present(t.d_params), jit)
+    reads = frozenset(i for i, x in enumerate(t.inputs) if x.name in read | also)
     shapes = [(y.shape, y.dtype) for y in t.d_outputs]
 
     def forward(params, inputs):
@@ -134,33 +155,42 @@ def _programs(t: _Traced, residuals, weight_residuals, messages, jit: bool) -> S
         found = weight_fn([*params, *inputs, *(residuals[i] for i in weight_residuals), *messages])
         return _fill(t.d_params, found)
 
-    return SplitVjp(forward, backward, weights, weight_residuals, t.structure)
+    return SplitVjp(forward, backward, weights, weight_residuals, reads, t.structure)
 
 
-def _prune(graph: tf.Graph, feeds: list[tf.Tensor], fetches: list[tf.Tensor], jit: bool) -> Callable[[list], list]:
-    """A compiled function from `feeds`, which may be any tensors of the graph, to `fetches`; what is both passes through."""
+def _prune(
+    graph: tf.Graph, feeds: list[tf.Tensor], fetches: list[tf.Tensor], jit: bool
+) -> tuple[Callable[[list], list], set[str]]:
+    """A compiled function from `feeds`, which may be any tensors of the graph, to `fetches`, and which feeds it reads.
+
+    What is both passes through. A feed that is not read may be `None`.
+    """
     places = {x.name: i for i, x in enumerate(feeds)}
     computed = list(dict.fromkeys(x.name for x in fetches if x.name not in places))
     slots = {name: i for i, name in enumerate(computed)}
+    through = {x.name for x in fetches if x.name in places}
     if not computed:
-        return lambda args: [args[places[x.name]] for x in fetches]
+        return lambda args: [args[places[x.name]] for x in fetches], through
     part, read = _subgraph(graph, set(places), computed)
+    taken = [x for x in feeds if x.name in read]
 
     def body(*args):
-        known = {name: args[i] for name, i in places.items() if name in read}
-        return tf.graph_util.import_graph_def(part, known, computed, name="")
+        return tf.graph_util.import_graph_def(part, dict(zip((x.name for x in taken), args)), computed, name="")
 
-    signature = [tf.TensorSpec(x.shape, x.dtype) for x in feeds]
+    signature = [tf.TensorSpec(x.shape, x.dtype) for x in taken]
+    chosen = [places[x.name] for x in taken]
     run = tf.function(body, jit_compile=jit, autograph=False).get_concrete_function(*signature)
 
     dtypes = [y.dtype for y in run.outputs]
 
     def call(args):
-        # As an operation: calling the function object costs seven times as much, a large part of a small piece's time.
-        found = tf.raw_ops.StatefulPartitionedCall(args=args, Tout=dtypes, f=run)
+        # As an operation: calling the function object costs seven times as much, a large part of a small piece's time. But
+        # the operation would not be compiled with XLA.
+        given = [args[i] for i in chosen]
+        found = run(*given) if jit else tf.raw_ops.StatefulPartitionedCall(args=given, Tout=dtypes, f=run)
         return [args[places[x.name]] if x.name in places else found[slots[x.name]] for x in fetches]
 
-    return call
+    return call, read | through
 
 
 def _subgraph(graph: tf.Graph, feeds: set[str], fetches: list[str]) -> tuple[tf.compat.v1.GraphDef, set[str]]:

@@ -1,41 +1,49 @@
 """Training checkpoints: the whole state and the settings of a run, written so that a kill at any moment costs no other one.
 
-A checkpoint is a folder `step-00000400` with `state.safetensors` (every leaf of the state under its path) and
-`checkpoint.json` (step, tokens, settings, digests). It is written beside under a hidden name, synced, and renamed: a folder
-with the plain name is whole, and the digests show it if the disk has lost a part of it since.
+A checkpoint is a folder `step-00000400` with `checkpoint.json` (step, settings, digests) and the state in safetensors files,
+one for each process: `state.safetensors`, or `state-00000-of-00004.safetensors` and so on. A state on a mesh is written as
+it lies there, each part once, and is restored to any other layout. All is written beside under a hidden name, synced, and
+renamed: a folder with the plain name is whole, and the digests show it if the disk has lost a part of it since.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
+from tensorflow.experimental import dtensor
 
 from dsv3 import tree
 from dsv3.checks import check, check_same_tree
+from dsv3.parallel.collectives import together
+from dsv3.parallel.mesh import layout_of, pack, shard_box
+from dsv3.train.checkpoint_files import (
+    DTYPES,
+    NAMES,
+    BlockReader,
+    DamagedError,
+    digest_of,
+    state_bytes,
+    sync_file,
+    sync_folder,
+    write_blocks,
+)
 from dsv3.typing import Tree
 
-STATE_FILE, META_FILE = "state.safetensors", "checkpoint.json"
-FORMAT = 1
+META_FILE = "checkpoint.json"
+FORMAT = 2
 
-# dtype names of the safetensors format; `as_numpy_dtype` of bfloat16 is ml_dtypes'.
-_DTYPES = {
-    "BOOL": tf.bool, "U8": tf.uint8, "I8": tf.int8, "I16": tf.int16, "I32": tf.int32, "I64": tf.int64,
-    "F16": tf.float16, "BF16": tf.bfloat16, "F32": tf.float32, "F64": tf.float64,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FOLDER = re.compile(r"step-(\d{8,})")
+_FAILURES = (DamagedError, ValueError, OSError)
 
 
 class Checkpoint(NamedTuple):
@@ -46,18 +54,17 @@ class Checkpoint(NamedTuple):
     path: Path
 
 
-class _DamagedError(Exception):
-    """A checkpoint that is not whole; the message says what is wrong with it."""
-
-
 def save_checkpoint(
     directory: str | os.PathLike, state: Tree, settings: Mapping[str, Any], *, step: int, keep: int = 3
 ) -> Path:
     """Writes a checkpoint atomically and removes all but the last ones.
 
+    Several processes call it at the same time with the same arguments and a folder that all of them see; each writes what
+    its devices hold, and the first puts the parts together when all are there.
+
     Args:
       directory: the folder of checkpoints; made if it is not there.
-      state: a tree of tensors or variables, as `TrainState`.
+      state: a tree of tensors, variables or DTensors, as `TrainState`.
       settings: what a run must have in common with this one to go on from it; JSON values.
       step: optimiser steps done; it names the checkpoint.
       keep: how many of the latest checkpoints stay.
@@ -67,7 +74,7 @@ def save_checkpoint(
 
     Raises:
       ValueError: `keep` below 1, a negative step, settings that are not JSON, a leaf of another dtype, too little space.
-      OSError: the folder cannot be written.
+      OSError: the folder cannot be written, by this process or by another one.
     """
     check(keep >= 1, f"save_checkpoint: `keep` is {keep}, want at least 1")
     check(step >= 0, f"save_checkpoint: `step` is {step}, want at least 0")
@@ -75,33 +82,74 @@ def save_checkpoint(
         settings = json.loads(json.dumps(dict(settings)))  # as they will be read: keys are strings, sequences are lists
     except (TypeError, ValueError) as error:
         raise ValueError(f"save_checkpoint: `settings` cannot be written as JSON: {error}") from None
-    head, size = _encode_header(state)
-    root = Path(directory)
+    size, mesh, first = state_bytes(state), _mesh_of(state, "save_checkpoint"), dtensor.client_id() == 0
+    root, name = Path(directory), _file_name(dtensor.client_id())
     final = root / f"step-{step:08d}"
     part = root / f".{final.name}.part"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _put_back(root)
-        for left in root.glob(".step-*"):  # of a process that was killed while it saved
-            shutil.rmtree(left, ignore_errors=True)
-        free = shutil.disk_usage(root).free
-        check(free >= size, f"save_checkpoint: {root} wants {size:,} bytes, {free:,} are free")
-        part.mkdir()
-        meta = {"format": FORMAT, "step": step, "settings": settings, "bytes": size}
-        meta["state"] = _write_state(part / STATE_FILE, head, state)
-        meta["digest"] = _meta_digest(meta)
-        with open(part / META_FILE, "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            _sync(file)
-        _sync_folder(part)
-        _exchange(part, final)
-        for old in list_checkpoints(root)[:-keep]:
-            if old != final:
-                shutil.rmtree(old.rename(root / f".{old.name}.gone"), ignore_errors=True)
+        with together(mesh, *_FAILURES):
+            if first:
+                _make_room(root, part, size)
+        with together(mesh, *_FAILURES):
+            about = write_blocks(part / name, state)
+            if not first:
+                _write_json(part / f"{name}.json", about)
+        with together(mesh, *_FAILURES):
+            if first:
+                others = [_file_name(client) for client in range(1, dtensor.num_clients())]
+                files = {name: about} | {other: json.loads((part / f"{other}.json").read_text()) for other in others}
+                leaves = {path: {"dtype": NAMES[x.dtype], "shape": x.shape.as_list()} for path, x in tree.items(state)}
+                meta = {"format": FORMAT, "step": step, "settings": settings, "leaves": leaves, "files": files}
+                _write_json(part / META_FILE, meta | {"digest": _meta_digest(meta)})
+                for other in others:
+                    (part / f"{other}.json").unlink()
+                sync_folder(part)
+                _exchange(part, final)
+                _remove_old(root, final, keep)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"save_checkpoint: cannot write to {str(root)!r} ({error.strerror or error})") from None
     return final
+
+
+def _mesh_of(leaves: Tree, function: str) -> dtensor.Mesh | None:
+    """The mesh of DTensors or layouts, `None` for plain tensors."""
+    layouts = [leaf if isinstance(leaf, dtensor.Layout) else layout_of(leaf) for leaf in tree.flatten(leaves)]
+    placed = [layout for layout in layouts if layout is not None]
+    few, all_ = len(placed), len(layouts)
+    check(few in (0, all_), f"{function}: only {few} of {all_} leaves are on a mesh, want all or none")
+    count = dtensor.num_clients()
+    check(bool(placed) or count == 1, f"{function}: the state is not on a mesh, want that with {count} processes")
+    return placed[0].mesh if placed else None
+
+
+def _file_name(client: int) -> str:
+    count = dtensor.num_clients()
+    return "state.safetensors" if count == 1 else f"state-{client:05d}-of-{count:05d}.safetensors"
+
+
+def _make_room(root: Path, part: Path, size: int) -> None:
+    """Makes an empty folder to write to, after removing what killed processes have left."""
+    root.mkdir(parents=True, exist_ok=True)
+    _put_back(root)
+    for left in root.glob(".step-*"):  # of a process that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
+    free = shutil.disk_usage(root).free
+    check(free >= size, f"save_checkpoint: {root} wants {size:,} bytes, {free:,} are free")
+    part.mkdir()
+
+
+def _remove_old(root: Path, final: Path, keep: int) -> None:
+    for old in list_checkpoints(root)[:-keep]:
+        if old != final:
+            shutil.rmtree(old.rename(root / f".{old.name}.gone"), ignore_errors=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        sync_file(file)
 
 
 def list_checkpoints(directory: str | os.PathLike) -> list[Path]:
@@ -124,17 +172,20 @@ def restore_checkpoint(
     directory: str | os.PathLike,
     like: Tree,
     *,
+    layouts: Tree | None = None,
     settings: Mapping[str, Any] | None = None,
     on_skip: Callable[[str], None] | None = None,
 ) -> Checkpoint | None:
-    """Reads the latest checkpoint that is whole.
+    """Reads the latest checkpoint that is whole, in whatever layout and by however many processes it was written.
 
     A damaged one is reported and the one before it taken. Once a whole one is found, the damaged ones are renamed to
     `step-....damaged`; while there is none, all stay as they are.
 
     Args:
-      directory: the folder of checkpoints.
-      like: a tree with the structure, shapes and dtypes of the state; its values are not looked at.
+      directory: the folder of checkpoints; several processes must see the same.
+      like: a tree with the structure, shapes and dtypes of the state, tensors or specs; its values are not looked at.
+      layouts: a tree like it of layouts (`state_layouts`), in which each process reads only what its devices hold; `None`:
+        plain tensors.
       settings: the settings of the run that wants to go on; `None`: any.
       on_skip: called with one line about each damaged checkpoint; default: a warning.
 
@@ -146,15 +197,19 @@ def restore_checkpoint(
       OSError: a file is there, but cannot be read now; that is no damage.
     """
     root, damaged = Path(directory), []
-    _put_back(root)
+    mesh, first = _mesh_of(() if layouts is None else layouts, "restore_checkpoint"), dtensor.client_id() == 0
+    with together(mesh, *_FAILURES):
+        if first:
+            _put_back(root)
     found = list_checkpoints(root)
     for path in reversed(found):
         try:
-            meta = _read_meta(path / META_FILE)
-            if settings is not None:
-                check_settings(meta["settings"], settings, where=str(path))
-            leaves = dict(_read_state(path / STATE_FILE, meta))
-        except _DamagedError as damage:
+            with together(mesh, *_FAILURES):
+                meta = _read_meta(path / META_FILE)
+                if settings is not None:
+                    check_settings(meta["settings"], settings, where=str(path))
+                state = _read_state(path, meta, like, layouts)
+        except DamagedError as damage:
             message = f"checkpoint {path} is damaged ({damage})" + ("; taking the one before it" if path != found[0] else "")
             warnings.warn(message, stacklevel=2) if on_skip is None else on_skip(message)
             damaged.append(path)
@@ -162,8 +217,7 @@ def restore_checkpoint(
         except OSError as error:
             file = error.filename or str(path)
             raise OSError(f"restore_checkpoint: cannot read {file!r} ({error.strerror or error})") from None
-        state = _tree_like(path, like, leaves)
-        for other in damaged:
+        for other in damaged if first else ():
             _set_aside(other)
         return Checkpoint(state, meta["settings"], path)
     count = len(damaged) + len(list(root.glob("step-*.damaged*")))
@@ -193,7 +247,7 @@ def _exchange(part: Path, final: Path) -> None:
     except OSError:
         _put_back(final.parent)
         raise
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -228,63 +282,29 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _encode_header(state: Tree) -> tuple[bytes, int]:
-    """Returns the head of the safetensors file of a state, and the size of the whole file."""
-    header, offset = {}, 0
-    for name, leaf in tree.items(state):
-        check(leaf.dtype in _NAMES, f"save_checkpoint: `{name}` is {leaf.dtype.name}, want one of {sorted(_NAMES.values())}")
-        end = offset + leaf.dtype.size * leaf.shape.num_elements()
-        header[name] = {"dtype": _NAMES[leaf.dtype], "shape": leaf.shape.as_list(), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    return len(head).to_bytes(8, "little") + head, 8 + len(head) + offset
+def _read_state(path: Path, meta: Mapping[str, Any], like: Tree, layouts: Tree | None) -> Tree:
+    """Reads the leaves, one after the other."""
+    want, stored = tree.to_dict(like), meta["leaves"]
+    check_same_tree("restore_checkpoint", str(path), stored, want)
+    for name, leaf in want.items():
+        dtype, shape = DTYPES[stored[name]["dtype"]], tf.TensorShape(stored[name]["shape"])
+        check(
+            dtype == leaf.dtype and shape == leaf.shape,
+            f"restore_checkpoint: `{name}` in {str(path)!r} is {dtype.name} {shape}, want {leaf.dtype.name} {leaf.shape}",
+        )
+    reader = BlockReader(path, meta["files"], stored)
+    places = itertools.repeat(None) if layouts is None else tree.flatten(layouts)
+    leaves = [_read_leaf(reader, name, leaf.shape.as_list(), layout) for (name, leaf), layout in zip(want.items(), places)]
+    return tree.unflatten_as(like, leaves)
 
 
-def _write_state(path: Path, head: bytes, state: Tree) -> str:
-    """Streams the leaves into a safetensors file, one in memory at a time; returns its digest."""
-    digest = hashlib.blake2b(digest_size=32)
-    with open(path, "wb") as file:
-
-        def put(data: Any) -> None:
-            file.write(data)
-            digest.update(data)
-
-        put(head)
-        for leaf in tree.flatten(state):
-            put(np.ascontiguousarray(leaf.numpy()).reshape(-1).view(np.uint8))
-        _sync(file)
-    return digest.hexdigest()
-
-
-def _read_state(path: Path, meta: Mapping[str, Any]) -> Iterator[tuple[str, tf.Tensor]]:
-    """Yields (path, tensor) for every leaf; at the end the whole file must have had the digest of `meta`."""
-    digest = hashlib.blake2b(digest_size=32)
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size != meta["bytes"]:
-                raise _DamagedError(f"{path.name} has {os.fstat(file.fileno()).st_size} of {meta['bytes']} bytes")
-
-            def take(size: int) -> bytearray:
-                if not 0 <= size <= meta["bytes"]:
-                    raise _DamagedError(f"{path.name} has a broken header")
-                data = bytearray(size)
-                if file.readinto(data) != size:
-                    raise _DamagedError(f"{path.name} ends early")
-                digest.update(data)
-                return data
-
-            header = take(int.from_bytes(take(8), "little"))
-            for name, entry in json.loads(bytes(header)).items():
-                begin, end = entry["data_offsets"]
-                dtype = _DTYPES[entry["dtype"]].as_numpy_dtype
-                yield name, tf.constant(np.frombuffer(take(end - begin), dtype).reshape(entry["shape"]))
-    except FileNotFoundError:
-        raise _DamagedError(f"{path.name} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # a broken header: the digest is wrong, too
-        raise _DamagedError(f"{path.name} has a broken header") from None
-    if digest.hexdigest() != meta["state"]:
-        raise _DamagedError(f"the checksum of {path.name} is wrong")
+def _read_leaf(reader: BlockReader, path: str, shape: list[int], layout: dtensor.Layout | None) -> tf.Tensor:
+    """Reads a leaf whole, or as a DTensor; a box that several devices hold alike is read once."""
+    if layout is None:
+        return tf.constant(reader.read(path, [0] * len(shape), shape))
+    boxes = [shard_box(shape, layout, place) for place in layout.mesh.local_device_locations()]
+    values = {box: tf.constant(reader.read(path, *box)) for box in dict.fromkeys(boxes)}
+    return pack([values[box] for box in boxes], layout)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -293,40 +313,14 @@ def _read_meta(path: Path) -> dict[str, Any]:
         digest = meta.pop("digest")
         known = meta["format"] == FORMAT
     except FileNotFoundError:
-        raise _DamagedError(f"{path.name} is missing") from None
+        raise DamagedError(f"{path.name} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _DamagedError(f"{path.name} is not what was written") from None
+        raise DamagedError(f"{path.name} is not what was written") from None
     if digest != _meta_digest(meta):
-        raise _DamagedError(f"the checksum of {path.name} is wrong")
+        raise DamagedError(f"the checksum of {path.name} is wrong")
     check(known, f"restore_checkpoint: {str(path)!r} has format {meta['format']}, want {FORMAT}")
     return meta
 
 
 def _meta_digest(meta: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=32).hexdigest()
-
-
-def _tree_like(path: Path, like: Tree, leaves: dict[str, tf.Tensor]) -> Tree:
-    want = tree.to_dict(like)
-    check_same_tree("restore_checkpoint", str(path), leaves, want)
-    for name, leaf in want.items():
-        got = leaves[name]
-        check(
-            got.dtype == leaf.dtype and got.shape == leaf.shape,
-            f"restore_checkpoint: `{name}` in {str(path)!r} is {got.dtype.name} {got.shape}, "
-            f"want {leaf.dtype.name} {leaf.shape}",
-        )
-    return tree.unflatten_as(like, [leaves[name] for name in want])
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return digest_of(json.dumps(meta, sort_keys=True).encode())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dsv3.checks import check
+from dsv3.parallel.mesh import whole
 from dsv3.train.records import check_finite, step_numbers
 from dsv3.train.state import TrainMetrics, TrainState
 from dsv3.typing import TensorLike
@@ -63,7 +64,7 @@ def train_loop(
       ValueError: negative periods, or a state that is beyond `steps`.
       FloatingPointError: the loss or the gradient is not finite; nothing of that step is saved.
     """
-    done = int(state.step)
+    done = int(whole(state.step))
     for name, value in (("steps", steps), ("eval_every", eval_every), ("save_every", save_every)):
         check(value >= 0, f"train_loop: `{name}` is {value}, want at least 0")
     check(load_every >= 1, f"train_loop: `load_every` is {load_every}, want at least 1")
@@ -73,12 +74,12 @@ def train_loop(
         write({"kind": "heldout", "step": 0, **evaluate(state)})
     stopped = None
     while done < steps and stopped is None:
-        begin, before = time.perf_counter(), int(state.tokens)
+        begin, before = time.perf_counter(), int(whole(state.tokens))
         state, metrics = step(state, *batches(done))
         done += 1
         row, load = step_numbers(done, metrics)
         check_finite(row)
-        tokens, seconds = int(state.tokens), time.perf_counter() - begin
+        tokens, seconds = int(whole(state.tokens)), time.perf_counter() - begin
         row |= {"tokens": tokens, "seconds": round(seconds, 4), "tokens_per_second": round((tokens - before) / seconds, 1)}
         progress(row)
         write(row)

@@ -1,8 +1,9 @@
 """The training step on a mesh: the same function as on one device, with the state laid out and the batch sharded.
 
-1. The parameters are gathered from how they are stored (DTensor) to how they are used: experts sharded over `expert`, the
-   rest whole on every device.
-2. Each device runs the pieces of the model on its rows of the batch; rows for other devices' experts go there and back.
+1. The parameters are gathered from how they are stored (DTensor) to how they are used: layers on their pipeline rank,
+   experts sharded over `expert`, the rest whole on every device.
+2. Each pipeline rank carries out its row of the schedule's table on its rows of the batch; rows for other devices' experts
+   go there and back.
 3. Gradients are summed to the layout of the stored parameters, and the optimiser updates what each device stores.
 """
 
@@ -15,25 +16,38 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from dsv3 import tree
 from dsv3.checks import check
 from dsv3.config import ModelConfig
-from dsv3.layout import expert_dim, mesh_of
-from dsv3.nn.model import ModelParams, RouterState, cast_params, model_specs
+from dsv3.layout import mesh_of
+from dsv3.nn.model import RouterState, model_specs
 from dsv3.ops.dispatch import dispatch_capacity
-from dsv3.ops.router import router_update_bias
 from dsv3.parallel.collectives import all_to_all, gather_parts
-from dsv3.parallel.mesh import AXES, axis_size, local_places, make_layout, on_device, pack, unpack_tree
-from dsv3.parallel.tape import Capacity, Gradients, Tape, Value, backward, drive
+from dsv3.parallel.mesh import axis_size, is_local, local_places, on_device, pipe_meshes
+from dsv3.parallel.tape import Capacity, Piece, Value
+from dsv3.pipeline import Schedule
 from dsv3.policy import ComputePolicy
+from dsv3.train.executor import Rank, RankResult, Seeds, run_schedule
 from dsv3.train.loss import LossParts
-from dsv3.train.optim import Optimizer, square_sum
-from dsv3.train.pieces import StageBatch, StageLosses, model_forward, model_pieces
-from dsv3.train.state import DispatchStats, TrainMetrics, TrainState
+from dsv3.train.mesh_params import (
+    check_layouts,
+    check_placed,
+    make_apply,
+    make_gather,
+    make_reduce,
+    pack_gradients,
+)
+from dsv3.train.optim import Optimizer
+from dsv3.train.pieces import StageBatch, model_pieces
+from dsv3.train.stages import StageCut, cut_stages
+from dsv3.train.state import MeshStats, TrainMetrics, TrainState
 from dsv3.typing import Tree
 
 SHARDS = ("data", "expert")
 """The axes that the batch is sharded over."""
+
+
+MakeTable = Callable[[int, int], Schedule]
+"""From pipeline ranks and micro-batches to a table: one of `dsv3.pipeline`'s generators."""
 
 
 class Rates(NamedTuple):
@@ -44,78 +58,127 @@ class Rates(NamedTuple):
     bias: float
 
 
+class MeshPlan(NamedTuple):
+    """How a step runs on a mesh.
+
+    Attributes:
+      schedule: see `MakeTable`.
+      stage_layers: layers of each stage, or `None` for an even cut.
+      dispatch_dtype: see `model_pieces`.
+    """
+
+    schedule: MakeTable
+    stage_layers: Sequence[int] | None
+    dispatch_dtype: tf.DType | None
+
+
 def make_mesh_update(
-    cfg: ModelConfig, optimizer: Optimizer, layouts: Tree, policy: ComputePolicy, dispatch_dtype: tf.DType | None
+    cfg: ModelConfig, optimizer: Optimizer, layouts: Tree, policy: ComputePolicy, plan: MeshPlan
 ) -> Callable[..., tuple[TrainState, TrainMetrics]]:
     """Returns `update(state, tokens, weights, rates) -> (state, TrainMetrics)` on the mesh of `layouts`.
 
     Args:
       cfg, optimizer, policy: as in `train_update`.
       layouts: how the parameters are stored.
-      dispatch_dtype: see `model_pieces`.
+      plan: see `MeshPlan`.
     """
-    mesh = mesh_of(layouts)
-    check(axis_size(mesh, "pipe") == 1, "make_train_step: the mesh's axis 'pipe' has more than one device; want 1")
-    ways, shards = axis_size(mesh, "expert"), [axis_size(mesh, axis) for axis in SHARDS]
+    mesh, specs = mesh_of(layouts), model_specs(cfg)
+    ways, ranks = axis_size(mesh, "expert"), axis_size(mesh, "pipe")
+    check(ranks == 1 or is_local(mesh), "make_train_step: axis 'pipe' over several processes is not supported, want pipe:1")
     experts = cfg.moe.router.num_experts
-    check(experts % ways == 0, f"make_train_step: {experts} experts are not divisible by the mesh's {ways} on 'expert'")
-    specs = model_specs(cfg)
-    pieces = model_pieces(cfg, policy, ways=ways, dispatch_dtype=dispatch_dtype)
-    gather, reduce, apply = _gather(specs, mesh, policy), _reduce(layouts), _apply(optimizer, layouts, policy)
+    check_layouts(specs, layouts)
+    mixtures = cfg.num_moe_layers + cfg.num_mtp_layers
+    check(
+        experts % ways == 0 or not mixtures,
+        f"make_train_step: {experts} experts are not divisible by the mesh's {ways} devices on 'expert'",
+    )
+    pieces = model_pieces(cfg, policy, ways=ways, dispatch_dtype=plan.dispatch_dtype)
+    apply = make_apply(optimizer, layouts, policy)
+    shards = int(np.prod([axis_size(mesh, axis) for axis in SHARDS]))
+    programs: dict[tuple, tuple] = {}
+
+    def programs_for(schedule: Schedule, cut: StageCut) -> tuple:
+        """Gather and reduce depend on where layers are, not on the number of micro-batches."""
+        if schedule.placement not in programs:
+            rows = [cut.rows(cfg, schedule, d) for d in range(schedule.copies)]
+            programs[schedule.placement] = (
+                rows, make_gather(specs, layouts, rows, policy), make_reduce(specs, layouts, rows),
+            )  # fmt: skip
+        return programs[schedule.placement]
 
     def update(state: TrainState, tokens: np.ndarray, weights: np.ndarray, rates: Rates):
-        rows, total_shards = tokens.shape[1], int(np.prod(shards))
+        micro, rows = tokens.shape[:2]
         check(
-            rows % total_shards == 0,
-            f"train_step: `tokens` has {rows} rows, want a multiple of {total_shards}, the devices on data and expert",
+            rows % shards == 0,
+            f"train_step: `tokens` has {rows} rows, want a multiple of {shards}, the devices on data and expert",
         )
-        params = unpack_tree(gather(state.params))
-        bias = RouterState(*(_per_layer(leaf, mesh) for leaf in state.router))
+        check_placed(state, layouts)
+        schedule = plan.schedule(ranks, micro)
+        cut = cut_stages(cfg, schedule.stages, plan.stage_layers)
+        stack_rows, gather, reduce = programs_for(schedule, cut)
         stats = _Counter(ways)
-        total = np.maximum(np.float32(weights.sum(dtype=np.float64)), np.float32(1e-9))
-        grads: Gradients = {}
-        losses: list[StageLosses] = []
-        for micro in range(tokens.shape[0]):
-            batch = _shard_batch(tokens[micro], weights[micro], total, cfg, mesh)
-            tape = Tape(tuple(mesh.local_devices()))
-            answer = _answers(mesh, batch, stats)
-            out = drive(model_forward(tape, pieces, params, bias, batch, cfg), answer)
-            seeds = _seeds(out, rates, tokens.shape[0] * total_shards, tape.devices)
-            drive(backward(tape, seeds, grads), answer)
-            losses.append(out)
-        parts = _loss_parts(losses, cfg, mesh)
-        packed = _pack_gradients(grads, specs, mesh, params[0])
-        counted = tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1)
-        state, optim = apply(reduce(packed), state, parts.load, counted, rates.bias)
+        batch = _Batch(tokens, weights, cfg, mesh)
+        found = run_schedule(
+            schedule, cut, pieces, _make_ranks(gather(state.params), state.router, batch, mesh, stats),
+            Seeds(1.0, rates.mtp / max(cfg.num_mtp_layers, 1), rates.balance / (micro * shards)), cfg,
+        )  # fmt: skip
+        parts = _loss_parts(found, cfg, mesh, micro * shards)
+        held = [r.held for r in found]
+        grads = pack_gradients(_by_device([r.grads for r in found], mesh), specs, layouts, stack_rows)
+        del found  # with the parameters that were used and the devices' sums
+        counted = micro * rows * (tokens.shape[2] - 1)
+        state, optim = apply(reduce(grads), state, parts.load, counted, rates.bias)
         loss = parts.nll + rates.balance * parts.balance
         if cfg.num_mtp_layers:
             loss += rates.mtp * tf.reduce_mean(parts.mtp)
-        return state, TrainMetrics(loss, parts, optim, stats.result())
+        return state, TrainMetrics(loss, parts, optim, stats.result(held))
 
-    update.traces = gather.experimental_get_tracing_count
+    update.traces = lambda: sum(len(piece.cache) for piece in pieces if isinstance(piece, Piece))
     return update
 
 
 class _Counter:
-    """Counts what the exchanges of a step move."""
+    """Counts what the exchanges of a step move; of pipeline ranks the one that sends most."""
 
     def __init__(self, ways: int):
-        self._ways, self._sent, self._rows, self._room = ways, 0, 0.0, 0
+        self._ways, self._sent, self._rows, self._room = ways, {}, 0.0, 0
 
-    def sent(self, part: tf.Tensor) -> None:
+    def sent(self, rank: int, part: tf.Tensor) -> None:
         size = int(np.prod(part.shape)) * part.dtype.size
-        self._sent += size // self._ways * (self._ways - 1)
+        self._sent[rank] = self._sent.get(rank, 0) + size // self._ways * (self._ways - 1)
 
     def routed(self, rows: float, room: int) -> None:
         self._rows, self._room = self._rows + rows, self._room + room
 
-    def result(self) -> DispatchStats:
+    def result(self, held: Sequence[int]) -> MeshStats:
         padding = 1.0 - self._rows / self._room if self._room else 0.0
-        return DispatchStats(tf.constant(self._sent, tf.int64), tf.constant(padding, tf.float32))
+        sent = max(self._sent.values(), default=0)
+        return MeshStats(tf.constant(sent, tf.int64), tf.constant(padding, tf.float32), tf.constant(held, tf.int32))
 
 
-def _answers(mesh: dtensor.Mesh, batch: StageBatch, stats: _Counter) -> Callable[[Any], Any]:
-    tokens = int(np.prod(batch.tokens.parts[0].shape))
+def _make_ranks(params, router: RouterState, batch: _Batch, mesh: dtensor.Mesh, stats: _Counter) -> list[Rank]:
+    """The pipeline's ranks: their devices, with parameters and biases."""
+    places, devices = local_places(mesh), mesh.local_devices()
+    biases = [dtensor.unpack(leaf) for leaf in router]
+    ranks = []
+    for number, part in enumerate(pipe_meshes(mesh)):
+        here = [i for i, place in enumerate(places) if place["pipe"] == number]
+
+        def values(parts: Sequence[tf.Tensor], here: Sequence[int] = here) -> list[Value]:
+            layers = [tf.unstack(parts[i]) if parts[i].shape[0] else [] for i in here]
+            return [Value(tuple(layer)) for layer in zip(*layers)]
+
+        ranks.append(
+            Rank(
+                tuple(devices[i] for i in here), [[trees[i] for i in here] for trees in params],
+                RouterState(*map(values, biases)), batch.on(here), _answers(number, part, batch.tokens_a_device, stats),
+            )  # fmt: skip
+        )
+    return ranks
+
+
+def _answers(rank: int, mesh: dtensor.Mesh, tokens: int, stats: _Counter) -> Callable[[Any], Any]:
+    """Answers the requests of a rank's programs by exchanges over its part of the mesh."""
 
     def answer(request):
         if isinstance(request, Capacity):
@@ -123,214 +186,78 @@ def _answers(mesh: dtensor.Mesh, batch: StageBatch, stats: _Counter) -> Callable
             capacity = dispatch_capacity(int(load.max()), tokens)
             stats.routed(float(load.sum()), capacity * load.size)
             return capacity
-        stats.sent(request.value.parts[0])
+        stats.sent(rank, request.value.parts[0])
         return Value(tuple(all_to_all(request.value.parts, mesh, "expert")))
 
     return answer
 
 
-def _gather(specs: ModelParams, mesh: dtensor.Mesh, policy: ComputePolicy):
-    """A function from the stored parameters to those that are used: stacks become tuples of layers."""
+class _Batch:
+    """The micro-batches of a step, cut into the rows of each device."""
 
-    @tf.function(autograph=False)
-    def gather(params: ModelParams) -> ModelParams:
-        params = cast_params(params, policy)
-        used = {}
-        for (path, leaf), spec in zip(tree.items(params), tree.flatten(specs)):
-            dims = ["expert" if dim == expert_dim(spec) else None for dim in range(len(spec.shape))]
-            if spec.axes[0] == "layer":
-                leaf = dtensor.relayout(leaf, make_layout(mesh, dims))  # the dim to unstack must be whole
-                used[path] = [dtensor.relayout(x, make_layout(mesh, dims[1:])) for x in tf.unstack(leaf)]
-            else:
-                used[path] = dtensor.relayout(leaf, make_layout(mesh, dims))
+    def __init__(self, tokens: np.ndarray, weights: np.ndarray, cfg: ModelConfig, mesh: dtensor.Mesh):
+        self._mesh, self._places, self._modules = mesh, local_places(mesh), cfg.num_mtp_layers
+        self._total = np.maximum(np.float32(weights.sum(dtype=np.float64)), np.float32(1e-9))
+        self._tokens, self._weights = tokens, weights
+        self._rows = tokens.shape[1] // (axis_size(mesh, "data") * axis_size(mesh, "expert"))
+        self.tokens_a_device = self._rows * (tokens.shape[2] - 1)
 
-        def layers(name: str, stack: Tree) -> Tree:
-            flat = [used[f"{name}.{path}"] for path, _ in tree.items(stack)]
-            return tuple(tree.unflatten_as(stack, list(layer)) for layer in zip(*flat))
+    def on(self, here: Sequence[int]) -> Callable[[int], StageBatch]:
+        """Returns the function that gives a micro-batch on some of the local devices."""
+        return lambda micro: self._micro_batch(micro, here)
 
-        stacks = {name: layers(name, getattr(params, name)) for name in ("dense", "moe", "mtp") if getattr(params, name)}
-        rest = {name: used[name] for name in ("embed", "norm", "head") if name in used}
-        return params._replace(**stacks, **rest)
+    def _micro_batch(self, micro: int, here: Sequence[int]) -> StageBatch:
+        tokens = self._tokens[micro]
+        targets, counted, ahead = [tokens[:, 1:]], [self._weights[micro]], [tokens[:, 1:]]
+        for _ in range(self._modules):
+            targets.append(_shift(targets[-1]))
+            counted.append(_shift(counted[-1]))
+            ahead.append(np.concatenate([ahead[-1][:, 1:], ahead[-1][:, -1:]], 1))
 
-    return gather
+        def values(arrays: Sequence[np.ndarray]) -> list[Value]:
+            return [self._value(array, here) for array in arrays]
 
+        return StageBatch(
+            self._value(tokens[:, :-1], here), values(targets), values(counted), values(ahead[: self._modules]),
+            self._value(np.asarray(self._total), here),
+        )  # fmt: skip
 
-def _per_layer(leaf: tf.Tensor, mesh: dtensor.Mesh) -> list[Value]:
-    """`[X, E]`, the same on all devices, as a `Value` for each layer."""
-    parts = dtensor.unpack(leaf)
-    layers = [tf.unstack(part) if part.shape[0] else [] for part in parts]
-    return [Value(tuple(layer)) for layer in zip(*layers)]
-
-
-def _shard_batch(tokens: np.ndarray, weights: np.ndarray, total: np.float32, cfg: ModelConfig, mesh) -> StageBatch:
-    """Cuts `[B, T+1]` tokens into the local devices' rows."""
-    inputs, targets, counted = tokens[:, :-1], [tokens[:, 1:]], [weights]
-    ahead = [tokens[:, 1:]]
-    for _ in range(cfg.num_mtp_layers):
-        targets.append(_shift(targets[-1]))
-        counted.append(_shift(counted[-1]))
-        ahead.append(np.concatenate([ahead[-1][:, 1:], ahead[-1][:, -1:]], 1))
-    devices, places = mesh.local_devices(), local_places(mesh)
-    rows = tokens.shape[0] // (axis_size(mesh, "data") * axis_size(mesh, "expert"))
-
-    def value(array: np.ndarray) -> Value:
-        parts = []
-        for device, where in zip(devices, places):
-            start = (where["data"] * axis_size(mesh, "expert") + where["expert"]) * rows if array.ndim else 0
-            with on_device(device):
-                parts.append(tf.constant(array[start : start + rows] if array.ndim else array))
+    def _value(self, array: np.ndarray, here: Sequence[int]) -> Value:
+        parts, devices, ways = [], self._mesh.local_devices(), axis_size(self._mesh, "expert")
+        for i in here:
+            start = (self._places[i]["data"] * ways + self._places[i]["expert"]) * self._rows
+            with on_device(devices[i]):
+                parts.append(tf.constant(array[start : start + self._rows] if array.ndim else array))
         return Value(tuple(parts))
-
-    return StageBatch(
-        value(inputs), [value(t) for t in targets], [value(w) for w in counted],
-        [value(t) for t in ahead[: cfg.num_mtp_layers]], value(np.asarray(total)),
-    )  # fmt: skip
 
 
 def _shift(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x[:, 1:], np.zeros_like(x[:, :1])], 1)
 
 
-def _seeds(out: StageLosses, rates: Rates, parts: int, devices: Sequence[str]) -> dict[Value, list]:
-    """The gradients of the total loss with respect to its parts; each device's balance is that of a part of the batch."""
+def _by_device(of_ranks: Sequence[dict], mesh: dtensor.Mesh) -> list[dict]:
+    """From a dict of lists by device for each pipeline rank to a dict for each local device."""
+    counts, found = [0] * len(of_ranks), []
+    for place in local_places(mesh):
+        rank = place["pipe"] if len(of_ranks) > 1 else 0
+        found.append({key: parts[counts[rank]] for key, parts in of_ranks[rank].items()})
+        counts[rank] += 1
+    return found
 
-    def scalars(value: float) -> list[tf.Tensor]:
-        return [tf.constant(value, tf.float32)] * len(devices)
 
-    seeds = {out.main: scalars(1.0)}
-    seeds |= {loss: scalars(rates.mtp / len(out.mtp)) for loss in out.mtp}
-    return seeds | {loss: scalars(rates.balance / parts) for loss in out.balance}
-
-
-def _loss_parts(losses: list[StageLosses], cfg: ModelConfig, mesh: dtensor.Mesh) -> LossParts:
-    """Sums the devices' and micro-batches' losses and loads, in one exchange."""
-    count = len(mesh.local_devices())
-    rows, layers = [], len(losses[0].load)
-    for i in range(count):
-        scalars = [tf.add_n([v.parts[i] for v in values]) for values in zip(*(_scalars(out) for out in losses))]
-        loads = [tf.add_n([v.parts[i] for v in values]) for values in zip(*(out.load for out in losses))]
-        rows.append(tf.concat([tf.stack(scalars), *loads], 0))
-    found = gather_parts(rows, mesh).astype(np.float64)
-    shards = found.size // found.shape[-1]
-    found = found.reshape(shards, -1).sum(0)
-    modules = cfg.num_mtp_layers
-    nll, mtp = found[0], found[1 : 1 + modules]
-    balance = found[1 + modules : 1 + modules + layers].sum() / (shards * len(losses))
-    load = found[1 + modules + layers :].reshape(layers, -1).astype(np.float32)
-    moe, of_mtp = load[: cfg.num_moe_layers], load[cfg.num_moe_layers :]
+def _loss_parts(found: Sequence[RankResult], cfg: ModelConfig, mesh: dtensor.Mesh, shards: int) -> LossParts:
+    """Sums the devices' losses and loads, in one exchange."""
+    modules, layers = cfg.num_mtp_layers, cfg.num_moe_layers + cfg.num_mtp_layers
     experts = cfg.moe.router.num_experts
-    loads = RouterState(tf.constant(moe.reshape(-1, experts)), tf.constant(of_mtp.reshape(-1, experts)))
-    return LossParts(tf.constant(nll, tf.float32), tf.constant(mtp, tf.float32), tf.constant(balance, tf.float32), loads)
-
-
-def _scalars(out: StageLosses) -> list[Value]:
-    return [out.main, *out.mtp, *out.balance]
-
-
-def _pack_gradients(grads: Gradients, specs: ModelParams, mesh: dtensor.Mesh, used: Tree) -> dict[str, tf.Tensor]:
-    """The devices' sums as DTensors with a leading dim for each axis that they are still to be summed over."""
-    packed = {}
-    for path, leaf in tree.items(used):
-        parts = grads.get(path) or [tf.zeros(leaf.shape)] * len(mesh.local_devices())
-        sharded = _sharded_dim(path, specs)
-        lead = [axis for axis in AXES if axis != "expert" or sharded is None]
-        dims = ["expert" if dim == sharded else None for dim in range(leaf.shape.rank)]
-        parts = [tf.reshape(part, [*([1] * len(lead)), *part.shape]) for part in parts]
-        packed[path] = pack(parts, make_layout(mesh, [*lead, *dims]))
-    return packed
-
-
-def _sharded_dim(path: str, specs: ModelParams) -> int | None:
-    """The dim of a parameter, as the devices use it, that is sharded over `expert`."""
-    layer, _, rest = path.partition(".")
-    number, _, rest = rest.partition(".")
-    if not number.isdigit():
-        return None
-    dim = expert_dim(tree.subtree(getattr(specs, layer), rest))
-    return None if dim is None else dim - 1
-
-
-def _reduce(layouts: Tree):
-    """A function that sums packed gradients over devices, to the layouts of the stored parameters."""
-    mesh = mesh_of(layouts)
-
-    @tf.function(autograph=False)
-    def reduce(packed: dict) -> Tree:
-        return tree.map_with_path(lambda path, layout: dtensor.relayout(total(packed, path, layout), layout), layouts)
-
-    def total(packed: dict, path: str, layout: dtensor.Layout) -> tf.Tensor:
-        rank = len(layout.sharding_specs)
-        if path in packed:
-            return _sum_lead(packed[path], rank)
-        name, _, rest = path.partition(".")
-        count = sum(key.startswith(f"{name}.") and key.split(".", 2)[2] == rest for key in packed)
-        layers = [_sum_lead(packed[f"{name}.{i}.{rest}"], rank - 1) for i in range(count)]
-        inner = layout.sharding_specs[1:]
-        layers = [dtensor.relayout(x, dtensor.Layout(inner, mesh)) for x in layers]
-        # Else the stack would be given the layout that it gets next, which it cannot have where layers are sharded.
-        return dtensor.relayout(tf.stack(layers), dtensor.Layout([dtensor.UNSHARDED, *inner], mesh))
-
-    return reduce
-
-
-def _sum_lead(x: tf.Tensor, rank: int) -> tf.Tensor:
-    return tf.reduce_sum(x, list(range(len(x.shape) - rank)))
-
-
-def _apply(optimizer: Optimizer, layouts: Tree, policy: ComputePolicy):
-    """A function that updates each device's part of the state."""
-    mesh = mesh_of(layouts)
-    # A leaf that several devices hold alike counts once in the norm.
-    shares = [1.0 / (mesh.size // _shards(layout)) for layout in tree.flatten(layouts)]
-
-    @tf.function(autograph=False, jit_compile=policy.jit)
-    def squares(grads: Tree) -> tf.Tensor:
-        return tf.add_n([square_sum(g, fuse=policy.fuse) * share for g, share in zip(tree.flatten(grads), shares)])
-
-    @tf.function(autograph=False, jit_compile=policy.jit)
-    def update(grads, state: TrainState, load: RouterState, counted, rate, norm):
-        seen = tf.cast(state.tokens, tf.float32)
-        params, opt, stats = optimizer.update(grads, state.opt, state.params, seen, norm)
-        router = RouterState(
-            *(router_update_bias(b, n, rate=rate) if b.shape[0] else b for b, n in zip(state.router, load))
-        )
-        return TrainState(state.step + 1, state.tokens + counted, params, router, opt), stats
-
-    def call(grads: Tree, state: TrainState, load: RouterState, counted: int, rate: float):
-        placed = state_layouts(state, layouts)
-        grads, states, devices = unpack_tree(grads), unpack_tree(state), mesh.local_devices()
-        norm = tf.constant(np.sqrt(gather_parts([squares(g) for g in grads], mesh).sum()), tf.float32)
-        given = (load, tf.constant(counted, tf.int64), tf.constant(rate, tf.float32), norm)
-        new = []
-        for i, device in enumerate(devices):
-            with on_device(device):
-                part, stats = update(grads[i], states[i], *given)
-            new.append(tree.flatten(part))
-        leaves = [pack(parts, layout) for parts, layout in zip(zip(*new), tree.flatten(placed))]
-        return tree.unflatten_as(state, leaves), stats
-
-    return call
-
-
-def _shards(layout: dtensor.Layout) -> int:
-    return int(np.prod([layout.mesh.dim_size(a) for a in layout.sharding_specs if a != dtensor.UNSHARDED]))
-
-
-def state_layouts(state: TrainState, layouts: Tree) -> TrainState:
-    """Returns a tree of layouts that mirrors a state: what mirrors a parameter is laid out as it, the rest is replicated.
-
-    Args:
-      state: tensors or specs.
-      layouts: how the parameters are stored.
-    """
-    mesh, of_params = mesh_of(layouts), tree.to_dict(layouts)
-
-    def one(path: str, leaf: Any) -> dtensor.Layout:
-        parts = path.split(".")
-        for start in range(1, len(parts)):
-            layout = of_params.get(".".join(parts[start:]))
-            if layout is not None and parts[0] in ("params", "opt") and len(layout.sharding_specs) == len(leaf.shape):
-                return layout
-        return dtensor.Layout.replicated(mesh, len(leaf.shape))
-
-    return tree.map_with_path(one, state)
+    rows = []
+    for sums in _by_device([r.sums for r in found], mesh):
+        row = [sums.get(("main", 0), 0.0), *(sums.get(("mtp", k), 0.0) for k in range(modules))]
+        row += [sums.get(("balance", layer), 0.0) for layer in range(layers)]
+        loads = [sums.get(("load", layer), np.zeros(experts, np.float32)) for layer in range(layers)]
+        rows.append(tf.concat([tf.stack(row), *loads], 0))
+    total = gather_parts(rows, mesh).astype(np.float64).reshape(mesh.size, -1).sum(0)
+    balance = total[1 + modules : 1 + modules + layers].sum() / shards
+    load = total[1 + modules + layers :].reshape(layers, experts).astype(np.float32)
+    loads = RouterState(tf.constant(load[: cfg.num_moe_layers]), tf.constant(load[cfg.num_moe_layers :]))
+    nll, mtp = tf.constant(total[0], tf.float32), tf.constant(total[1 : 1 + modules], tf.float32)
+    return LossParts(nll, mtp, tf.constant(balance, tf.float32), loads)

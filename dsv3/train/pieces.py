@@ -63,7 +63,7 @@ def model_pieces(
 
     Args:
       cfg: the model's configuration.
-      policy: how to compute.
+      policy: how to compute. `remat="block"` recomputes each piece; layers are never a loop, so `loop` says nothing.
       ways: devices that share the experts.
       dispatch_dtype: of the rows on their way to the experts and of their gradients; default: the compute dtype.
     """
@@ -100,11 +100,11 @@ def model_pieces(
         normed = rms_norm(x, p["norm"], **norm)
         return loss(p, normed, targets, weights, total), x if cfg.mtp_next == "raw" else normed
 
-    made = functools.partial(Piece, jit=policy.jit)
+    made = functools.partial(Piece, jit=policy.jit, remat=policy.remat == "block")
     experts_apart = _expert_pieces(cfg, policy, ways, dispatch_dtype, made) if ways > 1 else (None, None, None)
     return ModelPieces(
         made("embed", embed), made("dense", dense), made("attention", attention), *experts_apart,
-        made("head", head), made("attention", mtp), made("mtp_loss", mtp_loss),
+        made("head", head), made("mtp", mtp), made("mtp_loss", mtp_loss),
     )  # fmt: skip
 
 
@@ -160,13 +160,20 @@ def _expert_pieces(cfg: ModelConfig, policy: ComputePolicy, ways: int, dispatch_
     return dispatch, made("experts", experts), combine
 
 
-class StageLosses(NamedTuple):
-    """What a forward pass leaves, as `Value`s: the next-token loss, each MTP module's; each mixture's balance and load."""
+class StageOutput(NamedTuple):
+    """What a stage's forward pass leaves, as `Value`s.
 
-    main: Value
+    Attributes:
+      x: for the next stage; `None` from the last one.
+      main: the next-token loss; `None` except from the last stage. mtp: each MTP module's.
+      balance, load: by mixture layer; the MTP modules' follow those of the stack.
+    """
+
+    x: Value | None
+    main: Value | None
     mtp: list[Value]
-    balance: list[Value]
-    load: list[Value]
+    balance: dict[int, Value]
+    load: dict[int, Value]
 
 
 class StageBatch(NamedTuple):
@@ -180,32 +187,48 @@ class StageBatch(NamedTuple):
     total: Value
 
 
-def model_forward(
-    tape: Tape, pieces: ModelPieces, params: Sequence[Tree], router: Tree, batch: StageBatch, cfg: ModelConfig
-) -> Generator[Any, Any, StageLosses]:
-    """The forward pass of a whole model with its losses, as a generator of exchanges (see `parallel.tape`).
+def stage_forward(
+    tape: Tape,
+    pieces: ModelPieces,
+    params: Sequence[Tree],
+    router: Tree,
+    x: Value | None,
+    batch: StageBatch,
+    *,
+    layers: range,
+    last: bool,
+    cfg: ModelConfig,
+) -> Generator[Any, Any, StageOutput]:
+    """The forward pass of some of a model's layers, as a generator of requests (see `parallel.tape`).
 
     Args:
       tape: records the pass.
       pieces: from `model_pieces`.
-      params: the devices' parameters, with stacks as tuples of layers.
+      params: the devices' parameters: `ModelParams` whose `dense` and `moe` are dicts from a layer's index to its tree, and
+        whose `mtp` is a tuple.
       router: `RouterState` whose leaves are lists of `Value`s `[E]`.
+      x: the output of the stage before; `None` for the first stage, which embeds.
       batch: the micro-batch.
+      layers: the stage's, counted over both stacks.
+      last: whether to compute the losses.
       cfg: the model's configuration.
     """
-    balance, load, mtp = [], [], []
-    x = tape.call(pieces.embed, {"embed": "embed"}, params, batch.tokens)
-    for i in range(cfg.num_dense_layers):
-        x = tape.call(pieces.dense, {"block": f"dense.{i}"}, params, x)
-    for i in range(cfg.num_moe_layers):
-        mixed = tape.call(pieces.attention, {"block": f"moe.{i}"}, params, router.moe[i], x)
-        x = yield from _route(tape, pieces, f"moe.{i}.ffn", params, mixed, cfg)
-        balance.append(mixed.balance)
-        load.append(mixed.load)
+    balance, load, mtp, main = {}, {}, [], None
+    if x is None:
+        x = tape.call(pieces.embed, {"embed": "embed"}, params, batch.tokens)
+    for i in layers:
+        if i < cfg.num_dense_layers:
+            x = tape.call(pieces.dense, {"block": f"dense.{i}"}, params, x)
+            continue
+        j = i - cfg.num_dense_layers
+        mixed = tape.call(pieces.attention, {"block": f"moe.{j}"}, params, router.moe[j], x)
+        x = yield from _route(tape, pieces, f"moe.{j}.ffn", params, mixed, cfg)
+        balance[j], load[j] = mixed.balance, mixed.load
+    if not last:
+        return StageOutput(x, main, mtp, balance, load)
     head = {"embed": "embed"} if cfg.tie_embeddings else {"head": "head"}
-    main, hidden = tape.call(
-        pieces.head, {"norm": "norm"} | head, params, x, batch.targets[0], batch.weights[0], batch.total
-    )
+    told = (batch.targets[0], batch.weights[0], batch.total)
+    main, hidden = tape.call(pieces.head, {"norm": "norm"} | head, params, x, *told)
     for k in range(cfg.num_mtp_layers):
         embedded = tape.call(pieces.embed, {"embed": "embed"}, params, batch.ahead[k])
         mixed = tape.call(pieces.mtp, {"mtp": f"mtp.{k}"}, params, router.mtp[k], hidden, embedded)
@@ -213,9 +236,8 @@ def model_forward(
         told = (batch.targets[k + 1], batch.weights[k + 1], batch.total)
         loss, hidden = tape.call(pieces.mtp_loss, {"norm": f"mtp.{k}.norm"} | head, params, x, *told)
         mtp.append(loss)
-        balance.append(mixed.balance)
-        load.append(mixed.load)
-    return StageLosses(main, mtp, balance, load)
+        balance[cfg.num_moe_layers + k], load[cfg.num_moe_layers + k] = mixed.balance, mixed.load
+    return StageOutput(None, main, mtp, balance, load)
 
 
 def _route(tape: Tape, pieces: ModelPieces, path: str, params, mixed: Mixed, cfg: ModelConfig):

@@ -171,7 +171,7 @@ def step_numbers(step: int, metrics: TrainMetrics) -> StepNumbers:
       metrics: what the step returned.
 
     Returns:
-      `StepNumbers`; layers in the order mixture layers, then MTP modules.
+      `StepNumbers`; layers in the order mixture layers, then MTP modules. From a mesh also bytes and padding of exchanges.
 
     References: the violation is that of arXiv:2408.15664, section 4.1.
     """
@@ -189,6 +189,8 @@ def step_numbers(step: int, metrics: TrainMetrics) -> StepNumbers:
         "learning_rate": float(optim.learning_rate),
         "load_violation": [round(float(x), 6) for x in violation],
     }
+    if metrics.mesh:
+        row |= {"dispatch_bytes": int(metrics.mesh.bytes), "dispatch_padding": round(float(metrics.mesh.padding), 4)}
     return StepNumbers(row, load)
 
 

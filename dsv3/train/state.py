@@ -27,23 +27,26 @@ class TrainState(NamedTuple):
     opt: Tree
 
 
-class DispatchStats(NamedTuple):
-    """What exchanging rows with other devices' experts took.
+class MeshStats(NamedTuple):
+    """What a step on a mesh took.
 
     Attributes:
-      bytes: int64 scalar, bytes that each device sent to others in the step, rows, gate values and their gradients.
+      bytes: int64 scalar, what a device sent to other devices' experts in the step: rows, gate values and their gradients;
+        of the pipeline rank that sent most.
       padding: float32 scalar, the part of the exchanged buffers that held no token.
+      held: `[pipe]` int32, the most forward passes that each pipeline rank held for their backward at one time.
     """
 
     bytes: tf.Tensor
     padding: tf.Tensor
+    held: tf.Tensor
 
 
 class TrainMetrics(NamedTuple):
-    """What one step reports: the loss (float32 scalar), its `parts`, the optimiser's `optim` statistics, and on a mesh
-    `dispatch`, else `()`."""
+    """What one step reports: the loss (float32 scalar), its `parts`, the optimiser's `optim` statistics, and `mesh`, which
+    on one device is `()`."""
 
     loss: tf.Tensor
     parts: LossParts
     optim: OptimStats
-    dispatch: DispatchStats | tuple = ()
+    mesh: MeshStats | tuple = ()

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from dsv3 import tree
-from dsv3.checks import Dims, check, check_token_ids, check_type, static_shape
+from dsv3.checks import Dims, check, check_choice, check_token_ids, check_type, static_shape
 from dsv3.compiled import compile_step
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
-from dsv3.nn.model import ModelParams, RouterState, cast_params, model_init, router_init
+from dsv3.layout import mesh_of
+from dsv3.nn.model import ModelParams, RouterState, cast_params, model_init, model_specs, router_init
 from dsv3.ops.router import router_update_bias
+from dsv3.parallel.mesh import on_device, pack, unpack_tree, whole
 from dsv3.parallel.mesh import place as place_leaf
-from dsv3.parallel.mesh import whole
+from dsv3.pipeline import one_f_one_b
 from dsv3.policy import ComputePolicy, default_policy
+from dsv3.spec import ParamSpec, init_params
 from dsv3.train.loss import pretrain_loss
-from dsv3.train.mesh_step import Rates, make_mesh_update, state_layouts
+from dsv3.train.mesh_params import state_layouts
+from dsv3.train.mesh_step import MakeTable, MeshPlan, Rates, make_mesh_update
 from dsv3.train.optim import Optimizer, Schedule, global_norm
 from dsv3.train.state import TrainMetrics, TrainState
 from dsv3.typing import TensorLike, Tree
 
 
-def train_init(key: TensorLike, cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
+def train_init(key: TensorLike, cfg: ModelConfig, optimizer: Optimizer, layouts: Tree | None = None) -> TrainState:
     """Returns the state of a new model.
 
     Args:
       key: `[2]` int, the random key of the parameters.
       cfg: the model's configuration.
       optimizer: see `adamw`.
+      layouts: how the parameters are stored on a mesh; each leaf is placed when it has been drawn, so that no process holds
+        more than one whole. The values are those of one device. `None`: one device.
     """
-    return train_state(model_init(key, cfg), router_init(cfg), optimizer)
+    if layouts is None:
+        return train_state(model_init(key, cfg), router_init(cfg), optimizer)
+
+    def draw(path: str, spec: ParamSpec, layout: Any) -> tf.Tensor:
+        return place_leaf(tf.cast(init_params(key, {path: spec})[path], tf.float32), layout)
+
+    params = tree.map_with_path(draw, model_specs(cfg), layouts)
+    parts = []
+    for device, part in zip(mesh_of(layouts).local_devices(), unpack_tree(params)):
+        with on_device(device):
+            parts.append(optimizer.init(part))
+    placed = state_layouts({"opt": parts[0]}, layouts)["opt"]
+    leaves = [pack(held, layout) for held, layout in zip(zip(*map(tree.flatten, parts)), tree.flatten(placed))]
+    opt = tree.unflatten_as(parts[0], leaves)
+    small = TrainState(tf.constant(0, tf.int64), tf.constant(0, tf.int64), (), router_init(cfg), ())
+    return place_state(small, layouts)._replace(params=params, opt=opt)
+
+
+def train_specs(cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
+    """Returns a state's shapes and dtypes, a tree of `tf.TensorSpec`, without drawing it.
+
+    Args:
+      cfg, optimizer: as of `train_init`.
+    """
+    with tf.Graph().as_default():
+        state = train_init([0, 0], cfg, optimizer)
+    return tree.map_leaves(lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), state)
 
 
 def train_state(params: ModelParams, router: RouterState, optimizer: Optimizer) -> TrainState:
@@ -146,6 +178,8 @@ def make_train_step(
     balance_weight: float | Schedule = 1e-4,
     bias_rate: float | Schedule = 1e-3,
     policy: ComputePolicy | None = None,
+    schedule: MakeTable = one_f_one_b,
+    stage_layers: Sequence[int] | None = None,
     dispatch_dtype: tf.DType | str | None = None,
 ) -> Callable[..., tuple[TrainState, TrainMetrics]]:
     """Compiles `train_update` into a step that updates its state in place.
@@ -154,11 +188,16 @@ def make_train_step(
       cfg, optimizer, mtp_weight, balance_weight, bias_rate, policy: as in `train_update`.
       layouts: `None`: one device. Else how the parameters are stored on a mesh (`make_layouts`, `zero_layouts`); the state
         must have been placed so (`place_state`). The step computes the same.
+      schedule: on a mesh with an axis `pipe`, the order of micro-batches on its ranks: a generator of `dsv3.pipeline`, such
+        as `dualpipe`. The micro-batches are those of `tokens` `[A, B, T+1]`.
+      stage_layers: the layers of each stage; default: as even as possible.
       dispatch_dtype: on a mesh, the dtype of rows on their way to other devices' experts; default: the compute dtype.
 
     Returns:
       `step(state, tokens, weights=None) -> (state, TrainMetrics)`. The given state is donated (see `compile_step`); the
-      first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`.
+      first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`. On a mesh every process
+      passes the same whole batch, `step.traces()` counts the signatures of the model's pieces, and old and new state exist
+      side by side while the optimiser runs.
 
     Raises:
       ValueError: layouts that the step cannot use, at once.
@@ -167,7 +206,9 @@ def make_train_step(
     policy = policy or default_policy()
     rates = {"mtp_weight": mtp_weight, "balance_weight": balance_weight, "bias_rate": bias_rate}
     if layouts is not None:
-        return _mesh_step(cfg, optimizer, layouts, rates, policy, dispatch_dtype)
+        dtype = None if dispatch_dtype is None else tf.as_dtype(dispatch_dtype)
+        check_choice("make_train_step", "dispatch_dtype", dtype and dtype.name, (None, "float32", "bfloat16", "float16"))
+        return _mesh_step(cfg, optimizer, layouts, rates, policy, MeshPlan(schedule, stage_layers, dtype))
     check(dispatch_dtype is None, "make_train_step: `dispatch_dtype` is given, but without `layouts` nothing is dispatched")
 
     def update(state, tokens, weights):
@@ -186,10 +227,9 @@ def make_train_step(
     return step
 
 
-def _mesh_step(cfg, optimizer, layouts, rates, policy, dispatch_dtype):
+def _mesh_step(cfg, optimizer, layouts, rates, policy, plan: MeshPlan):
     """`make_train_step` on a mesh."""
-    dtype = None if dispatch_dtype is None else tf.as_dtype(dispatch_dtype)
-    update = make_mesh_update(cfg, optimizer, layouts, policy, dtype)
+    update = make_mesh_update(cfg, optimizer, layouts, policy, plan)
 
     def step(state: TrainState, tokens: TensorLike, weights: Any = None) -> tuple[TrainState, TrainMetrics]:
         check_token_ids("train_step", "tokens", tokens, cfg.vocab_size)

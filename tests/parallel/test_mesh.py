@@ -50,8 +50,9 @@ def test_too_many_devices_are_named():
     with pytest.raises(ValueError, match="make_mesh: 'data:16' has 16 devices, this process has 8: call"):
         make_mesh("data:16")
     start_devices(8)  # as there are
-    with pytest.raises(ValueError, match="start_devices: 4 devices are wanted, but TensorFlow has started with 8"):
-        start_devices(4)
+    start_devices(4)
+    with pytest.raises(ValueError, match="start_devices: 16 devices are wanted, but TensorFlow has started with 8"):
+        start_devices(16)
 
 
 @pytest.mark.parametrize("axes", MESHES)
@@ -80,6 +81,17 @@ def test_all_to_all_is_a_transposition(axes, axis, rest, kind):
         assert got[i].dtype == dtype
 
 
+def test_parts_stay_on_their_devices():
+    mesh = make_mesh("data:2,expert:2")
+    got = all_to_all([tf.zeros([2, 3])] * 4, mesh, "expert")
+    assert [part.device for part in dtensor.unpack(pack(got, make_layout(mesh, ["expert", "data"])))] == mesh.local_devices()
+
+
+def test_what_does_not_divide_is_not_placed():
+    with pytest.raises(ValueError, match=r"shard_box: shape \(7,\) is not divisible by the 2 devices of 'data'"):
+        place(tf.range(7), make_layout(make_mesh("data:2"), ["data"]))
+
+
 def test_all_to_all_wants_a_row_a_device():
     with pytest.raises(ValueError, match=r"all_to_all: a part has shape \(3, 2\), want \[2, ...\] for 'data'"):
         all_to_all([tf.zeros([3, 2])] * 2, make_mesh("data:2"), "data")
@@ -92,8 +104,8 @@ def test_parts_on_the_host():
     assert got.shape == (1, 2, 3, 2) and got[0, 1, 2].tolist() == [5, 50]
 
 
-def test_relayout_permutes_rows_where_a_sharded_dim_comes_first():
-    """Why `all_to_all` has the exchanged dims first. When this fails, TensorFlow has been mended."""
+def test_relayout_between_inner_dims_permutes_rows():
+    """Why every exchange has dim 0 on one side. When this fails, TensorFlow has been mended."""
     mesh = make_mesh("data:2,expert:2")
     x = np.arange(2 * 2 * 4 * 3).reshape(2, 2, 4, 3)
     places = local_places(mesh)

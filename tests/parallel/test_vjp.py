@@ -15,11 +15,13 @@ from tests.compare import FUSED, PLAIN, assert_close, normal
 from tests.small import model_config, random_params
 
 
-def run_split(fn, params, inputs, d_outputs):
+def run_split(fn, params, inputs, d_outputs, **kwargs):
     """Runs the three programs; returns outputs, gradients of inputs and of parameters."""
     leaves = tree.flatten(params)
-    vjp = split_vjp(fn, params, inputs)
+    vjp = split_vjp(fn, params, inputs, **kwargs)
     outputs, residuals = vjp.forward(leaves, inputs)
+    assert not (kwargs.get("remat") and residuals)
+    inputs = [x if i in vjp.reads else None for i, x in enumerate(inputs)]
     d_inputs, messages = vjp.backward(leaves, inputs, residuals, d_outputs)
     kept = [r if i in vjp.weight_residuals else None for i, r in enumerate(residuals)]
     return outputs, d_inputs, vjp.weights(leaves, inputs, kept, messages)
@@ -35,10 +37,10 @@ def run_whole(fn, params, inputs, d_outputs):
     return outputs, dict(zip(map(id, watched), tape.gradient(floating, watched, d_outputs)))
 
 
-def check_split(fn, params, inputs, d_outputs, tolerance=2e-6):
+def check_split(fn, params, inputs, d_outputs, tolerance=2e-6, **kwargs):
     params = tree.map_leaves(tf.convert_to_tensor, params)
     inputs = [tf.convert_to_tensor(x) for x in inputs]
-    outputs, d_inputs, d_params = run_split(fn, params, inputs, d_outputs)
+    outputs, d_inputs, d_params = run_split(fn, params, inputs, d_outputs, **kwargs)
     want, grads = run_whole(fn, params, inputs, d_outputs)
     for got, y in zip(outputs, want, strict=True):
         assert_close(got, y, tolerance)
@@ -53,8 +55,9 @@ def check_split(fn, params, inputs, d_outputs, tolerance=2e-6):
 BLOCKS = [(dense, policy) for dense in (True, False) for policy in (PLAIN, FUSED)]
 
 
+@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(("dense", "policy"), [*BLOCKS, (False, PLAIN.replace(attention_keep=0))])
-def test_a_block(dense, policy: ComputePolicy):
+def test_a_block(dense, policy: ComputePolicy, remat):
     cfg = model_config()
     params = random_params(block_specs(cfg, dense=dense))
 
@@ -63,7 +66,7 @@ def test_a_block(dense, policy: ComputePolicy):
         return (out.out, *out.stats) if out.stats else out.out
 
     d = [tf.constant(normal(1, 2, 5, 12)), *([] if dense else [None, tf.constant(0.3)])]
-    check_split(fn, params, [np.zeros(6, np.float32), normal(0, 2, 5, 12)], d)
+    check_split(fn, params, [np.zeros(6, np.float32), normal(0, 2, 5, 12)], d, remat=remat)
 
 
 def test_what_only_weights_need_waits():
@@ -103,6 +106,28 @@ def test_reading_tensors_from_outside_is_refused():
     outside = tf.Variable([1.0, 2.0])
     with pytest.raises(ValueError, match="split_vjp: `fn` reads tensors from outside"):
         split_vjp(lambda p, x: x * outside, {}, [tf.TensorSpec([2])])
+
+
+def test_operations_with_a_state_are_refused():
+    """Random numbers would be drawn anew for the backward pass."""
+    with pytest.raises(ValueError, match="split_vjp: `fn` has the operation .*, which has a state: want pure operations"):
+        split_vjp(lambda p, x: x * tf.random.uniform([2]), {}, [tf.TensorSpec([2])])
+
+
+def test_jit_compiles():
+    """What XLA cannot compile is refused, so what is accepted has been compiled."""
+    params, x = {"w": tf.constant(normal(0, 3, 3))}, tf.constant(normal(1, 2, 3))
+    check_split(lambda p, x: tf.tanh(tf.matmul(x, p["w"])), params, [x], [x], 1e-5, jit=True)
+    vjp = split_vjp(lambda p, x: tf.strings.length(tf.strings.as_string(x)), {}, [x], jit=True)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        vjp.forward([], [x])
+
+
+def test_what_depends_on_parameters_alone_is_computed_again_and_not_kept():
+    params, x = {"w": tf.constant(normal(0, 300, 3))}, tf.constant(normal(1, 2, 300))
+    vjp = split_vjp(lambda p, x: tf.matmul(tf.nn.relu(x), 2.0 * tf.transpose(p["w"]), transpose_b=True), params, [x])
+    _, residuals = vjp.forward([params["w"]], [x])
+    assert sum(int(tf.size(r)) for r in residuals) <= 2 * x.shape[0] * x.shape[1]
 
 
 @settings(max_examples=10)

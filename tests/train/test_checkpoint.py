@@ -287,5 +287,5 @@ def test_wrong_arguments_and_formats_are_named(tmp_path):
     meta = {**json.loads(path.read_text()), "format": 99}
     del meta["digest"]
     path.write_text(json.dumps({**meta, "digest": checkpoint._meta_digest(meta)}))
-    with pytest.raises(ValueError, match="has format 99, want 1"):
+    with pytest.raises(ValueError, match="has format 99, want 2"):
         restore_checkpoint(tmp_path, example())
