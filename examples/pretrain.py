@@ -94,7 +94,7 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; p
 flags.DEFINE_enum("remat", "none", ["none", "block"], "Recompute each block in the backward pass: less memory.")
 flags.DEFINE_string("mesh", None, "Devices by axis, as data:2,expert:4: rows over both, experts over expert. Default: one.")
 flags.DEFINE_enum(
-    "schedule", "one_f_one_b", sorted(pipeline.SCHEDULES), "Order of micro-batches on the pipeline ranks of a --mesh with pipe."
+    "schedule", "one_f_one_b", sorted(pipeline.SCHEDULES), "Order of micro-batches on the ranks of a --mesh with pipe."
 )
 flags.DEFINE_bool("zero", True, "With --mesh: each device stores and updates a part of what all use (ZeRO-1).")
 flags.DEFINE_enum("loop", "unroll", ["unroll", "scan"], "Layers as a repeated graph or as a loop.")

@@ -215,7 +215,7 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
     fits = devices % processes == 0
     check(fits, f"--mesh {FLAGS.mesh} has {devices} devices, want a multiple of the {processes} processes")
     ranks = sizes.get("pipe", 1)
-    check(ranks == 1 or processes == 1, f"--mesh {FLAGS.mesh} has a pipeline, which one process has to hold, not {processes}")
+    check(ranks == 1 or processes == 1, f"--mesh {FLAGS.mesh} has a pipeline, which one process must hold, not {processes}")
     pipeline.SCHEDULES[FLAGS.schedule](ranks, FLAGS.accumulate)  # refuses numbers that it cannot order
     rows, ways = FLAGS.batch_size // FLAGS.accumulate, sizes.get("data", 1) * sizes.get("expert", 1)
     check(
