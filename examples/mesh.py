@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         count = 1 if others is None else len(others.jobs)
         alone = count == 1 or (len(sizes) == 1 and sizes[0] % count == 0)
         check(alone, f"with {count} processes give one --mesh whose devices they can share")
-        with start_clients(max(sizes) // count) as clients:
+        with start_clients(max(sizes) // count, common={"arguments": sys.argv[1:]}) as clients:
             rows = [HEAD, *(measure(mesh) for mesh in FLAGS.mesh)]
     except ValueError as error:
         print(f"mesh: {' '.join(str(error).split())}", file=sys.stderr)

@@ -142,7 +142,8 @@ def run(setup: Setup, again: str) -> int:
         setup.clients.wait_for_watch()
         return fail(f"an exchange with the other processes has failed ({error.message}); {again}", 1)
     except KeyboardInterrupt:  # outside of the training
-        return fail(f"interrupted; to go on, {again}", 130)
+        fail(f"interrupted; to go on, {again}", 130)
+        raise SystemExit(130) from None  # not in good order: the other processes end, too
     return 0
 
 

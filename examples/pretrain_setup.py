@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +150,7 @@ def start_mesh(settings: Mapping[str, Any]) -> tuple[Clients, dtensor.Mesh | Non
         return Clients(), None
     found = read_clients()
     devices = math.prod(parse_axes(FLAGS.mesh).values()) // (len(found.jobs) if found else 1)
-    common = {"mesh": FLAGS.mesh, "settings": hashlib.blake2b(json.dumps(settings).encode()).hexdigest()[:16]}
+    common = {"arguments": sys.argv[1:], "settings": hashlib.blake2b(json.dumps(settings).encode()).hexdigest()[:16]}
     return start_clients(devices, common=common), make_mesh(FLAGS.mesh)
 
 

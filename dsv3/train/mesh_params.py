@@ -68,6 +68,8 @@ def make_gather(
                     taken = leaf
                     if not _is_identity(found[name], spec.shape[0]):  # laid out at once, or it would get the next layout
                         taken = dtensor.relayout(tf.gather(leaf, found[name].flat), make_layout(mesh, stays))
+                    moved = ["pipe", *(None if axis == "pipe" else axis for axis in stays[1:])]
+                    taken = dtensor.relayout(taken, make_layout(mesh, moved))  # one exchange, then slices
                     stacks[direction][path] = dtensor.relayout(taken, make_layout(mesh, ["pipe", *dims[1:]]))
         return rest, stacks
 
@@ -83,7 +85,6 @@ def make_gather(
             found.append(trees)
         return found
 
-    gather.traces = relayout.experimental_get_tracing_count
     return gather
 
 
@@ -243,7 +244,8 @@ def make_apply(optimizer: Optimizer, layouts: Tree, policy: ComputePolicy):
     def call(grads: Tree, state: TrainState, load: RouterState, counted: int, rate: float):
         placed = state_layouts(state, layouts)
         grads, states, devices = unpack_tree(grads), unpack_tree(state), mesh.local_devices()
-        norm = tf.constant(np.sqrt(gather_parts([squares(g) for g in grads], mesh).sum()), tf.float32)
+        sums = gather_parts([_on(device, squares, g) for device, g in zip(devices, grads)], mesh)
+        norm = tf.constant(np.sqrt(sums.sum()), tf.float32)
         given = (load, tf.constant(counted, tf.int64), tf.constant(rate, tf.float32), norm)
         new = []
         for i, device in enumerate(devices):
@@ -263,8 +265,11 @@ def _shards(layout: dtensor.Layout) -> int:
 def check_layouts(specs: ModelParams, layouts: Tree) -> None:
     """Raises `ValueError` unless layouts mirror the parameters and the mesh is one that a step runs on."""
     mesh = mesh_of(layouts)
-    unknown = [axis for axis in mesh.dim_names if axis not in AXES]
-    check(not unknown, f"make_train_step: the mesh has the axes {unknown}, want none but {', '.join(AXES)} (see make_mesh)")
+    names = list(mesh.dim_names)
+    check(
+        names == [axis for axis in AXES if axis in names],
+        f"make_train_step: the mesh has the axes {names}, want some of {', '.join(AXES)}, in this order (see make_mesh)",
+    )
     want = tree.to_dict(specs)
     check_same_tree("make_train_step", "layouts", tree.to_dict(layouts), want)
     for path, layout in tree.items(layouts):

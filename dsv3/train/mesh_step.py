@@ -24,7 +24,7 @@ from dsv3.ops.dispatch import dispatch_capacity
 from dsv3.parallel.collectives import all_to_all, gather_parts
 from dsv3.parallel.mesh import axis_size, is_local, local_places, on_device, pipe_meshes
 from dsv3.parallel.tape import Capacity, Piece, Value
-from dsv3.pipeline import Schedule
+from dsv3.pipeline import Schedule, schedule_check
 from dsv3.policy import ComputePolicy
 from dsv3.train.executor import Rank, RankResult, Seeds, run_schedule
 from dsv3.train.loss import LossParts
@@ -113,7 +113,7 @@ def make_mesh_update(
             f"train_step: `tokens` has {rows} rows, want a multiple of {shards}, the devices on data and expert",
         )
         check_placed(state, layouts)
-        schedule = plan.schedule(ranks, micro)
+        schedule = _checked(plan.schedule(ranks, micro), ranks, micro)
         cut = cut_stages(cfg, schedule.stages, plan.stage_layers)
         stack_rows, gather, reduce = programs_for(schedule, cut)
         stats = _Counter(ways)
@@ -135,6 +135,22 @@ def make_mesh_update(
 
     update.traces = lambda: sum(len(piece.cache) for piece in pieces if isinstance(piece, Piece))
     return update
+
+
+def _checked(schedule: Schedule, ranks: int, micro: int) -> Schedule:
+    """Returns a table that fits the step; a faulty one would drop micro-batches or wait for ever."""
+    check(
+        (schedule.ranks, schedule.micro_batches) == (ranks, micro),
+        f"train_step: `schedule` made a table of {schedule.ranks} ranks and {schedule.micro_batches} micro-batches, "
+        f"want {ranks} and {micro}",
+    )
+    schedule_check(schedule)
+    stages = [[stage for _, stage in schedule.rank_stages(rank)] for rank in range(ranks)]
+    check(
+        all(len(set(held)) == len(held) for held in stages),
+        f"train_step: `schedule` made a table in which a rank has a stage in both directions: {stages}, want each once",
+    )
+    return schedule
 
 
 class _Counter:

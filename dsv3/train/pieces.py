@@ -89,6 +89,7 @@ def model_pieces(
         return mixture(p["mtp"].block, bias, x, cfg, table(x), policy)
 
     def loss(p, normed, targets, weights, total):
+        weights, total = tf.stop_gradient(weights), tf.stop_gradient(total)  # nobody wants their gradients
         head = tf.transpose(p["embed"]) if "embed" in p else p["head"]
         return weighted_nll(normed, tf.cast(head, normed.dtype), targets, weights, total, policy=policy)
 

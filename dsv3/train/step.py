@@ -210,6 +210,8 @@ def make_train_step(
         check_choice("make_train_step", "dispatch_dtype", dtype and dtype.name, (None, "float32", "bfloat16", "float16"))
         return _mesh_step(cfg, optimizer, layouts, rates, policy, MeshPlan(schedule, stage_layers, dtype))
     check(dispatch_dtype is None, "make_train_step: `dispatch_dtype` is given, but without `layouts` nothing is dispatched")
+    alone = stage_layers is None and schedule is one_f_one_b
+    check(alone, "make_train_step: `schedule` or `stage_layers` is given, but without `layouts` there is no pipeline")
 
     def update(state, tokens, weights):
         return train_update(state, tokens, weights, cfg=cfg, optimizer=optimizer, policy=policy, **rates)

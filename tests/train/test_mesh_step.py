@@ -89,8 +89,7 @@ CONFIGS = [
     ("fields", "axes", "micro", "rows", "length"),
     [
         (CONFIGS[0], "data:2,expert:3", 2, 6, 5),
-        (CONFIGS[1], "data:4", 1, 8, 2),
-        (CONFIGS[2], "expert:6", 2, 6, 3),
+        (CONFIGS[1], "expert:6", 1, 6, 3),
     ],
 )
 def test_any_mesh_gives_the_numbers_of_one_device(fields, axes, micro, rows, length):
@@ -103,8 +102,9 @@ DENSE = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "num_nextn_predict_
 BLOCKS = PLAIN.replace(experts="blocks", remat="block", loss_chunk=7)
 KERNELS = dsv3.default_policy("CPU").replace(max_rows=0)
 STORED = [
-    (CONFIGS[0], "data:2,expert:2", None, KERNELS),
+    (CONFIGS[2], "data:2,expert:2", None, KERNELS),
     (CONFIGS[0], "data:2,expert:2", {"embed": "expert"}, BLOCKS),  # experts used on another dim than they are stored
+    (CONFIGS[0], "pipe:2,expert:2", {"embed": "expert", "expert": "pipe"}, PLAIN),
     (CONFIGS[0], "pipe:2,data:2,expert:2", {"layer": "data", "kv_latent": "pipe"}, PLAIN),
     (DENSE, "data:2", {}, PLAIN),
 ]
@@ -270,8 +270,13 @@ def test_states_and_layouts_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"make_train_step: `layouts` has .* for `embed` of shape \(41, 12\)"):
         dsv3.make_train_step(cfg.replace(vocab_size=41), optimizer(), layouts, policy=PLAIN)
     mesh = dtensor.create_mesh([("data", 2), ("model", 2)], devices=[f"CPU:{i}" for i in range(4)])
-    with pytest.raises(ValueError, match=r"make_train_step: the mesh has the axes \['model'\]"):
+    with pytest.raises(ValueError, match=r"make_train_step: the mesh has the axes \['data', 'model'\], want some of"):
         dsv3.make_train_step(cfg, optimizer(), dsv3.make_layouts(dsv3.model_specs(cfg), mesh, {}))
+    turned = dtensor.create_mesh([("expert", 2), ("data", 2)], devices=[f"CPU:{i}" for i in range(4)])
+    with pytest.raises(ValueError, match=r"make_train_step: the mesh has the axes \['expert', 'data'\], want some of"):
+        dsv3.make_train_step(cfg, optimizer(), dsv3.make_layouts(dsv3.model_specs(cfg), turned))
+    with pytest.raises(ValueError, match="`schedule` or `stage_layers` is given, but without `layouts`"):
+        dsv3.make_train_step(cfg, optimizer(), stage_layers=[3])
     with pytest.raises(ValueError, match="make_train_step: 6 experts are not divisible by the mesh's 4 devices on 'expert'"):
         dsv3.make_train_step(cfg, optimizer(), dsv3.make_layouts(dsv3.model_specs(cfg), make_mesh("expert:4"), {}))
     with pytest.raises(ValueError, match=r"zero_layouts: `axes` has \['dta'\], want some of pipe, data, expert"):

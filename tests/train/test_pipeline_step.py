@@ -56,8 +56,7 @@ def weights_of(micro):
 
 TWO_CHUNKS = functools.partial(pipeline.interleaved, chunks=2)
 CASES = [
-    ("pipe:2,data:2,expert:2", pipeline.one_f_one_b, 3),
-    ("pipe:6", pipeline.zb1p, 2),
+    ("pipe:2,data:2", pipeline.zb1p, 3),
     ("pipe:2,expert:2", TWO_CHUNKS, 2),
     ("pipe:4,expert:2", pipeline.dualpipe, 8),
     ("pipe:2,expert:2", pipeline.dualpipe_v, 4),
@@ -99,6 +98,7 @@ def test_a_stage_without_layers_and_tied_embeddings():
     [
         ({"schedule": pipeline.dualpipe}, 3, "dualpipe: `micro_batches` is 3"),
         ({"stage_layers": [2, 2]}, 2, r"cut_stages: `layers` is \[2, 2\], want 2 numbers that add up to 5"),
+        ({"schedule": lambda ranks, micro: pipeline.one_f_one_b(ranks, 4)}, 2, "and 4 micro-batches, want 2 and 2"),
         ({"stage_layers": [5]}, 2, r"cut_stages: `layers` is \[5\], want 2 numbers"),
     ],
 )
