@@ -18,7 +18,6 @@ from dsv3.typing import Tree
 LayoutRules = Mapping[str, str | None]
 """Logical axis (`"layer"`, `"expert"`, `"embed"`, `"heads"`, ...) to mesh axis; left-out ones are not sharded."""
 
-
 MESH_AXES = ("pipe", "data", "expert")
 """The axes of a mesh that a training step runs on, slowest first: neighbouring devices share experts."""
 
@@ -87,7 +86,6 @@ def zero_layouts(specs: Tree, layouts: Tree, *, axes: Sequence[str] = MESH_AXES)
 
     References: arXiv:1910.02054 section 5, stage 1.
     """
-
     unknown = [axis for axis in axes if axis not in MESH_AXES]
     check(not unknown, f"zero_layouts: `axes` has {unknown}, want some of {', '.join(MESH_AXES)}")
 

@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags
+from command import flag_parser
 
 from dsv3.checks import check
 from dsv3.config import ModelConfig
@@ -239,14 +240,7 @@ def note(text: str) -> None:
     print(f"generate: {text}", file=sys.stderr, flush=True)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a wrong flag is one line, as is all bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        print(f"generate: {' '.join(str(error).split())} (--help shows all flags)", file=sys.stderr)
-        sys.exit(2)
-
+parse_flags = flag_parser("generate")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -24,6 +24,7 @@ import time
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
+from command import flag_parser
 
 import dsv3
 from dsv3 import pipeline
@@ -99,14 +100,7 @@ def measure(axes: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a wrong flag is one line, as is all bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        print(f"mesh: {' '.join(str(error).split())} (--help shows all flags)", file=sys.stderr)
-        sys.exit(2)
-
+parse_flags = flag_parser("mesh")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -32,6 +32,7 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
+from command import flag_parser
 
 import dsv3
 from dsv3.checks import check
@@ -169,14 +170,7 @@ def search(cfg: ModelConfig, specs, plan: Plan, hardware: Hardware) -> int:
     return 0 if found.fitting else 1
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a wrong flag is one line, as is all bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        print(f"plan: {' '.join(str(error).split())} (--help shows all flags)", file=sys.stderr)
-        sys.exit(2)
-
+parse_flags = flag_parser("plan")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -39,6 +39,7 @@ import sys
 
 import tensorflow as tf
 from absl import app, flags, logging
+from command import flag_parser
 from pretrain_report import on_host, report
 from pretrain_setup import Setup, agreed, prepare, say, warmup_steps
 
@@ -260,14 +261,7 @@ def make_evaluate(setup: Setup, policy: ComputePolicy):
     return evaluate
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a wrong flag is one line, as is all bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        print(f"pretrain: {' '.join(str(error).split())} (--help shows all flags)", file=sys.stderr)
-        sys.exit(2)
-
+parse_flags = flag_parser("pretrain")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -33,6 +33,7 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
+from command import flag_parser
 
 from dsv3.checks import check
 from dsv3.pipeline import (
@@ -168,14 +169,7 @@ def show_pieces(found, times: Times) -> None:
     print(f"a pair alone takes F&B = {times.overlapped:g}, one after the other F + B = {apart:g}")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a wrong flag is one line, as is all bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        print(f"schedule: {' '.join(str(error).split())} (--help shows all flags)", file=sys.stderr)
-        sys.exit(2)
-
+parse_flags = flag_parser("schedule")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

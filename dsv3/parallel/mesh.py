@@ -155,7 +155,7 @@ def shard_box(
             ways = layout.mesh.dim_size(axis)
             fits = size[dim] % ways == 0
             check(fits, f"shard_box: shape {tuple(shape)} is not divisible by the {ways} devices of {axis!r}")
-            size[dim] //= layout.mesh.dim_size(axis)
+            size[dim] //= ways
             begin[dim] = where[axis] * size[dim]
     return tuple(begin), tuple(size)
 

@@ -1,8 +1,8 @@
 """A tape of pieces: functions that run on every local device alike, and the exchanges between them.
 
 The forward pass of a stage is a generator that calls pieces and yields each `Exchange` that it needs; whoever drives it
-makes the exchange and sends the result back. Thus several stages can take turns, and one exchange can serve all of them.
-The backward pass walks the tape in reverse, again as a generator, with every piece split in two (see `vjp`).
+makes the exchange and sends the result back. Thus a forward and a backward pass can take turns. The backward pass walks the
+tape in reverse, again as a generator, with every piece split in two (see `vjp`).
 """
 
 from __future__ import annotations
@@ -43,26 +43,25 @@ class Capacity:
 
 @dataclasses.dataclass(eq=False, frozen=True)
 class Piece:
-    """A pure function `fn(params, *inputs) -> tree` with its programs, one set for each signature.
+    """A pure function `fn(params, *inputs) -> tree`.
 
     Attributes:
-      name: what it is called in a schedule's table.
       fn: the function.
       jit: compile it with XLA. remat: keep nothing for the backward pass but the inputs.
+      programs: those that were made so far, by signature.
     """
 
-    name: str
     fn: Callable[..., Tree]
     jit: bool = False
     remat: bool = False
-    cache: dict = dataclasses.field(default_factory=dict)
+    programs: dict[tuple, SplitVjp] = dataclasses.field(default_factory=dict)
 
-    def programs(self, params: Tree, inputs: Sequence[tf.Tensor]) -> SplitVjp:
+    def split(self, params: Tree, inputs: Sequence[tf.Tensor]) -> SplitVjp:
         """Returns the programs for arguments of these shapes and dtypes."""
         key = tuple((str(x.shape), x.dtype) for x in (*tree.flatten(params), *inputs))
-        if key not in self.cache:
-            self.cache[key] = split_vjp(self.fn, params, inputs, jit=self.jit, remat=self.remat)
-        return self.cache[key]
+        if key not in self.programs:
+            self.programs[key] = split_vjp(self.fn, params, inputs, jit=self.jit, remat=self.remat)
+        return self.programs[key]
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,7 +103,7 @@ class Tape:
           The piece's outputs, as a tree of `Value`s.
         """
         taken = [{name: tree.subtree(p, path) for name, path in where.items()} for p in params]
-        vjp = piece.programs(taken[0], [v.parts[0] for v in inputs])
+        vjp = piece.split(taken[0], [v.parts[0] for v in inputs])
         leaves = [tree.flatten(p) for p in taken]
         outputs, residuals = [], []
         for i, device in enumerate(self.devices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsv3.checks import check_choice
+from dsv3.pipeline import Times, expected
 
 SCHEDULES = ("one_f_one_b", "zb1p", "dualpipe", "dualpipe_v")
 OVERLAPPING = ("dualpipe", "dualpipe_v")  # a forward and a backward chunk run together, each hiding the other's all-to-all
@@ -62,7 +63,7 @@ def chunks_in_flight(schedule: str, pipe: int, stage: int, micro_batches: int) -
 def bubble_time(schedule: str, stages: int, *, forward: float, backward: float, weight: float, pair: float) -> float:
     """Returns a rank's idle time in a step, from equal chunk times.
 
-    1F1B: (S − 1)(F + B); ZB1P: (S − 1)(F + B − 2W); DualPipe and DualPipeV: (S/2 − 1)(F&B + B − 3W).
+    The published formulas of `dsv3.pipeline.formulas`.
 
     Args:
       schedule: one of `SCHEDULES`.
@@ -79,13 +80,9 @@ def bubble_time(schedule: str, stages: int, *, forward: float, backward: float, 
     9.0
     """
     check_choice("bubble_time", "schedule", schedule, SCHEDULES)
-    if schedule == "one_f_one_b":
-        time = (stages - 1) * (forward + backward)
-    elif schedule == "zb1p":
-        time = (stages - 1) * (forward + backward - 2 * weight)
-    else:
-        time = (stages / 2 - 1) * (pair + backward - 3 * weight)
-    return max(0.0, time)
+    ranks = stages // 2 if schedule == "dualpipe_v" else stages
+    times = Times(forward, backward, weight, pair)
+    return max(0.0, expected(schedule, ranks, 1, times).bubble)
 
 
 def schedule_problem(schedule: str, pipe: int, micro_batches: int) -> str | None:

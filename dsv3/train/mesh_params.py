@@ -17,7 +17,6 @@ from dsv3 import tree
 from dsv3.checks import check, check_same_tree
 from dsv3.layout import expert_dim, mesh_of
 from dsv3.nn.model import ModelParams, RouterState, cast_params
-from dsv3.ops.router import router_update_bias
 from dsv3.parallel.collectives import gather_parts
 from dsv3.parallel.mesh import AXES, layout_of, local_places, make_layout, on_device, pack, unpack_tree
 from dsv3.parallel.tape import Gradients
@@ -25,7 +24,7 @@ from dsv3.policy import ComputePolicy
 from dsv3.spec import ParamSpec
 from dsv3.train.optim import Optimizer, square_sum
 from dsv3.train.stages import StackRows
-from dsv3.train.state import TrainState
+from dsv3.train.state import TrainState, advance_state
 from dsv3.typing import Tree
 
 STACKS = ("dense", "moe")
@@ -233,24 +232,19 @@ def make_apply(optimizer: Optimizer, layouts: Tree, policy: ComputePolicy):
         return tf.add_n([square_sum(g, fuse=policy.fuse) * share for g, share in zip(tree.flatten(grads), shares)])
 
     @tf.function(autograph=False, jit_compile=policy.jit)
-    def update(grads, state: TrainState, load: RouterState, counted, rate, norm):
-        seen = tf.cast(state.tokens, tf.float32)
-        params, opt, stats = optimizer.update(grads, state.opt, state.params, seen, norm)
-        router = RouterState(
-            *(router_update_bias(b, n, rate=rate) if b.shape[0] else b for b, n in zip(state.router, load))
-        )
-        return TrainState(state.step + 1, state.tokens + counted, params, router, opt), stats
+    def update(state: TrainState, grads: Tree, *given):
+        return advance_state(state, grads, *given, optimizer)
 
     def call(grads: Tree, state: TrainState, load: RouterState, counted: int, rate: float):
         placed = state_layouts(state, layouts)
         grads, states, devices = unpack_tree(grads), unpack_tree(state), mesh.local_devices()
         sums = gather_parts([_on(device, squares, g) for device, g in zip(devices, grads)], mesh)
         norm = tf.constant(np.sqrt(sums.sum()), tf.float32)
-        given = (load, tf.constant(counted, tf.int64), tf.constant(rate, tf.float32), norm)
+        given = (norm, load, tf.constant(counted, tf.int64), tf.constant(rate, tf.float32))
         new = []
         for i, device in enumerate(devices):
             with on_device(device):
-                part, stats = update(grads[i], states[i], *given)
+                part, stats = update(states[i], grads[i], *given)
             new.append(tree.flatten(part))
         leaves = [pack(parts, layout) for parts, layout in zip(zip(*new), tree.flatten(placed))]
         return tree.unflatten_as(state, leaves), stats

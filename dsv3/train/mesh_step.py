@@ -23,11 +23,11 @@ from dsv3.nn.model import RouterState, model_specs
 from dsv3.ops.dispatch import dispatch_capacity
 from dsv3.parallel.collectives import all_to_all, gather_parts
 from dsv3.parallel.mesh import axis_size, is_local, local_places, on_device, pipe_meshes
-from dsv3.parallel.tape import Capacity, Piece, Value
+from dsv3.parallel.tape import Capacity, Value
 from dsv3.pipeline import Schedule, schedule_check
 from dsv3.policy import ComputePolicy
 from dsv3.train.executor import Rank, RankResult, Seeds, run_schedule
-from dsv3.train.loss import LossParts
+from dsv3.train.loss import LossParts, shift_left
 from dsv3.train.mesh_params import (
     check_layouts,
     check_placed,
@@ -133,7 +133,7 @@ def make_mesh_update(
             loss += rates.mtp * tf.reduce_mean(parts.mtp)
         return state, TrainMetrics(loss, parts, optim, stats.result(held))
 
-    update.traces = lambda: sum(len(piece.cache) for piece in pieces if isinstance(piece, Piece))
+    update.traces = lambda: sum(len(piece.programs) for piece in pieces.made)
     return update
 
 
@@ -226,8 +226,8 @@ class _Batch:
         tokens = self._tokens[micro]
         targets, counted, ahead = [tokens[:, 1:]], [self._weights[micro]], [tokens[:, 1:]]
         for _ in range(self._modules):
-            targets.append(_shift(targets[-1]))
-            counted.append(_shift(counted[-1]))
+            targets.append(shift_left(targets[-1]).numpy())
+            counted.append(shift_left(counted[-1]).numpy())
             ahead.append(np.concatenate([ahead[-1][:, 1:], ahead[-1][:, -1:]], 1))
 
         def values(arrays: Sequence[np.ndarray]) -> list[Value]:
@@ -245,10 +245,6 @@ class _Batch:
             with on_device(devices[i]):
                 parts.append(tf.constant(array[start : start + self._rows] if array.ndim else array))
         return Value(tuple(parts))
-
-
-def _shift(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x[:, 1:], np.zeros_like(x[:, :1])], 1)
 
 
 def _by_device(of_ranks: Sequence[dict], mesh: dtensor.Mesh) -> list[dict]:

@@ -42,8 +42,11 @@ class Mixed(NamedTuple):
 
 
 class ModelPieces(NamedTuple):
-    """The pieces of one model. `attention` and `mtp` are for mixtures, `dispatch` and `combine` are made for a capacity; all
-    three are `None` where experts are not shared out, and `attention` and `mtp` are then whole blocks."""
+    """The pieces of one model. `attention` and `mtp` are for mixtures, `dispatch` and `combine` are made for a capacity.
+
+    Where experts are not shared out, `dispatch`, `experts` and `combine` are `None`, and `attention` and `mtp` are whole
+    blocks. `made` has all pieces, those for capacities as they come.
+    """
 
     embed: Piece
     dense: Piece
@@ -54,6 +57,7 @@ class ModelPieces(NamedTuple):
     head: Piece
     mtp: Piece
     mtp_loss: Piece
+    made: list[Piece]
 
 
 def model_pieces(
@@ -101,12 +105,15 @@ def model_pieces(
         normed = rms_norm(x, p["norm"], **norm)
         return loss(p, normed, targets, weights, total), x if cfg.mtp_next == "raw" else normed
 
-    made = functools.partial(Piece, jit=policy.jit, remat=policy.remat == "block")
-    experts_apart = _expert_pieces(cfg, policy, ways, dispatch_dtype, made) if ways > 1 else (None, None, None)
-    return ModelPieces(
-        made("embed", embed), made("dense", dense), made("attention", attention), *experts_apart,
-        made("head", head), made("mtp", mtp), made("mtp_loss", mtp_loss),
-    )  # fmt: skip
+    made: list[Piece] = []
+
+    def make(fn: Callable[..., Tree]) -> Piece:
+        made.append(Piece(fn, jit=policy.jit, remat=policy.remat == "block"))
+        return made[-1]
+
+    experts_apart = _expert_pieces(cfg, policy, ways, dispatch_dtype, make) if ways > 1 else (None, None, None)
+    first = (make(embed), make(dense), make(attention))
+    return ModelPieces(*first, *experts_apart, make(head), make(mtp), make(mtp_loss), made)
 
 
 def _mix(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy) -> Mixed:
@@ -122,7 +129,7 @@ def _mix_whole(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: Com
     return Mixed(out.out, (), (), (), (), out.stats.load, out.stats.balance)
 
 
-def _expert_pieces(cfg: ModelConfig, policy: ComputePolicy, ways: int, dispatch_dtype, made) -> tuple:
+def _expert_pieces(cfg: ModelConfig, policy: ComputePolicy, ways: int, dispatch_dtype, make) -> tuple:
     """Buffers are `[ways, …]`: row g holds what goes to, or came from, device g of the expert axis."""
     d, e = cfg.hidden_size, cfg.moe.router.num_experts
 
@@ -135,7 +142,7 @@ def _expert_pieces(cfg: ModelConfig, policy: ComputePolicy, ways: int, dispatch_
             gates = tf.tensor_scatter_nd_update(empty, tf.reshape(slots, [-1, 1]), tf.reshape(weights, [-1]))
             return tf.reshape(sent, [ways, -1, d]), tf.reshape(gates, [ways, -1]), slots, tokens
 
-        return made("dispatch", fn)
+        return make(fn)
 
     def experts(p, rows, gates):
         local = p["ffn"].gate_up.shape[0]
@@ -156,9 +163,9 @@ def _expert_pieces(cfg: ModelConfig, policy: ComputePolicy, ways: int, dispatch_
             out = tf.reshape(dispatch_combine(tf.reshape(rows, [-1, d]), tokens, slots, fuse=policy.fuse), x.shape)
             return x + (out + shared[0] if shared else out)
 
-        return made("combine", fn)
+        return make(fn)
 
-    return dispatch, made("experts", experts), combine
+    return dispatch, make(experts), combine
 
 
 class StageOutput(NamedTuple):

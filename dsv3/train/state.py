@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from dsv3.nn.model import ModelParams, RouterState
+from dsv3.ops.router import router_update_bias
 from dsv3.train.loss import LossParts
-from dsv3.train.optim import OptimStats
+from dsv3.train.optim import Optimizer, OptimStats
 from dsv3.typing import Tree
 
 
@@ -25,6 +26,30 @@ class TrainState(NamedTuple):
     params: ModelParams
     router: RouterState
     opt: Tree
+
+
+def advance_state(
+    state: TrainState, grads: Tree, norm: tf.Tensor, load: RouterState, counted: tf.Tensor, rate: Any, optimizer: Optimizer
+) -> tuple[TrainState, OptimStats]:
+    """Takes one step: optimiser, selection biases, counters.
+
+    Args:
+      state: see `TrainState`.
+      grads: the gradients, a tree like `state.params`; `norm`: of all of them, see `Optimizer`.
+      load: tokens that each expert got, of the whole batch.
+      counted: int64 scalar, tokens of the batch.
+      rate: speed γ of the biases.
+      optimizer: see `Optimizer`.
+
+    Returns:
+      The new state and the optimiser's statistics.
+    """
+    seen = tf.cast(state.tokens, tf.float32)
+    params, opt, stats = optimizer.update(grads, state.opt, state.params, seen, norm)
+    router = RouterState(
+        *(router_update_bias(b, n, rate=rate) if b.shape[0] else b for b, n in zip(state.router, load))
+    )
+    return TrainState(state.step + 1, state.tokens + counted, params, router, opt), stats
 
 
 class MeshStats(NamedTuple):

@@ -15,7 +15,6 @@ from dsv3.config import ModelConfig
 from dsv3.graph import plain
 from dsv3.layout import mesh_of
 from dsv3.nn.model import ModelParams, RouterState, cast_params, model_init, model_specs, router_init
-from dsv3.ops.router import router_update_bias
 from dsv3.parallel.mesh import on_device, pack, unpack_tree, whole
 from dsv3.parallel.mesh import place as place_leaf
 from dsv3.pipeline import one_f_one_b
@@ -25,7 +24,7 @@ from dsv3.train.loss import pretrain_loss
 from dsv3.train.mesh_params import state_layouts
 from dsv3.train.mesh_step import MakeTable, MeshPlan, Rates, make_mesh_update
 from dsv3.train.optim import Optimizer, Schedule, global_norm
-from dsv3.train.state import TrainMetrics, TrainState
+from dsv3.train.state import TrainMetrics, TrainState, advance_state
 from dsv3.typing import TensorLike, Tree
 
 
@@ -154,14 +153,7 @@ def train_update(
         parts = parts._replace(balance=parts.balance / micro_batches)
     counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
     norm = global_norm(grads, fuse=policy.fuse)
-    new_params, opt, stats = optimizer.update(grads, state.opt, state.params, seen, norm)
-    router = RouterState(
-        *(
-            router_update_bias(bias, load, rate=rate) if bias.shape[0] else bias
-            for bias, load in zip(state.router, parts.load)
-        )
-    )
-    new = TrainState(state.step + 1, state.tokens + counted, new_params, router, opt)
+    new, stats = advance_state(state, grads, norm, parts.load, counted, rate, optimizer)
     return new, TrainMetrics(loss, parts, stats)
 
 
@@ -195,9 +187,10 @@ def make_train_step(
 
     Returns:
       `step(state, tokens, weights=None) -> (state, TrainMetrics)`. The given state is donated (see `compile_step`); the
-      first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`. On a mesh every process
-      passes the same whole batch, `step.traces()` counts the signatures of the model's pieces, and old and new state exist
-      side by side while the optimiser runs.
+      first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`.
+
+      On a mesh every process passes the same whole batch. `step.traces()` counts what the model's pieces were compiled for,
+      capacities of the experts included. Old and new state exist side by side while the optimiser runs.
 
     Raises:
       ValueError: layouts that the step cannot use, at once.
