@@ -117,6 +117,9 @@ def test_a_mesh_of_one_process_gives_the_curve_of_one_device(pretrain, same, str
     monkeypatch.setattr(pretrain, "report", lambda *arguments: None)
     assert call(pretrain, *same, MESH, f"--out={tmp_path}") == 0
     assert_same_curve(tmp_path, straight)
+    rows = train_rows(tmp_path)
+    assert all(row["dispatch_bytes"] > 0 and 0 < row["dispatch_padding"] < 1 for row in rows), "experts are on two devices"
+    assert not any("dispatch_bytes" in row for row in train_rows(straight))
 
 
 @pytest.mark.parametrize(
