@@ -38,6 +38,7 @@ DEFAULT = ["data:1", "data:2", "expert:2", "pipe:2", "data:2,expert:2", "pipe:2,
 
 flags.DEFINE_multi_string("mesh", DEFAULT, "A mesh, as data:2,expert:4; may be given several times.")
 flags.DEFINE_enum("schedule", "one_f_one_b", sorted(pipeline.SCHEDULES), "The order of micro-batches on pipeline ranks.")
+flags.DEFINE_integer("expert_nodes", 1, "Nodes that the axis expert of each mesh is cut into.", 1)
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")
 flags.DEFINE_integer("micro_batches", 4, "Micro-batches of a step.", 1)
 flags.DEFINE_integer("batch_size", 8, "Sequences of a micro-batch.", 1)
@@ -46,9 +47,9 @@ flags.DEFINE_integer("steps", 5, "Steps that are timed, after two that compile."
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
 
 NOTES = """entry: the step's time by the most entries that a rank has in the schedule's table
-sent: by a device to others' experts in a step; stored: a device's parameters and moments
+sent: by a device to others' experts in a step, to other nodes if there are; stored: a device's parameters and moments
 held: forward passes at a time, by pipeline rank"""
-HEAD = ("mesh", "table", "loss", "step ms", "tokens/s", "entry ms", "sent KB", "padding", "stored MB", "held")
+HEAD = ("mesh", "table", "loss", "step ms", "tokens/s", "entry ms", "sent KB", "to nodes", "padding", "stored MB", "held")
 
 
 def main(argv: list[str]) -> int:
@@ -80,7 +81,9 @@ def measure(axes: str) -> tuple[str, ...]:
     layouts = dsv3.zero_layouts(specs, dsv3.make_layouts(specs, mesh))
     policy = dsv3.default_policy().replace(dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype)
     schedule = pipeline.SCHEDULES[FLAGS.schedule]
-    step = dsv3.make_train_step(cfg, optimizer, layouts, schedule=schedule, policy=policy)
+    step = dsv3.make_train_step(
+        cfg, optimizer, layouts, schedule=schedule, policy=policy, expert_nodes=FLAGS.expert_nodes
+    )
     state = dsv3.place_state(dsv3.train_init(tf.constant([0, 1]), cfg, optimizer), layouts)
     rng, seconds, losses = np.random.default_rng(0), [], []
     for _ in range(FLAGS.steps + 2):
@@ -95,7 +98,8 @@ def measure(axes: str) -> tuple[str, ...]:
     return (
         axes, table.name, f"{losses[-1]:.6f}", f"{1e3 * median:.0f}", f"{tokens / median:,.0f}",
         f"{1e3 * median / max(map(len, table.rows)):.1f}", f"{int(metrics.mesh.bytes) / 1e3:,.0f}",
-        f"{float(metrics.mesh.padding):.0%}", f"{3 * local_bytes(specs, layouts) / 1e6:.2f}",
+        f"{int(metrics.mesh.node_bytes) / 1e3:,.0f}", f"{float(metrics.mesh.padding):.0%}",
+        f"{3 * local_bytes(specs, layouts) / 1e6:.2f}",
         "/".join(map(str, metrics.mesh.held.numpy())),
     )  # fmt: skip
 

@@ -97,6 +97,7 @@ flags.DEFINE_string("mesh", None, "Devices by axis, as data:2,expert:4: rows ove
 flags.DEFINE_enum(
     "schedule", "one_f_one_b", sorted(pipeline.SCHEDULES), "Order of micro-batches on the ranks of a --mesh with pipe."
 )
+flags.DEFINE_integer("expert_nodes", 1, "With --mesh: nodes that expert is cut into; rows go to a node once.", 1)
 flags.DEFINE_bool("zero", True, "With --mesh: each device stores and updates a part of what all use (ZeRO-1).")
 flags.DEFINE_enum("loop", "unroll", ["unroll", "scan"], "Layers as a repeated graph or as a loop.")
 
@@ -178,6 +179,7 @@ def train(setup: Setup, policy: ComputePolicy) -> LoopResult:
     step = make_train_step(
         cfg, optimizer, layouts, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
         bias_rate=FLAGS.bias_rate, policy=policy, schedule=pipeline.SCHEDULES[FLAGS.schedule],
+        expert_nodes=FLAGS.expert_nodes,
     )  # fmt: skip
     state = start_state(setup, optimizer, layouts)
     start = int(whole(state.step))

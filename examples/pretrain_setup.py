@@ -39,7 +39,7 @@ from dsv3.data import (
     train_tokenizer,
 )
 from dsv3.parallel.clients import Clients, read_clients, start_clients
-from dsv3.parallel.collectives import gather_parts
+from dsv3.parallel.collectives import gather_mesh
 from dsv3.parallel.mesh import make_mesh, parse_axes
 from dsv3.train.checkpoint import check_settings
 
@@ -163,7 +163,7 @@ def agreed(number: int, mesh: dtensor.Mesh | None) -> int:
     """The largest of the processes' numbers."""
     if mesh is None or dtensor.num_clients() == 1:
         return number
-    return int(gather_parts([tf.constant(number)] * len(mesh.local_devices()), mesh).max())
+    return int(gather_mesh([tf.constant(number)] * len(mesh.local_devices()), mesh).max())
 
 
 def warmup_steps() -> int:
@@ -208,7 +208,7 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
     processes = len(found.jobs) if found else 1
     if FLAGS.mesh is None:
         check(processes == 1, f"{processes} processes run this, but there is no --mesh; want one, such as data:{processes}")
-        for name in ("zero", "schedule"):
+        for name in ("zero", "schedule", "expert_nodes"):
             check(not FLAGS[name].present, f"--{name} is given, but no --mesh")
         return
     sizes = parse_axes(FLAGS.mesh)
@@ -216,7 +216,6 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
     fits = devices % processes == 0
     check(fits, f"--mesh {FLAGS.mesh} has {devices} devices, want a multiple of the {processes} processes")
     ranks = sizes.get("pipe", 1)
-    check(ranks == 1 or processes == 1, f"--mesh {FLAGS.mesh} has a pipeline, which one process must hold, not {processes}")
     pipeline.SCHEDULES[FLAGS.schedule](ranks, FLAGS.accumulate)  # refuses numbers that it cannot order
     rows, ways = FLAGS.batch_size // FLAGS.accumulate, sizes.get("data", 1) * sizes.get("expert", 1)
     check(
@@ -227,6 +226,10 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
     check(
         experts % sizes.get("expert", 1) == 0,
         f"the model has {experts} experts, want a multiple of the {sizes.get('expert')} devices on expert",
+    )
+    check(
+        sizes.get("expert", 1) % FLAGS.expert_nodes == 0,
+        f"--expert_nodes is {FLAGS.expert_nodes}, want a divisor of {sizes.get('expert', 1)}, the devices on expert",
     )
 
 

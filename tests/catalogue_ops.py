@@ -98,6 +98,10 @@ OPS = [
         wrong=lambda: {"tokens": EXPERTS},
     ),
     Entry(
+        "dsv3.ops.dispatch.dispatch_nodes", lambda: {"experts": EXPERTS}, {"num_experts": 4, "nodes": 2},
+        lambda: {"experts": EXPERTS[0]},
+    ),
+    Entry(
         "dsv3.ops.dispatch.gather_rows", lambda: {"x": normal(0, 3, 4), "tokens": plan().tokens},
         wrong=lambda: {"x": normal(0, 3), "tokens": plan().slots},
     ),

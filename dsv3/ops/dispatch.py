@@ -90,17 +90,20 @@ def dispatch_capacity(load: int, tokens: int) -> int:
 
 
 @plain
-def dispatch_slots(experts: TensorLike, num_experts: int, *, capacity: int) -> tuple[tf.Tensor, tf.Tensor]:
+def dispatch_slots(
+    experts: TensorLike, num_experts: int, *, capacity: int, partial: bool = False
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Gives every expert the same number of buffer rows, as an exchange between devices needs it.
 
     Args:
       experts: `[N, K]` int32 with static N: the experts of each token.
       num_experts: E.
       capacity: C, at least the largest number of tokens that one expert gets; with fewer, rows would share a place.
+      partial: an entry may be E, which stands for none.
 
     Returns:
-      `slots` `[N, K]` int32: rows of an `[E·C]` buffer, expert e's from e·C on, in token order; and `tokens` `[E·C]` int32,
-      the token in each row, 0 in rows that stay empty.
+      `slots` `[N, K]` int32: rows of an `[E·C]` buffer, expert e's from e·C on, in token order, −1 for none; and `tokens`
+      `[E·C]` int32, the token in each row, 0 in rows that stay empty.
     """
     Dims("dispatch_slots")("experts", experts, "N K")
     check_integer("dispatch_slots", "experts", experts)
@@ -108,47 +111,70 @@ def dispatch_slots(experts: TensorLike, num_experts: int, *, capacity: int) -> t
     n, k = experts.shape
     check(n is not None, "dispatch_slots: `experts` has an unknown number of tokens, want a static [N, K]")
     check(capacity >= 1, f"dispatch_slots: `capacity` is {capacity}, want >= 1")
-    flat = tf.reshape(experts, [n * k])
-    load = tf.math.unsorted_segment_sum(tf.ones([n * k], tf.int32), flat, num_experts)
+    flat, kinds, rows = tf.reshape(experts, [n * k]), num_experts + partial, num_experts * capacity
+    load = tf.math.unsorted_segment_sum(tf.ones([n * k], tf.int32), flat, kinds)
     slots = flat * capacity + _sorted_places(flat) - tf.gather(tf.cumsum(load, exclusive=True), flat)
-    tokens = tf.scatter_nd(tf.expand_dims(slots, -1), tf.range(n * k) // k, [num_experts * capacity])
-    return tf.reshape(slots, [n, k]), tokens
+    none = flat == num_experts
+    places = tf.where(none, rows, slots) if partial else slots
+    tokens = tf.scatter_nd(tf.expand_dims(places, -1), tf.range(n * k) // k, [rows + partial])[:rows]
+    return tf.reshape(tf.where(none, -1, slots) if partial else slots, [n, k]), tokens
 
 
 @plain
-def dispatch_gather(x: TensorLike, tokens: TensorLike, slots: TensorLike, *, fuse: bool = False) -> tf.Tensor:
+def dispatch_gather(
+    x: TensorLike, tokens: TensorLike, slots: TensorLike, *, partial: bool = False, fuse: bool = False
+) -> tf.Tensor:
     """Returns `x[tokens]`, like `gather_rows`, with a gradient that gathers by `slots` instead of scattering.
 
     Args:
       x: `[N, D]`. tokens: `[C]` int32. slots: `[N, K]` int32; each row that matters is in `slots` once.
+      partial: entries of `slots` may be −1, for none.
       fuse: compile as one kernel.
     """
     _check_buffer("dispatch_gather", tokens, slots)
 
     @tf.custom_gradient
     def run(x):
-        return gather_rows(x, tokens, fuse=fuse), lambda d: combine_rows(d, slots, fuse=fuse)
+        return gather_rows(x, tokens, fuse=fuse), lambda d: combine_rows(d, slots, partial=partial, fuse=fuse)
 
     return run(tf.convert_to_tensor(x))
 
 
 @plain
-def dispatch_combine(buffer: TensorLike, tokens: TensorLike, slots: TensorLike, *, fuse: bool = False) -> tf.Tensor:
+def dispatch_combine(
+    buffer: TensorLike, tokens: TensorLike, slots: TensorLike, *, partial: bool = False, fuse: bool = False
+) -> tf.Tensor:
     """Returns `Σ_k buffer[slots[:, k]]`, like `combine_rows`, with a gradient that gathers by `tokens`, not a scatter.
 
     The gradient of rows that are not in `slots` is arbitrary: whoever made them must not use it.
 
     Args:
-      buffer: `[C, D]`. tokens, slots: as in `dispatch_gather`.
+      buffer: `[C, D]`. tokens, slots, partial: as in `dispatch_gather`.
       fuse: compile as one kernel.
     """
     _check_buffer("dispatch_combine", tokens, slots)
 
     @tf.custom_gradient
     def run(buffer):
-        return combine_rows(buffer, slots, fuse=fuse), lambda d: gather_rows(d, tokens, fuse=fuse)
+        return combine_rows(buffer, slots, partial=partial, fuse=fuse), lambda d: gather_rows(d, tokens, fuse=fuse)
 
     return run(tf.convert_to_tensor(buffer))
+
+
+@plain
+def dispatch_nodes(experts: TensorLike, num_experts: int, nodes: int) -> tf.Tensor:
+    """Returns `[N, nodes]` int32: entry n is n where some expert of a token is on node n, else `nodes`, for none.
+
+    Args:
+      experts: `[N, K]` int32, the experts of each token.
+      num_experts: E, of which each node has E/nodes neighbouring ones.
+      nodes: how many.
+    """
+    Dims("dispatch_nodes")("experts", experts, "N K")
+    check(nodes >= 1 and num_experts % nodes == 0, f"dispatch_nodes: `nodes` is {nodes}, want a divisor of {num_experts}")
+    node = tf.expand_dims(tf.cast(experts, tf.int32) // (num_experts // nodes), -1)
+    number = tf.range(nodes)
+    return tf.where(tf.reduce_any(node == number, 1), number, nodes)
 
 
 def _check_buffer(function: str, tokens: TensorLike, slots: TensorLike) -> None:
@@ -173,19 +199,22 @@ def gather_rows(x: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
 
 
 @fused
-def combine_rows(buffer: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:
+def combine_rows(buffer: tf.Tensor, slots: tf.Tensor, *, partial: bool = False) -> tf.Tensor:
     """Returns `Σ_k buffer[slots[:, k]]`, `[N, D]`, summed in float32: the way back of `gather_rows`.
 
     Args:
       buffer: `[C, D]`, the experts' results.
       slots: `[N, K]` int32, from `dispatch_rows`.
+      partial: entries of `slots` may be −1, for none.
       fuse: compile as one kernel.
     """
     dims = Dims("combine_rows")
     dims("buffer", buffer, "C D")
     dims("slots", slots, "N K")
-    rows = tf.gather(buffer, slots)
-    return tf.cast(tf.reduce_sum(tf.cast(rows, tf.float32), 1), buffer.dtype)
+    rows = tf.cast(tf.gather(buffer, tf.maximum(slots, 0) if partial else slots), tf.float32)
+    if partial:
+        rows = tf.where(tf.expand_dims(slots >= 0, -1), rows, 0.0)
+    return tf.cast(tf.reduce_sum(rows, 1), buffer.dtype)
 
 
 @fused

@@ -104,17 +104,6 @@ def local_places(mesh: dtensor.Mesh) -> list[dict[str, int]]:
     return [{axis: 0 for axis in AXES} | dict(place) for place in mesh.local_device_locations()]
 
 
-def pipe_meshes(mesh: dtensor.Mesh) -> list[dtensor.Mesh]:
-    """Returns the part of a mesh that each pipeline rank is, as a mesh of its own."""
-    if axis_size(mesh, "pipe") == 1:
-        return [mesh]
-    devices: dict[int, list[str]] = {}
-    for device, where in zip(mesh.local_devices(), local_places(mesh)):
-        devices.setdefault(where["pipe"], []).append(device)
-    dims = [(axis, 1 if axis == "pipe" else axis_size(mesh, axis)) for axis in AXES]
-    return [dtensor.create_mesh(dims, devices=found) for _, found in sorted(devices.items())]
-
-
 @contextlib.contextmanager
 def on_device(device: str) -> Iterator[None]:
     """Computes on a mesh's device.

@@ -29,16 +29,24 @@ class Value:
 
 @dataclasses.dataclass(eq=False, frozen=True)
 class Exchange:
-    """A request: part i's row g goes to device g of the expert axis. It is its own inverse and its own gradient."""
+    """A request: part i's row g goes to device g of its node, or over `"node"` to that at the same place of node g.
+
+    It is its own inverse and its own gradient.
+    """
 
     value: Value
+    over: str = "expert"
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
 class Capacity:
-    """A request: for the load of each device's experts, `[E]` tokens, the capacity that all devices use."""
+    """A request: for each device's tokens by expert, `[E]`, and by node, `[nodes]`, the capacities that all devices use.
+
+    The answer is the rows for each expert; with `to_nodes` a pair, of the rows for each node and those for each expert.
+    """
 
     load: Value
+    to_nodes: Value | None = None
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
@@ -81,6 +89,7 @@ class _Call:
 class _Swap:
     source: object
     result: object
+    over: str
 
 
 @dataclasses.dataclass(eq=False)
@@ -118,10 +127,10 @@ class Tape:
         self.records.append(_Call(vjp, leaves, kept, residuals, names, [v.key for v in inputs], results))
         return tree.unflatten_as(vjp.outputs, values)
 
-    def swap(self, value: Value) -> Generator[Exchange, Value, Value]:
-        """Yields an exchange of `value` and returns its result."""
-        result = yield Exchange(value)
-        self.records.append(_Swap(value.key, result.key))
+    def swap(self, value: Value, over: str = "expert") -> Generator[Exchange, Value, Value]:
+        """Yields an exchange of `value` (see `Exchange`) and returns its result."""
+        result = yield Exchange(value, over)
+        self.records.append(_Swap(value.key, result.key, over))
         return result
 
 
@@ -154,7 +163,7 @@ def backward(
         if isinstance(record, _Swap):
             d = cotangents.pop(record.result, None)
             if d is not None:
-                back = yield Exchange(Value(tuple(d)))
+                back = yield Exchange(Value(tuple(d)), record.over)
                 _accumulate(tape.devices, cotangents, record.source, list(back.parts))
             continue
         d_outputs = [cotangents.pop(key, None) for key in record.results]

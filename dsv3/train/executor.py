@@ -16,6 +16,7 @@ import tensorflow as tf
 from dsv3.checks import check
 from dsv3.config import ModelConfig
 from dsv3.nn.model import RouterState
+from dsv3.parallel.collectives import Mail
 from dsv3.parallel.mesh import on_device
 from dsv3.parallel.tape import Gradients, Tape, Value, backward
 from dsv3.pipeline import Schedule, Task, schedule_order
@@ -75,17 +76,22 @@ class _Kept:
 
 
 class _Executor:
-    def __init__(self, schedule: Schedule, cut: StageCut, pieces: ModelPieces, ranks, seeds: Seeds, cfg: ModelConfig):
-        self._schedule, self._cut, self._pieces, self._ranks = schedule, cut, pieces, ranks
+    def __init__(
+        self, schedule: Schedule, cut: StageCut, pieces: ModelPieces, ranks, mail: Mail, seeds: Seeds, cfg: ModelConfig
+    ):
+        self._schedule, self._cut, self._pieces, self._ranks, self._mail = schedule, cut, pieces, ranks, mail
         self._seeds, self._cfg = seeds, cfg
-        self._arrived: dict[tuple[str, int, int], Value] = {}  # ("x" or "d", stage, micro-batch): for that stage
         self._kept: list[dict[tuple[int, int], _Kept]] = [{} for _ in ranks]
         self.results = [RankResult() for _ in ranks]
 
     def run(self) -> None:
+        # All processes follow one order, so that whoever waits for another waits for something that comes before it there.
         for rank, position in schedule_order(self._schedule).steps:
+            if self._ranks[rank] is None:
+                continue
             programs = [self._program(rank, task) for task in self._schedule.rows[rank][position]]
             take_turns([p for p in programs if p is not None], self._ranks[rank].answer)
+        self._mail.finish()
 
     def _program(self, rank: int, task: Task) -> Generator | None:
         if task.kind == "F":
@@ -99,7 +105,7 @@ class _Executor:
 
     def _forward(self, rank: int, task: Task) -> Generator:
         r, key = self._ranks[rank], (task.stage, task.micro_batch)
-        x = self._arrived.pop(("x", *key)) if task.stage else None
+        x = self._receive(task, task._replace(stage=task.stage - 1)) if task.stage else None
         tape = Tape(r.devices)
         kept = self._kept[rank]
         last = task.stage == self._schedule.stages - 1
@@ -112,12 +118,14 @@ class _Executor:
         kept[key].result, kept[key].losses = None if last else out.x.key, self._loss_seeds(out)
         self._add(rank, out)
         if not last:
-            self._send(out.x.parts, task._replace(stage=task.stage + 1), "x")
+            self._send(out.x.parts, task, task._replace(stage=task.stage + 1))
 
     def _backward(self, rank: int, task: Task) -> Generator:
         key = (task.stage, task.micro_batch)
         kept = self._kept[rank][key]
-        seeds = {} if kept.result is None else {kept.result: self._arrived.pop(("d", *key)).parts}
+        seeds = {}
+        if kept.result is not None:
+            seeds[kept.result] = self._receive(task, task._replace(stage=task.stage + 1)).parts
         count = len(self._ranks[rank].devices)
         for loss, seed in kept.losses:
             seeds[loss] = [tf.constant(seed, tf.float32)] * count
@@ -125,7 +133,7 @@ class _Executor:
         grads = self.results[rank].grads
         found = yield from backward(kept.tape, seeds, grads, deferred=deferred)
         if kept.source is not None:
-            self._send(found[kept.source], task._replace(stage=task.stage - 1), "d")
+            self._send(found[kept.source], task, task._replace(stage=task.stage - 1))
         if task.kind == "B":
             del self._kept[rank][key]
 
@@ -134,13 +142,17 @@ class _Executor:
         mtp = [(value.key, self._seeds.mtp) for value in out.mtp]
         return main + mtp + [(value.key, self._seeds.balance) for value in out.balance.values()]
 
-    def _send(self, parts: Sequence[tf.Tensor], to: Task, kind: str) -> None:
+    def _send(self, parts: Sequence[tf.Tensor], task: Task, to: Task) -> None:
         """Brings what a stage has made to the devices of its neighbour."""
-        moved = []
-        for device, part in zip(self._ranks[self._schedule.rank_of(to)].devices, parts):
-            with on_device(device):
-                moved.append(tf.identity(part))
-        self._arrived[kind, to.stage, to.micro_batch] = Value(tuple(moved))
+        self._mail.send(parts, self._schedule.rank_of(task), self._schedule.rank_of(to), self._tag(task, to))
+
+    def _receive(self, task: Task, source: Task) -> Value:
+        ranks = self._schedule.rank_of(source), self._schedule.rank_of(task)
+        return Value(tuple(self._mail.receive(*ranks, self._tag(source, task))))
+
+    def _tag(self, source: Task, target: Task) -> int:
+        forward = target.stage > source.stage
+        return (target.micro_batch * self._schedule.stages + target.stage) * 2 + forward
 
     def _add(self, rank: int, out: StageOutput) -> None:
         found = {("mtp", k): value for k, value in enumerate(out.mtp)}
@@ -155,7 +167,13 @@ class _Executor:
 
 
 def run_schedule(
-    schedule: Schedule, cut: StageCut, pieces: ModelPieces, ranks: Sequence[Rank], seeds: Seeds, cfg: ModelConfig
+    schedule: Schedule,
+    cut: StageCut,
+    pieces: ModelPieces,
+    ranks: Sequence[Rank | None],
+    mail: Mail,
+    seeds: Seeds,
+    cfg: ModelConfig,
 ) -> list[RankResult]:
     """Runs all micro-batches of a step through all stages, forward and backward.
 
@@ -163,12 +181,13 @@ def run_schedule(
       schedule: the table.
       cut: the layers of its stages.
       pieces: from `model_pieces`.
-      ranks: its ranks, all with local devices.
+      ranks: its ranks; `None` for those without devices of this process.
+      mail: brings activations and their gradients from rank to rank.
       seeds: see `Seeds`.
       cfg: the model's configuration.
 
     Returns:
-      A `RankResult` for each rank.
+      A `RankResult` for each rank, with nothing in it where the rank is `None`.
 
     Raises:
       ValueError: stages or ranks that do not fit the table.
@@ -176,7 +195,7 @@ def run_schedule(
     check(len(ranks) == schedule.ranks, f"run_schedule: `ranks` are {len(ranks)}, want {schedule.ranks} of {schedule.name}")
     stages = len(cut.starts) - 1
     check(stages == schedule.stages, f"run_schedule: `cut` has {stages} stages, want {schedule.stages} of {schedule.name}")
-    executor = _Executor(schedule, cut, pieces, ranks, seeds, cfg)
+    executor = _Executor(schedule, cut, pieces, ranks, mail, seeds, cfg)
     executor.run()
     return executor.results
 

@@ -17,7 +17,7 @@ from dsv3 import tree
 from dsv3.checks import check, check_same_tree
 from dsv3.layout import expert_dim, mesh_of
 from dsv3.nn.model import ModelParams, RouterState, cast_params
-from dsv3.parallel.collectives import gather_parts
+from dsv3.parallel.collectives import gather_mesh
 from dsv3.parallel.mesh import AXES, layout_of, local_places, make_layout, on_device, pack, unpack_tree
 from dsv3.parallel.tape import Gradients
 from dsv3.policy import ComputePolicy
@@ -238,7 +238,7 @@ def make_apply(optimizer: Optimizer, layouts: Tree, policy: ComputePolicy):
     def call(grads: Tree, state: TrainState, load: RouterState, counted: int, rate: float):
         placed = state_layouts(state, layouts)
         grads, states, devices = unpack_tree(grads), unpack_tree(state), mesh.local_devices()
-        sums = gather_parts([_on(device, squares, g) for device, g in zip(devices, grads)], mesh)
+        sums = gather_mesh([_on(device, squares, g) for device, g in zip(devices, grads)], mesh)
         norm = tf.constant(np.sqrt(sums.sum()), tf.float32)
         given = (norm, load, tf.constant(counted, tf.int64), tf.constant(rate, tf.float32))
         new = []

@@ -21,8 +21,9 @@ from dsv3.config import ModelConfig
 from dsv3.layout import mesh_of
 from dsv3.nn.model import RouterState, model_specs
 from dsv3.ops.dispatch import dispatch_capacity
-from dsv3.parallel.collectives import all_to_all, gather_parts
-from dsv3.parallel.mesh import axis_size, is_local, local_places, on_device, pipe_meshes
+from dsv3.parallel.collectives import Mail, all_to_all, gather_mesh, gather_parts
+from dsv3.parallel.groups import mesh_groups
+from dsv3.parallel.mesh import axis_size, local_places, on_device
 from dsv3.parallel.tape import Capacity, Value
 from dsv3.pipeline import Schedule, schedule_check
 from dsv3.policy import ComputePolicy
@@ -64,12 +65,13 @@ class MeshPlan(NamedTuple):
     Attributes:
       schedule: see `MakeTable`.
       stage_layers: layers of each stage, or `None` for an even cut.
-      dispatch_dtype: see `model_pieces`.
+      dispatch_dtype, nodes: see `model_pieces`.
     """
 
     schedule: MakeTable
     stage_layers: Sequence[int] | None
     dispatch_dtype: tf.DType | None
+    nodes: int
 
 
 def make_mesh_update(
@@ -84,7 +86,6 @@ def make_mesh_update(
     """
     mesh, specs = mesh_of(layouts), model_specs(cfg)
     ways, ranks = axis_size(mesh, "expert"), axis_size(mesh, "pipe")
-    check(ranks == 1 or is_local(mesh), "make_train_step: axis 'pipe' over several processes is not supported, want pipe:1")
     experts = cfg.moe.router.num_experts
     check_layouts(specs, layouts)
     mixtures = cfg.num_moe_layers + cfg.num_mtp_layers
@@ -92,7 +93,11 @@ def make_mesh_update(
         experts % ways == 0 or not mixtures,
         f"make_train_step: {experts} experts are not divisible by the mesh's {ways} devices on 'expert'",
     )
-    pieces = model_pieces(cfg, policy, ways=ways, dispatch_dtype=plan.dispatch_dtype)
+    check(
+        plan.nodes >= 1 and ways % plan.nodes == 0,
+        f"make_train_step: `expert_nodes` is {plan.nodes}, want a divisor of {ways}, the mesh's devices on 'expert'",
+    )
+    pieces = model_pieces(cfg, policy, ways=ways, nodes=plan.nodes, dispatch_dtype=plan.dispatch_dtype)
     apply = make_apply(optimizer, layouts, policy)
     shards = int(np.prod([axis_size(mesh, axis) for axis in SHARDS]))
     programs: dict[tuple, tuple] = {}
@@ -116,14 +121,16 @@ def make_mesh_update(
         schedule = _checked(plan.schedule(ranks, micro), ranks, micro)
         cut = cut_stages(cfg, schedule.stages, plan.stage_layers)
         stack_rows, gather, reduce = programs_for(schedule, cut)
-        stats = _Counter(ways)
+        stats = [_Counter() for _ in range(ranks)]
         batch = _Batch(tokens, weights, cfg, mesh)
+        made = _make_ranks(gather(state.params), state.router, batch, mesh, plan.nodes, stats)
+        spec = tf.TensorSpec([rows // shards, tokens.shape[2] - 1, cfg.hidden_size], policy.compute_dtype or tf.float32)
         found = run_schedule(
-            schedule, cut, pieces, _make_ranks(gather(state.params), state.router, batch, mesh, stats),
+            schedule, cut, pieces, made, Mail(mesh, spec),
             Seeds(1.0, rates.mtp / max(cfg.num_mtp_layers, 1), rates.balance / (micro * shards)), cfg,
         )  # fmt: skip
         parts = _loss_parts(found, cfg, mesh, micro * shards)
-        held = [r.held for r in found]
+        mesh_stats = _mesh_stats(stats, found, mesh)
         grads = pack_gradients(_by_device([r.grads for r in found], mesh), specs, layouts, stack_rows)
         del found  # with the parameters that were used and the devices' sums
         counted = micro * rows * (tokens.shape[2] - 1)
@@ -131,7 +138,7 @@ def make_mesh_update(
         loss = parts.nll + rates.balance * parts.balance
         if cfg.num_mtp_layers:
             loss += rates.mtp * tf.reduce_mean(parts.mtp)
-        return state, TrainMetrics(loss, parts, optim, stats.result(held))
+        return state, TrainMetrics(loss, parts, optim, mesh_stats)
 
     update.traces = lambda: sum(len(piece.programs) for piece in pieces.made)
     return update
@@ -154,56 +161,84 @@ def _checked(schedule: Schedule, ranks: int, micro: int) -> Schedule:
 
 
 class _Counter:
-    """Counts what the exchanges of a step move; of pipeline ranks the one that sends most."""
+    """Counts what a rank's exchanges move: bytes that a device sends, to other nodes too; rows, and room for rows; tokens of
+    mixtures, and the nodes that they go to."""
 
-    def __init__(self, ways: int):
-        self._ways, self._sent, self._rows, self._room = ways, {}, 0.0, 0
+    def __init__(self):
+        self.values = dict.fromkeys(("bytes", "node_bytes", "rows", "room", "tokens", "nodes"), 0)
 
-    def sent(self, rank: int, part: tf.Tensor) -> None:
-        size = int(np.prod(part.shape)) * part.dtype.size
-        self._sent[rank] = self._sent.get(rank, 0) + size // self._ways * (self._ways - 1)
-
-    def routed(self, rows: float, room: int) -> None:
-        self._rows, self._room = self._rows + rows, self._room + room
-
-    def result(self, held: Sequence[int]) -> MeshStats:
-        padding = 1.0 - self._rows / self._room if self._room else 0.0
-        sent = max(self._sent.values(), default=0)
-        return MeshStats(tf.constant(sent, tf.int64), tf.constant(padding, tf.float32), tf.constant(held, tf.int32))
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.values[name] += int(value)
 
 
-def _make_ranks(params, router: RouterState, batch: _Batch, mesh: dtensor.Mesh, stats: _Counter) -> list[Rank]:
-    """The pipeline's ranks: their devices, with parameters and biases."""
+def _mesh_stats(stats: Sequence[_Counter], found: Sequence[RankResult], mesh: dtensor.Mesh) -> MeshStats:
+    """Every process learns what all ranks have counted."""
+    mine = [[*stats[place["pipe"]].values.values(), found[place["pipe"]].held] for place in local_places(mesh)]
+    ranks = gather_mesh([tf.constant(row, tf.int64) for row in mine], mesh)[:, 0, 0]
+    total = dict(zip(stats[0].values, ranks[:, :-1].sum(0)))
+    sent = ranks[ranks[:, 0].argmax()]
+    padding = 1.0 - total["rows"] / total["room"] if total["room"] else 0.0
+    nodes = total["nodes"] / total["tokens"] if total["tokens"] else 1.0
+    floats = (tf.constant(padding, tf.float32), tf.constant(nodes, tf.float32))
+    return MeshStats(tf.constant(sent[0]), tf.constant(sent[1]), *floats, tf.constant(ranks[:, -1], tf.int32))
+
+
+def _make_ranks(
+    params, router: RouterState, batch: _Batch, mesh: dtensor.Mesh, nodes: int, stats: Sequence[_Counter]
+) -> list[Rank | None]:
+    """The pipeline's ranks: their local devices, with parameters and biases; `None` for ranks without any."""
     places, devices = local_places(mesh), mesh.local_devices()
     biases = [dtensor.unpack(leaf) for leaf in router]
     ranks = []
-    for number, part in enumerate(pipe_meshes(mesh)):
+    for number, counter in enumerate(stats):
         here = [i for i, place in enumerate(places) if place["pipe"] == number]
+        if not here:
+            ranks.append(None)
+            continue
 
         def values(parts: Sequence[tf.Tensor], here: Sequence[int] = here) -> list[Value]:
             layers = [tf.unstack(parts[i]) if parts[i].shape[0] else [] for i in here]
             return [Value(tuple(layer)) for layer in zip(*layers)]
 
+        answer = _answers(mesh, number, nodes, batch.tokens_a_device, counter)
         ranks.append(
             Rank(
                 tuple(devices[i] for i in here), [[trees[i] for i in here] for trees in params],
-                RouterState(*map(values, biases)), batch.on(here), _answers(number, part, batch.tokens_a_device, stats),
+                RouterState(*map(values, biases)), batch.on(here), answer,
             )  # fmt: skip
         )
     return ranks
 
 
-def _answers(rank: int, mesh: dtensor.Mesh, tokens: int, stats: _Counter) -> Callable[[Any], Any]:
-    """Answers the requests of a rank's programs by exchanges over its part of the mesh."""
+def _answers(mesh: dtensor.Mesh, pipe: int, nodes: int, tokens: int, stats: _Counter) -> Callable[[Any], Any]:
+    """Answers the requests of a rank's programs by exchanges among its devices."""
+    axes = {axis: mesh_groups(mesh, (axis,), pipe=pipe, nodes=nodes) for axis in ("expert", "node")}
+    (everyone,) = mesh_groups(mesh, ("data", "node", "expert"), pipe=pipe, nodes=nodes)
+    grid = [axis_size(mesh, "data"), nodes, axis_size(mesh, "expert") // nodes]
+
+    def capacities(request: Capacity):
+        load = gather_parts(request.load.parts, everyone)
+        stats.add(rows=load.sum(), tokens=tokens * len(load))
+        if request.to_nodes is None:
+            capacity = dispatch_capacity(int(load.max()), tokens)
+            stats.add(room=capacity * load.size, nodes=tokens * len(load))
+            return capacity
+        to_nodes = gather_parts(request.to_nodes.parts, everyone)
+        first = dispatch_capacity(int(to_nodes.max()), tokens)
+        forwarded = load.reshape([*grid, -1]).sum(1)  # of each forwarder: one place of every node
+        second = dispatch_capacity(int(forwarded.max()), tokens * nodes)
+        stats.add(rows=to_nodes.sum(), nodes=to_nodes.sum(), room=first * to_nodes.size + second * forwarded.size)
+        return first, second
 
     def answer(request):
         if isinstance(request, Capacity):
-            load = gather_parts(request.load.parts, mesh)
-            capacity = dispatch_capacity(int(load.max()), tokens)
-            stats.routed(float(load.sum()), capacity * load.size)
-            return capacity
-        stats.sent(rank, request.value.parts[0])
-        return Value(tuple(all_to_all(request.value.parts, mesh, "expert")))
+            return capacities(request)
+        part, groups = request.value.parts[0], axes[request.over]
+        ways = len(groups[0].devices)
+        moved = int(np.prod(part.shape)) * part.dtype.size // ways * (ways - 1)
+        stats.add(bytes=moved, node_bytes=moved if request.over == "node" else 0)
+        return Value(tuple(all_to_all(request.value.parts, groups)))
 
     return answer
 
@@ -251,7 +286,7 @@ def _by_device(of_ranks: Sequence[dict], mesh: dtensor.Mesh) -> list[dict]:
     """From a dict of lists by device for each pipeline rank to a dict for each local device."""
     counts, found = [0] * len(of_ranks), []
     for place in local_places(mesh):
-        rank = place["pipe"] if len(of_ranks) > 1 else 0
+        rank = place["pipe"]
         found.append({key: parts[counts[rank]] for key, parts in of_ranks[rank].items()})
         counts[rank] += 1
     return found
@@ -267,7 +302,7 @@ def _loss_parts(found: Sequence[RankResult], cfg: ModelConfig, mesh: dtensor.Mes
         row += [sums.get(("balance", layer), 0.0) for layer in range(layers)]
         loads = [sums.get(("load", layer), np.zeros(experts, np.float32)) for layer in range(layers)]
         rows.append(tf.concat([tf.stack(row), *loads], 0))
-    total = gather_parts(rows, mesh).astype(np.float64).reshape(mesh.size, -1).sum(0)
+    total = gather_mesh(rows, mesh).astype(np.float64).reshape(mesh.size, -1).sum(0)
     balance = total[1 + modules : 1 + modules + layers].sum() / shards
     load = total[1 + modules + layers :].reshape(layers, experts).astype(np.float32)
     loads = RouterState(tf.constant(load[: cfg.num_moe_layers]), tf.constant(load[cfg.num_moe_layers :]))

@@ -1,8 +1,8 @@
 """The model with its loss as pieces, between which experts on other devices are reached.
 
-A mixture block is four of them: attention (with router and shared experts), dispatch, experts, combine; where every device
-has all experts, it is one. Dense blocks, embedding and losses are one piece each. What a piece computes is what
-`pretrain_loss` computes there.
+A mixture block is four of them: attention (with router and shared experts), dispatch, experts, combine (see
+`expert_pieces`); where every device has all experts, it is one. Dense blocks, embedding and losses are one piece each. What
+a piece computes is what `pretrain_loss` computes there.
 """
 
 from __future__ import annotations
@@ -19,41 +19,25 @@ from dsv3.nn.linear import mlp_apply
 from dsv3.nn.mla import mla_rope
 from dsv3.nn.moe import moe_route
 from dsv3.nn.mtp import mtp_input
-from dsv3.ops.dispatch import dispatch_combine, dispatch_gather, dispatch_slots
-from dsv3.ops.experts import experts_apply
 from dsv3.ops.norm import rms_norm
-from dsv3.parallel.tape import Capacity, Piece, Tape, Value
+from dsv3.parallel.tape import Piece, Tape, Value
 from dsv3.policy import ComputePolicy
+from dsv3.train.expert_pieces import ExpertPieces, Mixed, expert_pieces, node_load, route
 from dsv3.train.loss import weighted_nll
 from dsv3.typing import Tree
 
 
-class Mixed(NamedTuple):
-    """What the attention piece leaves: the residual stream, the shared experts' output or `()`, what the routed experts read
-    `[N, D]`, gate values and experts `[N, K]`, and the router's load `[E]` and balance loss."""
-
-    x: Any
-    shared: Any
-    rows: Any
-    weights: Any
-    experts: Any
-    load: Any
-    balance: Any
-
-
 class ModelPieces(NamedTuple):
-    """The pieces of one model. `attention` and `mtp` are for mixtures, `dispatch` and `combine` are made for a capacity.
+    """The pieces of one model; `attention` and `mtp` are for mixtures.
 
-    Where experts are not shared out, `dispatch`, `experts` and `combine` are `None`, and `attention` and `mtp` are whole
-    blocks. `made` has all pieces, those for capacities as they come.
+    Where experts are not shared out, `routed` is `None`, and `attention` and `mtp` are whole blocks. `made` has all pieces,
+    those for capacities as they come.
     """
 
     embed: Piece
     dense: Piece
     attention: Piece
-    dispatch: Callable[[int], Piece] | None
-    experts: Piece | None
-    combine: Callable[[int], Piece] | None
+    routed: ExpertPieces | None
     head: Piece
     mtp: Piece
     mtp_loss: Piece
@@ -61,7 +45,7 @@ class ModelPieces(NamedTuple):
 
 
 def model_pieces(
-    cfg: ModelConfig, policy: ComputePolicy, *, ways: int, dispatch_dtype: tf.DType | None = None
+    cfg: ModelConfig, policy: ComputePolicy, *, ways: int, nodes: int = 1, dispatch_dtype: tf.DType | None = None
 ) -> ModelPieces:
     """Returns the pieces of a model.
 
@@ -69,6 +53,8 @@ def model_pieces(
       cfg: the model's configuration.
       policy: how to compute. `remat="block"` recomputes each piece; layers are never a loop, so `loop` says nothing.
       ways: devices that share the experts.
+      nodes: into how many nodes these devices are cut; with more than one, rows go from node to node once, and from there to
+        the experts.
       dispatch_dtype: of the rows on their way to the experts and of their gradients; default: the compute dtype.
     """
     norm = {"eps": cfg.norm_eps, "rounding": cfg.norm_rounding, "fuse": policy.fuse}
@@ -83,7 +69,7 @@ def model_pieces(
     def dense(p, x):
         return block_apply(p["block"], (), x, cfg=cfg, table=table(x), policy=policy).out
 
-    mixture = _mix if ways > 1 else _mix_whole
+    mixture = functools.partial(_mix, nodes=nodes) if ways > 1 else _mix_whole
 
     def attention(p, bias, x):
         return mixture(p["block"], bias, x, cfg, table(x), policy)
@@ -111,61 +97,23 @@ def model_pieces(
         made.append(Piece(fn, jit=policy.jit, remat=policy.remat == "block"))
         return made[-1]
 
-    experts_apart = _expert_pieces(cfg, policy, ways, dispatch_dtype, make) if ways > 1 else (None, None, None)
-    first = (make(embed), make(dense), make(attention))
-    return ModelPieces(*first, *experts_apart, make(head), make(mtp), make(mtp_loss), made)
+    routed = expert_pieces(cfg, policy, make, ways=ways, nodes=nodes, dtype=dispatch_dtype) if ways > 1 else None
+    first = (make(embed), make(dense), make(attention), routed)
+    return ModelPieces(*first, make(head), make(mtp), make(mtp_loss), made)
 
 
-def _mix(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy) -> Mixed:
+def _mix(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy, *, nodes: int) -> Mixed:
     x, h, _ = block_attend(block, x, cfg=cfg, table=table, policy=policy)
     routing, stats = moe_route(block.ffn.router, bias, h, cfg=cfg.moe)
     shared = mlp_apply(block.ffn.shared, h, fuse=policy.fuse) if cfg.moe.num_shared else ()
     rows = tf.reshape(h, [-1, cfg.hidden_size])
-    return Mixed(x, shared, rows, routing.weights, routing.experts, stats.load, stats.balance)
+    to_nodes = node_load(routing.experts, cfg.moe.router.num_experts, nodes) if nodes > 1 else ()
+    return Mixed(x, shared, rows, routing.weights, routing.experts, stats.load, to_nodes, stats.balance)
 
 
 def _mix_whole(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy) -> Mixed:
     out = block_apply(block, bias, x, cfg=cfg, table=table, policy=policy)
-    return Mixed(out.out, (), (), (), (), out.stats.load, out.stats.balance)
-
-
-def _expert_pieces(cfg: ModelConfig, policy: ComputePolicy, ways: int, dispatch_dtype, make) -> tuple:
-    """Buffers are `[ways, …]`: row g holds what goes to, or came from, device g of the expert axis."""
-    d, e = cfg.hidden_size, cfg.moe.router.num_experts
-
-    @functools.cache
-    def dispatch(capacity: int) -> Piece:
-        def fn(_, rows, weights, experts):
-            slots, tokens = dispatch_slots(experts, e, capacity=capacity)
-            sent = tf.cast(dispatch_gather(rows, tokens, slots, fuse=policy.fuse), dispatch_dtype or rows.dtype)
-            empty = tf.fill([e * capacity], -1.0)  # a gate value is never negative
-            gates = tf.tensor_scatter_nd_update(empty, tf.reshape(slots, [-1, 1]), tf.reshape(weights, [-1]))
-            return tf.reshape(sent, [ways, -1, d]), tf.reshape(gates, [ways, -1]), slots, tokens
-
-        return make(fn)
-
-    def experts(p, rows, gates):
-        local = p["ffn"].gate_up.shape[0]
-        dtype = policy.compute_dtype or p["ffn"].down.dtype
-        capacity = gates.shape[1] // local
-        owner = tf.broadcast_to(tf.expand_dims(tf.repeat(tf.range(local), capacity), 0), gates.shape)
-        owner = tf.reshape(tf.where(gates < 0, local, owner), [-1, 1])
-        out = experts_apply(
-            tf.reshape(tf.cast(rows, dtype), [-1, d]), tf.reshape(tf.where(gates < 0, 0.0, gates), [-1, 1]), owner,
-            tf.cast(p["ffn"].gate_up, dtype), tf.cast(p["ffn"].down, dtype),
-            kernel=policy.experts, multiple=policy.row_multiple(gates.shape[0] * gates.shape[1], local), fuse=policy.fuse,
-        )  # fmt: skip
-        return tf.reshape(out, rows.shape)
-
-    @functools.cache
-    def combine(capacity: int) -> Piece:
-        def fn(_, x, rows, slots, tokens, *shared):
-            out = tf.reshape(dispatch_combine(tf.reshape(rows, [-1, d]), tokens, slots, fuse=policy.fuse), x.shape)
-            return x + (out + shared[0] if shared else out)
-
-        return make(fn)
-
-    return dispatch, make(experts), combine
+    return Mixed(out.out, (), (), (), (), out.stats.load, (), out.stats.balance)
 
 
 class StageOutput(NamedTuple):
@@ -230,7 +178,7 @@ def stage_forward(
             continue
         j = i - cfg.num_dense_layers
         mixed = tape.call(pieces.attention, {"block": f"moe.{j}"}, params, router.moe[j], x)
-        x = yield from _route(tape, pieces, f"moe.{j}.ffn", params, mixed, cfg)
+        x = yield from route(tape, pieces.routed, f"moe.{j}.ffn", params, mixed)
         balance[j], load[j] = mixed.balance, mixed.load
     if not last:
         return StageOutput(x, main, mtp, balance, load)
@@ -240,23 +188,9 @@ def stage_forward(
     for k in range(cfg.num_mtp_layers):
         embedded = tape.call(pieces.embed, {"embed": "embed"}, params, batch.ahead[k])
         mixed = tape.call(pieces.mtp, {"mtp": f"mtp.{k}"}, params, router.mtp[k], hidden, embedded)
-        x = yield from _route(tape, pieces, f"mtp.{k}.block.ffn", params, mixed, cfg)
+        x = yield from route(tape, pieces.routed, f"mtp.{k}.block.ffn", params, mixed)
         told = (batch.targets[k + 1], batch.weights[k + 1], batch.total)
         loss, hidden = tape.call(pieces.mtp_loss, {"norm": f"mtp.{k}.norm"} | head, params, x, *told)
         mtp.append(loss)
         balance[cfg.num_moe_layers + k], load[cfg.num_moe_layers + k] = mixed.balance, mixed.load
     return StageOutput(None, main, mtp, balance, load)
-
-
-def _route(tape: Tape, pieces: ModelPieces, path: str, params, mixed: Mixed, cfg: ModelConfig):
-    """Dispatch, experts, combine. The capacity is that of the fullest expert on any device: no token is dropped."""
-    if pieces.experts is None:
-        return mixed.x
-    capacity = yield Capacity(mixed.load)
-    rows, gates, slots, tokens = tape.call(pieces.dispatch(capacity), {}, params, mixed.rows, mixed.weights, mixed.experts)
-    rows = yield from tape.swap(rows)
-    gates = yield from tape.swap(gates)
-    rows = tape.call(pieces.experts, {"ffn": path}, params, rows, gates)
-    rows = yield from tape.swap(rows)
-    shared = (mixed.shared,) if cfg.moe.num_shared else ()
-    return tape.call(pieces.combine(capacity), {}, params, mixed.x, rows, slots, tokens, *shared)

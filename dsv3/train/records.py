@@ -191,6 +191,7 @@ def step_numbers(step: int, metrics: TrainMetrics) -> StepNumbers:
     }
     if metrics.mesh:
         row |= {"dispatch_bytes": int(metrics.mesh.bytes), "dispatch_padding": round(float(metrics.mesh.padding), 4)}
+        row |= {"node_bytes": int(metrics.mesh.node_bytes), "token_nodes": round(float(metrics.mesh.token_nodes), 4)}
     return StepNumbers(row, load)
 
 

@@ -56,14 +56,18 @@ class MeshStats(NamedTuple):
     """What a step on a mesh took.
 
     Attributes:
-      bytes: int64 scalar, what a device sent to other devices' experts in the step: rows, gate values and their gradients;
-        of the pipeline rank that sent most.
+      bytes: int64 scalar, what a device sent to other devices for experts in the step: rows, gate values and their
+        gradients; of the pipeline rank that sent most. node_bytes: the part of it that went to other nodes.
       padding: float32 scalar, the part of the exchanged buffers that held no token.
+      token_nodes: float32 scalar, on how many nodes a token's experts were, the mean over tokens and mixtures; 1 if there
+        is one node.
       held: `[pipe]` int32, the most forward passes that each pipeline rank held for their backward at one time.
     """
 
     bytes: tf.Tensor
+    node_bytes: tf.Tensor
     padding: tf.Tensor
+    token_nodes: tf.Tensor
     held: tf.Tensor
 
 

@@ -173,6 +173,7 @@ def make_train_step(
     schedule: MakeTable = one_f_one_b,
     stage_layers: Sequence[int] | None = None,
     dispatch_dtype: tf.DType | str | None = None,
+    expert_nodes: int = 1,
 ) -> Callable[..., tuple[TrainState, TrainMetrics]]:
     """Compiles `train_update` into a step that updates its state in place.
 
@@ -184,6 +185,8 @@ def make_train_step(
         as `dualpipe`. The micro-batches are those of `tokens` `[A, B, T+1]`.
       stage_layers: the layers of each stage; default: as even as possible.
       dispatch_dtype: on a mesh, the dtype of rows on their way to other devices' experts; default: the compute dtype.
+      expert_nodes: into how many nodes of neighbouring devices the mesh's axis `expert` is cut: with more than one, a row
+        goes to each node that has experts for it once, and is forwarded there.
 
     Returns:
       `step(state, tokens, weights=None) -> (state, TrainMetrics)`. The given state is donated (see `compile_step`); the
@@ -201,8 +204,9 @@ def make_train_step(
     if layouts is not None:
         dtype = None if dispatch_dtype is None else tf.as_dtype(dispatch_dtype)
         check_choice("make_train_step", "dispatch_dtype", dtype and dtype.name, (None, "float32", "bfloat16", "float16"))
-        return _mesh_step(cfg, optimizer, layouts, rates, policy, MeshPlan(schedule, stage_layers, dtype))
-    check(dispatch_dtype is None, "make_train_step: `dispatch_dtype` is given, but without `layouts` nothing is dispatched")
+        return _mesh_step(cfg, optimizer, layouts, rates, policy, MeshPlan(schedule, stage_layers, dtype, expert_nodes))
+    apart = dispatch_dtype is not None or expert_nodes != 1
+    check(not apart, "make_train_step: `dispatch_dtype` or `expert_nodes` is given, but no `layouts` that share out experts")
     alone = stage_layers is None and schedule is one_f_one_b
     check(alone, "make_train_step: `schedule` or `stage_layers` is given, but without `layouts` there is no pipeline")
 

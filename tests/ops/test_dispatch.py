@@ -11,6 +11,7 @@ from dsv3.ops.dispatch import (
     dispatch_capacity,
     dispatch_combine,
     dispatch_gather,
+    dispatch_nodes,
     dispatch_rows,
     dispatch_size,
     dispatch_slots,
@@ -81,6 +82,45 @@ def test_every_row_once_in_its_experts_slots(case, spare):
     x = normal(0, n, 3)
     rows = dispatch_gather(x, tokens, slots)
     assert_close(dispatch_combine(rows, tokens, slots), k * x)
+
+
+@settings(max_examples=40)
+@given(routings(), st.integers(0, 2**32 - 1))
+def test_some_entries_may_stand_for_none(case, seed):
+    """They get no row; what is gathered and combined is the sum over the others, and so are both gradients."""
+    experts, num_experts, _ = case
+    n, k = experts.shape
+    experts = np.where(np.random.default_rng(seed).random((n, k)) < 0.4, num_experts, experts)
+    capacity = max(int(np.bincount(experts.reshape(-1), minlength=num_experts + 1)[:num_experts].max()), 1)
+    slots, tokens = (t.numpy() for t in dispatch_slots(experts, num_experts, capacity=capacity, partial=True))
+    some = experts < num_experts
+    assert tokens.shape == (num_experts * capacity,) and (slots[~some] == -1).all()
+    np.testing.assert_array_equal(slots[some] // capacity, experts[some])
+    np.testing.assert_array_equal(tokens[slots[some]], np.repeat(np.arange(n)[:, None], k, 1)[some])
+    assert len(set(slots[some])) == some.sum()
+    if not n:
+        return
+    x, count = tf.constant(normal(0, n, 3)), some.sum(1, keepdims=True).astype(np.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        rows = dispatch_gather(x, tokens, slots, partial=True)
+        out = dispatch_combine(rows, tokens, slots, partial=True)
+    assert_close(out, count * x)
+    d = normal(1, n, 3)
+    assert_close(tape.gradient(out, x, d), count * d)
+
+
+@settings(max_examples=40)
+@given(routings(), st.integers(1, 4))
+def test_the_nodes_of_a_token(case, nodes):
+    experts, num_experts, _ = case
+    if num_experts % nodes:
+        with pytest.raises(ValueError, match=f"dispatch_nodes: `nodes` is {nodes}, want a divisor of {num_experts}"):
+            dispatch_nodes(experts, num_experts, nodes)
+        return
+    each = num_experts // nodes
+    want = [[n if n in set(row // each) else nodes for n in range(nodes)] for row in experts]
+    np.testing.assert_array_equal(dispatch_nodes(experts, num_experts, nodes), np.reshape(want, [len(experts), nodes]))
 
 
 @settings(max_examples=60)

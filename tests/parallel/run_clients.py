@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from dsv3 import tree
 from dsv3.parallel.clients import start_clients
-from dsv3.parallel.collectives import gather_parts
+from dsv3.parallel.collectives import gather_mesh
 from dsv3.parallel.mesh import layout_of, make_layout, make_mesh, place, whole
 from dsv3.train.checkpoint import restore_checkpoint, save_checkpoint
 
@@ -45,7 +45,7 @@ def main(folder: pathlib.Path, seconds: float, sleep: float = 0.0) -> None:
         (folder / f"client-{clients.index}.pid").write_text(str(os.getpid()))
         time.sleep(sleep if clients.index == 0 else 0)
         count, end = len(mesh.local_devices()), time.monotonic() + seconds
-        while gather_parts([tf.constant(time.monotonic() < end)] * count, mesh).all():
+        while gather_mesh([tf.constant(time.monotonic() < end)] * count, mesh).all():
             time.sleep(0.01)
 
 

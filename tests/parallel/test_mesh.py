@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.experimental import dtensor
 
-from dsv3.parallel.collectives import all_to_all, gather_parts
+from dsv3.parallel.collectives import all_to_all, gather_mesh
+from dsv3.parallel.groups import mesh_groups
 from dsv3.parallel.mesh import (
     AXES,
     axis_size,
@@ -72,7 +73,7 @@ def test_all_to_all_is_a_transposition(axes, axis, rest, kind):
     dtype = {"f": tf.float32, "b": tf.bfloat16, "i": tf.int32}[kind]
     places, ways = local_places(mesh), axis_size(mesh, axis)
     values = np.random.default_rng(len(rest)).integers(0, 100, (len(places), ways, *rest))
-    got = all_to_all([tf.cast(v, dtype) for v in values], mesh, axis)
+    got = all_to_all([tf.cast(v, dtype) for v in values], mesh_groups(mesh, (axis,)))
     index = {tuple(where[a] for a in AXES): i for i, where in enumerate(places)}
     for i, where in enumerate(places):
         for g in range(ways):
@@ -83,7 +84,7 @@ def test_all_to_all_is_a_transposition(axes, axis, rest, kind):
 
 def test_parts_stay_on_their_devices():
     mesh = make_mesh("data:2,expert:2")
-    got = all_to_all([tf.zeros([2, 3])] * 4, mesh, "expert")
+    got = all_to_all([tf.zeros([2, 3])] * 4, mesh_groups(mesh, ("expert",)))
     assert [part.device for part in dtensor.unpack(pack(got, make_layout(mesh, ["expert", "data"])))] == mesh.local_devices()
 
 
@@ -93,14 +94,14 @@ def test_what_does_not_divide_is_not_placed():
 
 
 def test_all_to_all_wants_a_row_a_device():
-    with pytest.raises(ValueError, match=r"all_to_all: a part has shape \(3, 2\), want \[2, ...\] for 'data'"):
-        all_to_all([tf.zeros([3, 2])] * 2, make_mesh("data:2"), "data")
+    with pytest.raises(ValueError, match=r"all_to_all: a part has shape \(3, 2\), want \[2, ...\] for groups of 2"):
+        all_to_all([tf.zeros([3, 2])] * 2, mesh_groups(make_mesh("data:2"), ("data",)))
 
 
 def test_parts_on_the_host():
     mesh = make_mesh("data:2,expert:3")
     parts = [tf.constant([i, 10 * i]) for i in range(6)]
-    got = gather_parts(parts, mesh)
+    got = gather_mesh(parts, mesh)
     assert got.shape == (1, 2, 3, 2) and got[0, 1, 2].tolist() == [5, 50]
 
 

@@ -13,7 +13,6 @@ from dsv3.layout import local_bytes
 from dsv3.ops.dispatch import dispatch_capacity
 from dsv3.parallel.mesh import make_mesh, whole
 from dsv3.train.mesh_params import state_layouts
-from dsv3.train.pieces import model_pieces
 from tests.compare import PLAIN, assert_close
 from tests.small import KEY, model_config, random_tokens
 
@@ -200,21 +199,6 @@ def test_nothing_is_dropped_when_all_tokens_want_one_expert():
     assert_close(got.mesh.padding, 1 - 1 / 6)
 
 
-def test_group_limited_routing_keeps_tokens_within_their_nodes():
-    """With a node's experts in one group, a token's rows go to at most `groups_kept` nodes; without groups to more."""
-    reached = {}
-    for kept in (2, 4):
-        fields = {"n_routed_experts": 16, "n_group": 4, "topk_group": kept, "num_experts_per_tok": 4}
-        cfg = model_config(**CONFIGS[0], **fields)
-        pieces = model_pieces(cfg, PLAIN, ways=4)
-        params = dsv3.model_init(KEY, cfg)
-        block = tree.slice_leading(params.moe, 0)
-        mixed = pieces.attention.fn({"block": block}, tf.zeros([16]), tf.random.stateless_normal([3, 40, 12], KEY))
-        device = mixed.experts.numpy() // 4  # experts of a device, which here is a node
-        reached[kept] = max(len(set(row)) for row in device)
-    assert reached[2] == 2 and reached[4] > 2
-
-
 def test_rows_may_travel_in_bfloat16():
     cfg = model_config(**CONFIGS[0])
     batch = batches_of(cfg, 1, 4, 5, 1)
@@ -251,7 +235,7 @@ def test_wrong_batches_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             step(state, tokens, weights)
-    with pytest.raises(ValueError, match="`dispatch_dtype` is given, but without `layouts` nothing is dispatched"):
+    with pytest.raises(ValueError, match="`dispatch_dtype` or `expert_nodes` is given, but no `layouts`"):
         dsv3.make_train_step(cfg, optimizer(), dispatch_dtype="bfloat16")
 
 

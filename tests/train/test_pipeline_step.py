@@ -35,7 +35,7 @@ def gradients(cfg, axes, tokens, weights=None, **kwargs):
     layouts = None if axes is None else layouts_of(cfg, axes)
     if layouts is not None:
         state = dsv3.place_state(state, layouts)
-    step = dsv3.make_train_step(cfg, recorder(), layouts, policy=PLAIN, **RATES, **kwargs)
+    step = dsv3.make_train_step(cfg, recorder(), layouts, **{"policy": PLAIN} | RATES | kwargs)
     state, metrics = step(state, tokens, weights)
     return (state if layouts is None else dsv3.gather_state(state)).params, metrics
 

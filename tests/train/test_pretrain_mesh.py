@@ -97,7 +97,7 @@ def test_killed_and_gone_on_with_by_one_device(pretrain, same, straight, killed,
 def test_gone_on_with_by_two_processes_on_another_mesh(pretrain, same, straight, killed, tmp_path):
     """They do all that one does, and the second says nothing."""
     out = shutil.copytree(killed, tmp_path / "run")
-    process = launched(tmp_path, 2, [*same, "--mesh=expert:2", "--nozero", f"--out={out}"])
+    process = launched(tmp_path, 2, [*same, "--mesh=pipe:2,expert:2", "--expert_nodes=2", "--nozero", f"--out={out}"])
     code = process.wait(300)
     printed = (tmp_path / "printed").read_text()
     assert code == 0 and "going on from step" in printed and "byte, this model" in printed, printed
@@ -132,6 +132,8 @@ def test_a_mesh_of_one_process_gives_the_curve_of_one_device(pretrain, same, str
         (["--mesh=data:3"], "--batch_size 8 with --accumulate 2 has 4 rows in a micro-batch, want a multiple of 3"),
         (["--mesh=expert:3", "--batch_size=12"], "the model has 4 experts, want a multiple of the 3 devices on expert"),
         (["--zero"], "--zero is given, but no --mesh"),
+        (["--expert_nodes=2"], "--expert_nodes is given, but no --mesh"),
+        (["--mesh=expert:2", "--expert_nodes=4"], "--expert_nodes is 4, want a divisor of 2, the devices on expert"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_one_line(pretrain, same, tmp_path, arguments, message):

@@ -1,0 +1,34 @@
+"""Run as one of several clients by test_step_clients.py: gradients of one step on a mesh over all of them.
+
+Usage: run_step.py FOLDER DEVICES MESH SCHEDULE NODES
+"""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+import numpy as np
+
+from dsv3 import pipeline, tree
+from dsv3.parallel.clients import start_clients
+
+
+def main(folder: str, devices: str, mesh: str, schedule: str, nodes: str) -> None:
+    """One client; the first writes the gradients and what the step reports."""
+    with start_clients(int(devices)) as clients:
+        from tests.train.test_step_clients import CFG, batch, gradients  # importing it starts TensorFlow
+
+        made, kwargs = getattr(pipeline, schedule), {"expert_nodes": int(nodes)}
+        for _ in range(2):  # the second time finds the first one's groups, and compiles nothing
+            grads, metrics = gradients(CFG, mesh, *batch(), schedule=made, **kwargs)
+        if clients.index == 0:
+            found = {path: leaf.numpy() for path, leaf in tree.items(grads)}
+            reported = {f"mesh.{name}": np.asarray(value) for name, value in metrics.mesh._asdict().items()}
+            np.savez(pathlib.Path(folder) / "step.npz", loss=metrics.loss.numpy(), **found, **reported)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
