@@ -13,9 +13,17 @@ Examples:
   python examples/plan.py --hardware h200 --mesh pipe:8,expert:64,data:4
   python examples/plan.py --search --devices 2048                             # which meshes fit, and which is fastest
   python examples/plan.py --search --devices 1024 --schedule any --recompute block --hardware h100
+  python examples/plan.py --trace                                             # does the step do what the formulas say?
+  python examples/plan.py --trace --preset tiny --mesh expert:2 --schedule one_f_one_b --batch 8 --length 32
   python examples/plan.py --serve 4096 --mesh expert:32 --length 8192 --weights_dtype fp8 --batch 32
   python examples/plan.py --config model/config.json --mesh data:8 --schedule one_f_one_b --batch 64 \\
       --length 1024 --tokens 1e9
+
+--trace traces the training step itself on the planned mesh, at the planned shapes and without memory for them: the programs
+that one device of each pipeline stage runs, forward, backward for inputs and backward for weights. Parameters and products
+are counted in the graphs and compared with the formulas; each difference is named and computed, and if one is left over the
+exit code is 1. The experts' load is taken as balanced. The step computes in bfloat16, whatever --products_dtype says, and
+recomputes blocks or nothing.
 
 Fields of --set are those of dsv3.plan.Hardware (memory, bf16_flops, fp8_flops, hbm_bandwidth, nvlink_bandwidth,
 ib_bandwidth, the fractions of each that are reached, comm_sms) and flops_fraction, which sets the three fractions of
@@ -50,6 +58,7 @@ from dsv3.plan import (
     predict_step,
     report,
     search_plans,
+    trace_step,
 )
 from dsv3.plan.count import RECOMPUTE
 
@@ -81,14 +90,17 @@ flags.DEFINE_multi_string("set", [], "Field of the hardware to change, field=val
 flags.DEFINE_integer("devices", None, "Size of the mesh: for --search (default 2048), else to check --mesh.", 1)
 flags.DEFINE_bool("search", False, "Try every mesh of --devices with micro-batches of 1, 2 and 4.")
 flags.DEFINE_integer("top", 12, "Plans that --search lists.", 1)
+flags.DEFINE_bool("trace", False, "Instead of times: trace the training step from shapes, and compare it with the formulas.")
 flags.DEFINE_integer("serve", None, "Instead of training: serve so many sequences of --length on the mesh's expert axis.", 1)
 
 
 def main(argv: list[str]) -> int:
-    """Prints the plan; returns the exit code: 0 if it fits, 1 if not, 2 for bad input."""
+    """Prints the plan; returns the exit code: 0 if it fits (or is as traced), 1 if not, 2 for bad input."""
     try:
         cfg, plan, hardware = read_flags(argv)
         specs = dsv3.model_specs(cfg)
+        if FLAGS.trace:
+            return trace(cfg, specs, plan, hardware)
         if FLAGS.search:
             return search(cfg, specs, plan, hardware)
         if FLAGS.serve is not None:
@@ -104,6 +116,7 @@ def read_flags(argv: Sequence[str]) -> tuple[ModelConfig, Plan, Hardware]:
     """Reads and checks everything that is asked for."""
     check(len(argv) == 1, f"{len(argv) - 1} arguments, want flags only (--help shows examples)")
     check(not (FLAGS.search and FLAGS.serve), "--search and --serve exclude each other")
+    check(not (FLAGS.trace and (FLAGS.search or FLAGS.serve)), "--trace excludes --search and --serve")
     check(FLAGS.schedule != "any" or FLAGS.search, "--schedule=any wants --search")
     check(not FLAGS.search or FLAGS.mesh is None, "--search wants no --mesh: it tries all meshes of --devices")
     check(not FLAGS.search or FLAGS.stages is None, "--search wants no --stages: it cuts the layers itself")
@@ -142,14 +155,18 @@ def read_changes() -> dict[str, float]:
     return changes
 
 
+def title(plan: Plan, hardware: Hardware) -> str:
+    """Returns the first line: model, devices, mesh, stages."""
+    model = FLAGS.config or FLAGS.preset
+    return f"{model} on {plan.devices} {hardware.name.upper()}: {report.describe(plan)}, layers {list(plan.stages)}"
+
+
 def show(cfg: ModelConfig, specs, plan: Plan, hardware: Hardware) -> int:
     """Prints everything about one plan."""
     plan = choose_stages(cfg, specs, plan, hardware)
     found = predict_step(cfg, specs, plan, hardware)
-    model = FLAGS.config or FLAGS.preset
-    title = f"{model} on {plan.devices} {hardware.name.upper()}: {report.describe(plan)}, layers {list(plan.stages)}"
     blocks = [
-        title,
+        title(plan, hardware),
         report.params_report(cfg, specs),
         report.flops_report(cfg, specs, plan),
         report.memory_report(cfg, plan, found.memory, hardware),
@@ -159,6 +176,14 @@ def show(cfg: ModelConfig, specs, plan: Plan, hardware: Hardware) -> int:
     ]
     print("\n\n".join(blocks))
     return 0 if found.fits else 1
+
+
+def trace(cfg: ModelConfig, specs, plan: Plan, hardware: Hardware) -> int:
+    """Prints the traced step beside the formulas."""
+    plan = choose_stages(cfg, specs, plan, hardware)
+    traced = trace_step(cfg, specs, plan)
+    print(title(plan, hardware) + "\n\n" + report.trace_report(cfg, specs, plan, traced))
+    return 0 if report.trace_agrees(cfg, specs, plan, traced) else 1
 
 
 def search(cfg: ModelConfig, specs, plan: Plan, hardware: Hardware) -> int:

@@ -12,6 +12,18 @@ from dsv3.plan.memory import Memory, cache_bytes, serving_memory
 from dsv3.plan.mesh import Plan, rank_contents
 from dsv3.plan.predict import Prediction
 from dsv3.plan.search import Candidate, Found
+from dsv3.plan.trace import Products, StepTrace, sum_products
+from dsv3.plan.trace_check import (
+    PADDING,
+    Rank,
+    formula_products,
+    kept_bytes,
+    model_calls,
+    rank_checks,
+    step_differences,
+    traced_params,
+    unexplained,
+)
 from dsv3.plan.traffic import step_traffic, token_copies, total_links
 from dsv3.typing import Tree
 
@@ -189,6 +201,124 @@ def serving_report(cfg: ModelConfig, specs: Tree, plan: Plan, hardware: Hardware
         f"weights {held.weights / GB:.2f} GB and cache {held.cache / GB:.2f} GB on each",
         f"{held.fitting:,} such sequences fit into {hardware.usable_memory / GB:.1f} GB a device",
     ])  # fmt: skip
+
+
+def trace_report(cfg: ModelConfig, specs: Tree, plan: Plan, trace: StepTrace) -> str:
+    """Returns a traced step beside the formulas: its pieces, why they differ, ranks, totals, and what is kept.
+
+    Args:
+      cfg: the configuration.
+      specs: its specs.
+      plan: the plan.
+      trace: of its step, from `trace_step`.
+
+    Returns:
+      Lines. A piece that formulas and differences do not explain is named with the word NOT.
+    """
+    formula, calls = formula_products(cfg, specs, plan), model_calls(trace)
+    rows = [
+        (name, str(calls[name]), *_compared(piece.flops, formula.get(name, Products()), plan.tokens))
+        for name, piece in trace.pieces.items()
+    ]
+    passes = [cell for name in ("forward", "inputs", "weights") for cell in (name, "formula", "ratio")]
+    why = step_differences(cfg, specs, plan, trace)
+    reasons = [(d.piece, d.reason, *(f"{flops / plan.tokens / 1e9:+.6f}" for flops in d.flops)) for d in why]
+    left = unexplained(cfg, specs, plan, trace)
+    verdict = "formulas and differences add up to what was traced, to the unit"
+    if left:
+        verdict = f"NOT explained, FLOPs of a call: {'; '.join(f'{name} {tuple(flops)}' for name, flops in left.items())}"
+    blocks = [
+        _trace_lines(cfg, plan, trace),
+        text_table(("GFLOPs a token", "calls", *passes), rows),
+        text_table(("differences, GFLOPs a token", "", "forward", "inputs", "weights"), reasons, left=2) + "\n" + verdict,
+        _rank_lines(cfg, specs, plan, trace),
+        _kept_lines(cfg, plan, trace),
+    ]
+    return "\n\n".join(blocks)
+
+
+def trace_agrees(cfg: ModelConfig, specs: Tree, plan: Plan, trace: StepTrace) -> bool:
+    """Returns whether a `trace` of `plan` for `cfg` with `specs` has the formulas' parameters, and explained products."""
+    sides = (False, True) if plan.mtp else (False,)
+    same = all(traced_params(specs, plan, trace, mtp=s) == sum(params_by_part(cfg, specs, mtp=s).values()) for s in sides)
+    ranks = all(rank.params == rank.params_formula for rank in rank_checks(cfg, specs, plan, trace))
+    return same and ranks and not unexplained(cfg, specs, plan, trace)
+
+
+def _compared(traced: Products, formula: Products, tokens: int) -> list[str]:
+    cells = []
+    for flops, want in zip(traced, formula):
+        ratio = f"{flops / want:.4f}" if want else "-" if not flops else "inf"
+        cells += [f"{flops / tokens / 1e9:.4f}", f"{want / tokens / 1e9:.4f}", ratio]
+    return cells
+
+
+def _trace_lines(cfg: ModelConfig, plan: Plan, trace: StepTrace) -> str:
+    policy = trace.policy
+    lines = [
+        f"traced from shapes: one device of each stage, a chunk of {plan.tokens:,} tokens; products in {policy.dtype}, "
+        f"experts by {policy.experts!r}, remat {policy.remat!r}",
+    ]
+    if trace.capacity:
+        router = cfg.moe.router
+        sends = "sender" if not trace.first else "forwarding device"
+        node = f", {trace.first:,} for a node" if trace.first else ""
+        lines.append(
+            f"load taken as balanced: {plan.tokens * router.top_k / router.num_experts:g} tokens of a device for each of "
+            f"{router.num_experts} experts; room for {trace.capacity:,} from a {sends}{node}"
+        )
+    return "\n".join(lines)
+
+
+def _rank_lines(cfg: ModelConfig, specs: Tree, plan: Plan, trace: StepTrace) -> str:
+    ranks = rank_checks(cfg, specs, plan, trace)
+    rows: list[tuple[str, ...]] = []
+    start = 0
+    for rank, each in enumerate(ranks):
+        if rank + 1 < len(ranks) and ranks[rank + 1] == each:
+            continue
+        name, traced, want = str(rank) if rank == start else f"{start}-{rank}", sum(each.flops), sum(each.flops_formula)
+        rows.append(
+            (name, f"{each.params:,}", f"{each.params_formula:,}", f"{traced / 1e15:.3f}", f"{want / 1e15:.3f}",
+             f"{traced / want:.4f}")
+        )  # fmt: skip
+        start = rank + 1
+    head = ("a device of rank", "parameters", "formula", "PFLOPs a step", "formula", "ratio")
+    return text_table(head, rows) + "\n" + "\n".join(_total_lines(cfg, specs, plan, trace, ranks))
+
+
+def _total_lines(cfg: ModelConfig, specs: Tree, plan: Plan, trace: StepTrace, ranks: Sequence[Rank]) -> list[str]:
+    lines = []
+    for what, mtp in (("model", False), ("MTP modules", True))[: 1 + (plan.mtp and cfg.num_mtp_layers > 0)]:
+        traced, want = traced_params(specs, plan, trace, mtp=mtp), sum(params_by_part(cfg, specs, mtp=mtp).values())
+        equal = "equal to the formula" if traced == want else f"NOT equal to the formula's {want:,}"
+        lines.append(f"parameters of the {what}, over all ranks: {traced:,}, {equal}")
+    flops = flops_by_part(cfg, specs, length=plan.length, recompute=plan.recompute, mtp=plan.mtp)
+    tokens, calls = plan.batch * plan.length, model_calls(trace)
+    traced = sum(sum(each.flops) for each in ranks) * plan.data * plan.expert
+    padding = sum_products(
+        d.flops.times(calls[d.piece]) for d in step_differences(cfg, specs, plan, trace) if d.reason in PADDING
+    )
+    padded = sum(padding) * tokens // plan.tokens
+    again = flops.hardware - flops.model
+    lines.append(
+        f"a step of {tokens:,} tokens on {plan.devices:,} devices: {traced / 1e18:.4f} EFLOPs traced; by formula "
+        f"{flops.model * tokens / 1e18:.4f} and {again * tokens / 1e18:.4f} computed again: "
+        f"ratio {traced / (flops.hardware * tokens):.4f}"
+    )
+    lines.append(f"rows that belong to no token: {padded / 1e18:.4f} EFLOPs, {padded / traced:.2%} of what was traced")
+    return lines
+
+
+def _kept_lines(cfg: ModelConfig, plan: Plan, trace: StepTrace) -> str:
+    found = kept_bytes(cfg, plan, trace)
+    rows = []
+    for unit, (kept, gathered, planned) in found.items():
+        values = [f"{value:,.0f}" for value in (kept, gathered, planned)]
+        ratios = [f"{value / planned:.2f}" for value in (kept - gathered, kept)]
+        rows.append((unit, *values, *ratios, f"{kept * plan.tokens / GB:.2f}"))
+    head = ("kept, bytes a token", "traced", "of it weights", "plan", "ratio without", "ratio", "GB a chunk")
+    return text_table(head, rows)
 
 
 def describe(plan: Plan) -> str:

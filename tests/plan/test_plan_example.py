@@ -40,6 +40,7 @@ GOOD = {
     "slow": ["--set=flops_fraction=0.3", "--set=ib_bandwidth=25e9"],
     "tiny": ["--preset=tiny", "--mesh=data:2", "--schedule=one_f_one_b", "--batch=8", "--length=32", "--tokens=1e6"],
     "search": ["--search", "--devices=2048"],
+    "trace": ["--trace"],
     "serve": ["--serve=64", "--mesh=expert:32", "--weights_dtype=fp8", "--batch=32", "--mtp=false"],
 }
 BAD = {
@@ -52,6 +53,8 @@ BAD = {
     "no number": (["--set=memory"], "--set=memory, want field=number"),
     "any": (["--schedule=any"], "--schedule=any wants --search"),
     "both": (["--search", "--mesh=data:2"], "--search wants no --mesh"),
+    "a trace of many": (["--trace", "--search"], "--trace excludes --search and --serve"),
+    "a trace": (["--trace", "--mesh=expert:2,data:3"], "dualpipe wants an even number of pipe ranks, not 1"),
     "a file": (["--config=nowhere"], "nowhere"),
     "a preset": (["--preset=deepseek-v9"], "flag --preset=deepseek-v9"),
     "serving": (["--serve=1", "--mesh=expert:24"], "256 experts are not divisible by expert:24"),
@@ -94,7 +97,8 @@ def test_the_published_run_is_shown(results):
 
 def test_the_document_shows_what_the_program_prints(results):
     blocks = re.findall(r"```text\n(.*?)```", DOCUMENT, re.S)
-    assert [block.rstrip() for block in blocks] == [results[what][1].rstrip() for what in ("published", "search", "serve")]
+    shown = ("published", "search", "trace", "serve")
+    assert [block.rstrip() for block in blocks] == [results[what][1].rstrip() for what in shown]
 
 
 @pytest.mark.parametrize("flags", WHAT_IF)
@@ -118,5 +122,6 @@ def test_what_if(results):
     assert results["tiny"][0] == 0 and "tiny on 2 H800" in results["tiny"][1]
     code, out, _ = results["search"]
     assert code == 0 and "pipe:16,expert:64,data:2  dualpipe " in "\n".join(out.splitlines()[3:5])
+    assert results["trace"][0] == 0 and "NOT" not in results["trace"][1]
     code, out, _ = results["serve"]
     assert code == 0 and "latent cache: 70,272 bytes a token" in out
