@@ -5,7 +5,7 @@ The names below are the contract; everything else is reached through the package
 
 from dsv3.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig, YarnConfig
 from dsv3.layout import make_layouts, zero_layouts
-from dsv3.nn.cache import Cache, cache_append, cache_init
+from dsv3.nn.cache import Cache, cache_append, cache_init, cache_specs
 from dsv3.nn.mla import mla_apply, mla_specs
 from dsv3.nn.model import (
     ModelOutput,
@@ -16,6 +16,7 @@ from dsv3.nn.model import (
     model_init,
     model_specs,
     mtp_chain,
+    output_specs,
     router_init,
 )
 from dsv3.nn.moe import moe_apply, moe_specs
@@ -53,6 +54,7 @@ __all__ = [
     "adamw",
     "cache_append",
     "cache_init",
+    "cache_specs",
     "count_params",
     "default_policy",
     "fp8_dequantize",
@@ -71,6 +73,7 @@ __all__ = [
     "moe_apply",
     "moe_specs",
     "mtp_chain",
+    "output_specs",
     "place_state",
     "preset",
     "pretrain_loss",

@@ -172,6 +172,7 @@ class RouterConfig:
             g == 1 or e // g >= 2,
             f"RouterConfig: a group's score is the sum of its two best experts, but {e} experts in {g} groups are one each",
         )
+        check(self.scale > 0, f"RouterConfig: `scale` is {self.scale}, want > 0")
         check_choice("RouterConfig", "group_mask", self.group_mask, ("-inf", "zero"))
 
 

@@ -1,4 +1,4 @@
-"""Layouts: which mesh axis shards which dimension of which parameter, as data.
+"""Layouts: which mesh axis shards which dimension of which tensor, as data.
 
 Rules map the logical axes of `ParamSpec`s to mesh axes. A layout that cannot be is refused here, by leaf, shape and rule,
 not by the compiler.
@@ -26,19 +26,20 @@ RULES: LayoutRules = {"expert": "expert"}
 
 
 def make_layouts(specs: Tree, mesh: dtensor.Mesh, rules: LayoutRules = RULES) -> Tree:
-    """Returns a tree of `dtensor.Layout`s that mirrors the parameters.
+    """Returns a tree of `dtensor.Layout`s that mirrors the specs.
 
     Args:
-      specs: a tree of `ParamSpec`, e.g. from `model_specs`.
+      specs: a tree of `ParamSpec`: parameters (`model_specs`), a cache (`cache_specs`), activations (`output_specs`).
       mesh: the devices, with named axes.
       rules: see `LayoutRules`.
 
     Returns:
-      A tree like `specs`; `dtensor.relayout(leaf, layout)` places a leaf.
+      A tree like `specs`; `parallel.mesh.place(leaf, layout)` places a leaf. Optimiser moments and gradients lie as their
+      parameters.
 
     Raises:
-      ValueError: a rule for an axis that no parameter or mesh has, a dimension that does not divide, or a mesh axis used
-        twice in one parameter, naming the leaf.
+      ValueError: a rule for an axis that no leaf or mesh has, a dimension that does not divide, or a mesh axis used
+        twice in one leaf, naming the leaf.
     """
     known = {axis for spec in tree.flatten(specs) for axis in spec.axes}
     if rules is RULES:
@@ -46,7 +47,7 @@ def make_layouts(specs: Tree, mesh: dtensor.Mesh, rules: LayoutRules = RULES) ->
     for logical, axis in rules.items():
         check(
             logical in known,
-            f"make_layouts: rule {logical!r} -> {axis!r}: no parameter has that axis, only {sorted(known)}",
+            f"make_layouts: rule {logical!r} -> {axis!r}: no leaf has that axis, only {sorted(known)}",
         )
         check(
             axis is None or axis in mesh.dim_names,

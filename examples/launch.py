@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 FOLLOWER = -signal.SIGUSR2  # of a client that ends because another one has, see dsv3/parallel/watch.py
 GRACE = 4.0  # seconds in which the others may end by themselves, and again after SIGTERM
@@ -34,19 +34,17 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(command: Sequence[str], count: int) -> list[subprocess.Popen]:
-    """Starts the clients, each in a group of its own, so that signals come from here alone."""
+def start(command: Sequence[str], count: int) -> Iterator[subprocess.Popen]:
+    """Starts the clients one by one, each in a group of its own, so that signals come from here alone."""
     *ports, watch = free_ports(count + 1)
     common = {"DTENSOR_JOBS": ",".join(f"127.0.0.1:{port}" for port in ports), "DTENSOR_NUM_CLIENTS": str(count)}
-    clients = []
     for client in range(count):
         env = os.environ | common | {"DTENSOR_CLIENT_ID": str(client), "DSV3_WATCH_PORT": str(watch)}
         pipes = {} if client == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, process_group=0, **pipes)
-        clients.append(process)
         if client:
             threading.Thread(target=show, args=(client, process), daemon=True).start()
-    return clients
+        yield process
 
 
 def show(client: int, process: subprocess.Popen) -> None:
@@ -111,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    clients += start([sys.executable, *args.command], args.num_clients)
+    for client in start([sys.executable, *args.command], args.num_clients):
+        clients.append(client)
+        for number in asked:  # it was not there yet
+            send([client], number)
     failed = wait_for_failure(clients)
     if asked:  # they end in order, which may take a while: the checkpoint is written
         for process in clients:

@@ -24,7 +24,7 @@ import time
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
-from command import flag_parser
+from command import check_axes, flag_parser
 
 import dsv3
 from dsv3 import pipeline
@@ -61,6 +61,11 @@ def main(argv: list[str]) -> int:
         count = 1 if others is None else len(others.jobs)
         alone = count == 1 or (len(sizes) == 1 and sizes[0] % count == 0)
         check(alone, f"with {count} processes give one --mesh whose devices they can share")
+        for mesh in FLAGS.mesh:
+            check_axes(
+                mesh, dsv3.preset(FLAGS.preset), rows=FLAGS.batch_size, micro_batches=FLAGS.micro_batches,
+                schedule=FLAGS.schedule, nodes=FLAGS.expert_nodes, processes=count, what=f"--batch_size {FLAGS.batch_size}",
+            )  # fmt: skip
         with start_clients(max(sizes) // count, common={"arguments": sys.argv[1:]}) as clients:
             rows = [HEAD, *(measure(mesh) for mesh in FLAGS.mesh)]
     except ValueError as error:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from absl import flags
+from command import check_axes
 from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
 
 import dsv3
-from dsv3 import pipeline
 from dsv3.checks import check, check_token_ids
 from dsv3.data import (
     Document,
@@ -211,26 +211,11 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
         for name in ("zero", "schedule", "expert_nodes"):
             check(not FLAGS[name].present, f"--{name} is given, but no --mesh")
         return
-    sizes = parse_axes(FLAGS.mesh)
-    devices, experts = math.prod(sizes.values()), cfg.moe.router.num_experts
-    fits = devices % processes == 0
-    check(fits, f"--mesh {FLAGS.mesh} has {devices} devices, want a multiple of the {processes} processes")
-    ranks = sizes.get("pipe", 1)
-    pipeline.SCHEDULES[FLAGS.schedule](ranks, FLAGS.accumulate)  # refuses numbers that it cannot order
-    rows, ways = FLAGS.batch_size // FLAGS.accumulate, sizes.get("data", 1) * sizes.get("expert", 1)
-    check(
-        rows % ways == 0,
-        f"--batch_size {FLAGS.batch_size} with --accumulate {FLAGS.accumulate} has {rows} rows in a micro-batch, want a "
-        f"multiple of {ways}, the devices on data and expert",
-    )
-    check(
-        experts % sizes.get("expert", 1) == 0,
-        f"the model has {experts} experts, want a multiple of the {sizes.get('expert')} devices on expert",
-    )
-    check(
-        sizes.get("expert", 1) % FLAGS.expert_nodes == 0,
-        f"--expert_nodes is {FLAGS.expert_nodes}, want a divisor of {sizes.get('expert', 1)}, the devices on expert",
-    )
+    rows = FLAGS.batch_size // FLAGS.accumulate
+    check_axes(
+        FLAGS.mesh, cfg, rows=rows, micro_batches=FLAGS.accumulate, schedule=FLAGS.schedule, nodes=FLAGS.expert_nodes,
+        processes=processes, what=f"--batch_size {FLAGS.batch_size} with --accumulate {FLAGS.accumulate}",
+    )  # fmt: skip
 
 
 _lock = None  # the open lock file: it is held as long as the process lives

@@ -114,6 +114,8 @@ MODEL = [
         "dsv3.nn.model.mtp_chain", chain_inputs, {"cfg": CFG, "policy": PLAIN},
         lambda: {"next_tokens": random_tokens(CFG, 2, 2)}, ROUTED, tolerance=1e-5,
     ),
+    Entry("dsv3.nn.model.output_specs", static={"cfg": CFG, "batch": 2, "length": 3}, python=True),
+    Entry("dsv3.nn.cache.cache_specs", static={"cfg": CFG, "batch": 2, "size": 3}, python=True),
     Entry("dsv3.nn.cache.cache_init", static={"cfg": CFG, "batch": 2, "size": 3}, python=True),
     Entry(
         "dsv3.nn.cache.cache_append", cache_inputs,

@@ -60,7 +60,7 @@ def test_impossible_layouts_name_leaf_shape_and_rule():
     )
     lines = out.splitlines()
     assert "rule 'expert' -> 'model': the mesh has only the axes ['data', 'expert']" in lines[0]
-    assert "rule 'banana' -> 'data': no parameter has that axis" in lines[1]
+    assert "rule 'banana' -> 'data': no leaf has that axis" in lines[1]
     assert lines[2].startswith("make_layouts: `dense.attn_norm` has shape (1, 32) ['layer', 'embed']")
     assert "1 is not divisible by the axis's 4 devices" in lines[2]
     assert "two of its dims" in lines[3]

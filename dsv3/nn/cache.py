@@ -9,6 +9,7 @@ import tensorflow as tf
 from dsv3.checks import Dims, check
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
+from dsv3.spec import ParamSpec
 from dsv3.typing import TensorLike
 
 
@@ -22,6 +23,25 @@ class Cache(NamedTuple):
 
     kv: tf.Tensor
     length: tf.Tensor
+
+
+def cache_specs(
+    cfg: ModelConfig, batch: int, size: int, *, dtype: tf.DType | str = tf.bfloat16, layers: int | None = None
+) -> Cache:
+    """Describes a cache, e.g. to lay out its rows: `make_layouts(cache_specs(cfg, 8, 100), mesh, {"batch": "data"})`.
+
+    Args:
+      cfg, batch, size, dtype, layers: see `cache_init`.
+
+    Returns:
+      `Cache` of `ParamSpec`s with the logical axes `"layer"`, `"batch"`, `"time"` and `"latent"`.
+    """
+    check(batch > 0 and size > 0, f"cache_specs: batch={batch} and size={size}, want both > 0")
+    shape = (cfg.num_layers if layers is None else layers, batch, size, cfg.mla.cache_width)
+    return Cache(
+        ParamSpec(shape, ("layer", "batch", "time", "latent"), init="zeros", dtype=tf.as_dtype(dtype).name),
+        ParamSpec((batch,), ("batch",), init="zeros", dtype="int32"),
+    )
 
 
 def cache_init(
@@ -39,8 +59,8 @@ def cache_init(
       `Cache` of `[X, B, S, L+R]` zeros.
     """
     check(batch > 0 and size > 0, f"cache_init: batch={batch} and size={size}, want both > 0")
-    shape = [cfg.num_layers if layers is None else layers, batch, size, cfg.mla.cache_width]
-    return Cache(tf.zeros(shape, dtype), tf.zeros([batch], tf.int32))
+    specs = cache_specs(cfg, batch, size, dtype=dtype, layers=layers)
+    return Cache(*(tf.zeros(spec.shape, spec.dtype) for spec in specs))
 
 
 @plain

@@ -93,6 +93,35 @@ def model_specs(cfg: ModelConfig) -> ModelParams:
     )
 
 
+def output_specs(cfg: ModelConfig, batch: int, length: int, *, dtype: tf.DType | str = tf.float32) -> ModelOutput:
+    """Describes what `model_apply` computes, e.g. to lay out activations: `make_layouts(specs, mesh, {"batch": "data"})`.
+
+    Args:
+      cfg: the configuration.
+      batch: B, rows. length: T, tokens of a row.
+      dtype: the compute dtype.
+
+    Returns:
+      `ModelOutput` of `ParamSpec`s with the logical axes `"layer"`, `"batch"`, `"time"`, `"embed"`, `"vocab"`, `"latent"`,
+      `"expert"` and `"choice"`. Load and balance loss are sums over the batch, so no rule for rows shards them.
+    """
+    check(batch > 0 and length > 0, f"output_specs: batch={batch} and length={length}, want both > 0")
+    name, layers, r = tf.as_dtype(dtype).name, cfg.num_moe_layers, cfg.moe.router
+
+    def one(shape, *axes, dtype=name):
+        return ParamSpec(shape, axes, init="zeros", dtype=dtype)
+
+    rows = (batch, length)
+    hidden = one((*rows, cfg.hidden_size), "batch", "time", "embed")
+    stats = RouterStats(
+        one((layers, r.num_experts), "layer", "expert", dtype="float32"), one((layers,), "layer", dtype="float32"),
+        one((layers, *rows, r.top_k), "layer", "batch", "time", "choice", dtype="int32"),
+    )  # fmt: skip
+    entries = one((cfg.num_layers, *rows, cfg.mla.cache_width), "layer", "batch", "time", "latent")
+    logits = one((*rows, cfg.vocab_size), "batch", "time", "vocab")
+    return ModelOutput(logits, hidden, hidden, stats if layers else (), entries)
+
+
 @plain
 def model_init(key: TensorLike, cfg: ModelConfig, *, dtype: tf.DType | str = tf.float32) -> ModelParams:
     """Draws initial parameters: normal weights of deviation `cfg.init_std`, norms of one.

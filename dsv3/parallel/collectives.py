@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
+from tensorflow.python.eager import context
+from tensorflow.python.framework import errors
 
 from dsv3.checks import check
 from dsv3.parallel.groups import Group, mesh_groups
@@ -36,18 +38,17 @@ def all_to_all(parts: Sequence[tf.Tensor], groups: Sequence[Group]) -> list[tf.T
     fits = shape.rank >= 1 and shape[0] == ways
     check(fits, f"all_to_all: a part has shape {shape}, want [{ways}, ...] for groups of {ways}")
     found = list(parts)
-    apart = tuple(group for group in groups if not group.local)
     for group in groups if ways > 1 else ():
         if group.local:
             rows = [tf.unstack(parts[member.part]) for member in group.here]
             for member in group.here:
                 with on_device(member.device):
                     found[member.part] = tf.stack([row[member.place] for row in rows])
+    apart = tuple(group for group in groups if not group.local)
     if apart:
-        members = [member for group in apart for member in group.here]
-        sent = [parts[member.part] for member in members]
-        for member, part in zip(members, _collective("all_to_all", apart, shape, sent[0].dtype)(*sent)):
-            found[member.part] = part
+        for group, received in zip(apart, _run("all_to_all", apart, [_to_processes(parts, group) for group in apart])):
+            for i, member in enumerate(group.here):
+                found[member.part] = _by_device(received[:, :, i], group)
     return found
 
 
@@ -55,14 +56,59 @@ def gather_parts(parts: Sequence[tf.Tensor], group: Group) -> np.ndarray:
     """Returns the part of every device of a group, `[devices, ...]`, on the host of every process.
 
     Args:
-      parts: a small tensor for each local device, of the same shape everywhere.
+      parts: a small tensor for each local device, of the same shape everywhere; int32, int64, float32 or float64.
       group: from `mesh_groups`.
     """
+    mine = [parts[member.part] for member in group.here]
     if group.local:
-        return np.stack([parts[member.part].numpy() for member in group.here])
-    parts = [tf.cast(parts[member.part], tf.int32 if parts[0].dtype == tf.bool else parts[0].dtype) for member in group.here]
-    sent = [tf.expand_dims(part, 0) for part in parts]
-    return _collective("gather", (group,), sent[0].shape, sent[0].dtype)(*sent)[0].numpy()
+        return np.stack([part.numpy() for part in mine])
+    mine += [mine[0]] * (_most(group) - len(mine))
+    (received,) = _run("gather", (group,), [tf.expand_dims(tf.stack(mine), 0)])
+    return _by_device(received, group).numpy()
+
+
+# Between processes a group's devices exchange through one of them in each process: TensorFlow's all-to-all names what goes
+# from device 1 to 10 and from 11 to 0 alike, so that a process may not have both.
+
+
+def _most(group: Group) -> int:
+    """The most devices that a process has in the group."""
+    return max(map(group.clients.count, group.clients))
+
+
+def _places(group: Group) -> list[list[int]]:
+    """The places of each process's devices, the processes in the order of TensorFlow's ranks."""
+    return [[place for place, owner in enumerate(group.clients) if owner == client] for client in _rank_order(group)]
+
+
+def _to_processes(parts: Sequence[tf.Tensor], group: Group) -> tf.Tensor:
+    """`[processes, i, j, ...]`: what device i of this process has for device j of another; filled up to `_most`."""
+    most, shape = _most(group), parts[0].shape[1:]
+    index = [place for places in _places(group) for place in (*places, *places[:1] * (most - len(places)))]
+    rows = [tf.reshape(tf.gather(parts[member.part], index), [-1, most, *shape]) for member in group.here]
+    return tf.stack(rows + rows[:1] * (most - len(rows)), 1)
+
+
+def _by_device(received: tf.Tensor, group: Group) -> tf.Tensor:
+    """`[processes, i, ...]`, by rank, to `[devices, ...]`."""
+    most = _most(group)
+    rows = {place: rank * most + i for rank, places in enumerate(_places(group)) for i, place in enumerate(places)}
+    flat = tf.reshape(received, [-1, *received.shape[2:]])
+    return tf.gather(flat, [rows[place] for place in range(len(group.devices))])
+
+
+@functools.cache
+def _rank_order(group: Group) -> list[int]:
+    """Returns a group's processes by their ranks: TensorFlow goes by the tasks' names, `10` before `2`.
+
+    It asks the group itself, so all of its processes have to come here at the same time.
+    """
+    mine = tf.constant([group.clients[group.here[0].place]])
+    return _run("gather", (group,), [mine])[0].numpy().tolist()
+
+
+def _run(kind: str, groups: tuple[Group, ...], sent: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    return _collective(kind, groups, tuple(tf.TensorSpec(part.shape, part.dtype) for part in sent))(*sent)
 
 
 def gather_mesh(parts: Sequence[tf.Tensor], mesh: dtensor.Mesh) -> np.ndarray:
@@ -78,30 +124,27 @@ def gather_mesh(parts: Sequence[tf.Tensor], mesh: dtensor.Mesh) -> np.ndarray:
 
 
 @functools.cache
-def _collective(kind: str, groups: tuple[Group, ...], shape: tf.TensorShape, dtype: tf.DType):
-    """A program of all local devices' operations, which wait for each other, as they do for those of other processes.
+def _collective(kind: str, groups: tuple[Group, ...], specs: tuple[tf.TensorSpec, ...]):
+    """A program of the operations of all groups, which wait for each other, as they do for those of other processes.
 
     So it must not run one after the other, as a `tf.function` runs operations with a state.
     """
+    op = {"gather": tf.raw_ops.CollectiveGatherV2, "all_to_all": tf.raw_ops.CollectiveAllToAllV2}[kind]
 
-    def run(*parts):
+    def run(*sent):
         found = []
-        for group in groups:
-            key = collective_key(kind, group.devices, shape, dtype)
-            for member in group.here:
-                with tf.device(member.device):
-                    part = tf.identity(parts[len(found)])
-                    given = {"input": part, "group_size": len(group.devices), "group_key": key, "instance_key": 1}
-                    op = tf.raw_ops.CollectiveGatherV2 if kind == "gather" else tf.raw_ops.CollectiveAllToAllV2
-                    found.append(op(**given, ordering_token=[]))
+        for group, part in zip(groups, sent):
+            instance = collective_key(kind, part.shape, part.dtype)  # another shape under the same key would be an error
+            given = {"group_size": len(set(group.clients)), "group_key": collective_key(group.devices)}
+            with tf.device(group.here[0].device):
+                found.append(op(input=tf.identity(part), instance_key=instance, ordering_token=[], **given))
         return found
 
-    count = sum(len(group.here) for group in groups)
-    return tf.compat.v1.wrap_function(run, [tf.TensorSpec(shape, dtype)] * count)
+    return tf.compat.v1.wrap_function(run, list(specs))
 
 
 def collective_key(*identity: object) -> int:
-    """Returns the number under which TensorFlow's runtime knows a group: the same in every process, far from DTensor's."""
+    """Returns a number for a group, or for what it exchanges: the same in every process, far from DTensor's."""
     return zlib.crc32(repr(identity).encode()) & 0x3FFFFFFF | 0x40000000
 
 
@@ -120,7 +163,7 @@ class Mail:
         self._spec, self._ranks = spec, [
             {place.place: place for place in group.here}
             for pipe in range(axis_size(mesh, "pipe"))
-            for group in mesh_groups(mesh, ("data", "node", "expert"), pipe=pipe) or [Group((), ())]
+            for group in mesh_groups(mesh, ("data", "node", "expert"), pipe=pipe) or [Group((), (), ())]
         ]
         each = len(mesh.local_devices())
         self._clients = np.asarray(mesh.global_device_ids()).reshape(axis_size(mesh, "pipe"), -1) // each
@@ -138,7 +181,14 @@ class Mail:
                 self._arrived.setdefault((target, tag), {})[member.place] = tf.identity(part)
 
     def receive(self, source: int, target: int, tag: int) -> list[tf.Tensor]:
-        """Returns, for each local device of rank `target`, what rank `source` has sent; waits for it."""
+        """Returns, for each local device of rank `target`, what rank `source` has sent; waits for it.
+
+        Raises:
+          Exception: what an earlier sending has failed with.
+        """
+        for sent in [sent for sent in self._sending if sent.done()]:
+            self._sending.remove(sent)
+            sent.result()
         near, found = self._arrived.pop((target, tag), {}), []
         for member in self._ranks[target].values():
             if member.place in near:
@@ -146,7 +196,8 @@ class Mail:
                 continue
             given = self._keys(source, target, tag, member.place)
             with tf.device("CPU:0"):
-                part = tf.raw_ops.CollectiveBcastRecvV2(shape=self._spec.shape, T=self._spec.dtype, **given)
+                part = tf.raw_ops.CollectiveBcastRecvV2(shape=self._spec.shape, T=_wire_dtype(self._spec.dtype), **given)
+                part = tf.bitcast(part, self._spec.dtype)
             with on_device(member.device):
                 found.append(tf.identity(part))
         return found
@@ -158,12 +209,18 @@ class Mail:
 
     def _post(self, part: tf.Tensor, *where: int) -> None:
         with tf.device("CPU:0"):
-            tf.raw_ops.CollectiveBcastSendV2(input=tf.identity(part), **self._keys(*where))
+            part = tf.bitcast(tf.identity(part), _wire_dtype(self._spec.dtype))
+            tf.raw_ops.CollectiveBcastSendV2(input=part, **self._keys(*where))
 
     def _keys(self, source: int, target: int, tag: int, place: int) -> dict[str, int]:
         clients = (int(self._clients[source, place]), int(self._clients[target, place]))
         key = collective_key("mail", *clients, source, target, place, self._spec.shape, self._spec.dtype)
         return {"group_size": 2, "group_key": key, "instance_key": tag}
+
+
+def _wire_dtype(dtype: tf.DType) -> tf.DType:
+    """A dtype of the same width that TensorFlow's sending operation takes, which does not take bfloat16."""
+    return tf.float16 if dtype == tf.bfloat16 else dtype
 
 
 def _in_thread(fn, *args) -> concurrent.futures.Future:
@@ -175,6 +232,8 @@ def _in_thread(fn, *args) -> concurrent.futures.Future:
             future.set_result(fn(*args))
         except BaseException as error:
             future.set_exception(error)
+            # Whoever waits here for something that depends on it would wait for ever.
+            context.context().abort_collective_ops(errors.INTERNAL, f"sending to another process has failed: {error}")
 
     threading.Thread(target=run, daemon=True).start()
     return future

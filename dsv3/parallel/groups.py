@@ -24,9 +24,10 @@ class Member(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Devices in the order in which they exchange: their numbers in the mesh, and those of this process."""
+    """Devices in the order in which they exchange: their numbers in the mesh, their processes, and those of this process."""
 
     devices: tuple[int, ...]
+    clients: tuple[int, ...]
     here: tuple[Member, ...]
 
     @property
@@ -68,9 +69,9 @@ def mesh_groups(
     part_of = {number: (part, name) for part, (number, name) in enumerate(held)}
     inner = [GRID.index(axis) for axis in axes]
     order = [i for i in range(len(GRID)) if i not in inner] + inner
-    found = []
+    found, each = [], len(mesh.local_devices())
     for devices in grid.transpose(order).reshape([-1, int(np.prod([grid.shape[i] for i in inner]))]).tolist():
         here = tuple(Member(place, *part_of[n]) for place, n in enumerate(devices) if n in part_of)
         if here:
-            found.append(Group(tuple(devices), here))
+            found.append(Group(tuple(devices), tuple(n // each for n in devices), here))
     return tuple(found)

@@ -116,6 +116,15 @@ def on_device(device: str) -> Iterator[None]:
         yield
 
 
+def may_exchange(mesh: dtensor.Mesh, axis: str) -> bool:
+    """Whether DTensor may shard a tensor over an axis on another dim, in one exchange.
+
+    With more than ten devices it gives wrong rows, as it orders processes by number and TensorFlow's all-to-all by name, or
+    fails, as that takes what goes from device 1 to 10 and from 11 to 0 for the same. Gathers and sums are right.
+    """
+    return axis_size(mesh, axis) <= 10
+
+
 def make_layout(mesh: dtensor.Mesh, axes: Sequence[str | None]) -> dtensor.Layout:
     """Returns a layout with a mesh axis, or `None`, for each dim; axes that the mesh does not have shard nothing."""
     return dtensor.Layout([a if a in mesh.dim_names else dtensor.UNSHARDED for a in axes], mesh)

@@ -1,8 +1,8 @@
 """A tape of pieces: functions that run on every local device alike, and the exchanges between them.
 
 The forward pass of a stage is a generator that calls pieces and yields each `Exchange` that it needs; whoever drives it
-makes the exchange and sends the result back. Thus a forward and a backward pass can take turns. The backward pass walks the
-tape in reverse, again as a generator, with every piece split in two (see `vjp`).
+makes the exchange and sends the result back. The backward pass walks the tape in reverse, again as a generator, with every
+piece split in two (see `vjp`). Where a forward and a backward pass may take turns, both yield a `Turn`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class Capacity:
     to_nodes: Value | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A request without an answer: here another pass may go on first."""
+
+
 @dataclasses.dataclass(eq=False, frozen=True)
 class Piece:
     """A pure function `fn(params, *inputs) -> tree`.
@@ -92,6 +97,11 @@ class _Swap:
     over: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    turn: bool
+
+
 @dataclasses.dataclass(eq=False)
 class Tape:
     """The calls and exchanges of one forward pass, for the devices that it ran on."""
@@ -133,6 +143,10 @@ class Tape:
         self.records.append(_Swap(value.key, result.key, over))
         return result
 
+    def mark(self, *, turn: bool) -> None:
+        """Marks where the backward pass does the weights' work that has come up; with `turn` it yields one then."""
+        self.records.append(_Mark(turn))
+
 
 def _split_name(name: str) -> tuple[str, str]:
     top, dot, rest = name.partition(".")
@@ -145,8 +159,10 @@ Gradients = dict[str, list[tf.Tensor]]
 
 def backward(
     tape: Tape, seeds: dict[object, Any], grads: Gradients, *, deferred: list[Callable[[], None]] | None = None
-) -> Generator[Exchange, Value, dict[object, list]]:
-    """Walks a tape in reverse; yields the exchanges of gradients.
+) -> Generator[Any, Any, dict[object, list]]:
+    """Walks a tape in reverse; yields the exchanges of gradients, and turns.
+
+    The weights' part of a piece's work comes at the next mark, so that a gradient's exchange can start before it.
 
     Args:
       tape: a finished forward pass. Its records are taken off, so that what they hold is freed.
@@ -158,8 +174,14 @@ def backward(
       By the key of a value that nothing on the tape made, its gradient.
     """
     cotangents: dict[object, list] = {key: list(parts) for key, parts in seeds.items()}
+    pending: list[Callable[[], None]] = []
     while tape.records:
         record = tape.records.pop()
+        if isinstance(record, _Mark):
+            _finish(pending)
+            if record.turn:
+                yield Turn()
+            continue
         if isinstance(record, _Swap):
             d = cotangents.pop(record.result, None)
             if d is not None:
@@ -168,11 +190,19 @@ def backward(
             continue
         d_outputs = [cotangents.pop(key, None) for key in record.results]
         if any(d is not None for d in d_outputs):
-            _call_backward(tape.devices, record, d_outputs, cotangents, grads, deferred)
+            later = pending if deferred is None else deferred
+            later.append(_call_backward(tape.devices, record, d_outputs, cotangents, grads))
+    _finish(pending)
     return cotangents
 
 
-def _call_backward(devices, record: _Call, d_outputs, cotangents, grads: Gradients, deferred) -> None:
+def _finish(pending: list[Callable[[], None]]) -> None:
+    while pending:
+        pending.pop(0)()
+
+
+def _call_backward(devices, record: _Call, d_outputs, cotangents, grads: Gradients) -> Callable[[], None]:
+    """Adds the gradients of a call's inputs to `cotangents`; returns what adds those of its weights to `grads`."""
     vjp, params, inputs, names = record.vjp, record.params, record.inputs, record.names
     d_inputs, messages, kept = [], [], []
     for i, device in enumerate(devices):
@@ -195,10 +225,7 @@ def _call_backward(devices, record: _Call, d_outputs, cotangents, grads: Gradien
                     if g is not None:
                         _add_gradient(grads, name, i, len(devices), g)
 
-    if deferred is None:
-        weights()
-    else:
-        deferred.append(weights)
+    return weights
 
 
 def _accumulate(devices, cotangents: dict[object, list], key: object, parts: list) -> None:

@@ -26,7 +26,7 @@ from dsv3.config import ModelConfig
 from dsv3.layout import expert_dim
 from dsv3.nn.model import RouterState, cast_params
 from dsv3.ops.dispatch import dispatch_capacity
-from dsv3.parallel.tape import Capacity, Piece, Tape, Value, backward
+from dsv3.parallel.tape import Capacity, Exchange, Piece, Tape, Value, backward
 from dsv3.parallel.vjp import SplitVjp
 from dsv3.pipeline import SCHEDULES as TABLES
 from dsv3.pipeline import Schedule
@@ -376,10 +376,10 @@ class _Recorder:
         reply = None
         try:
             while True:
-                request = program.send(reply)
+                request, reply = program.send(reply), None
                 if isinstance(request, Capacity):
                     reply = self._capacity(request)
-                else:
+                elif isinstance(request, Exchange):
                     reply = Value((_placeholder(request.value.parts[0]),))
         except StopIteration as end:
             return end.value

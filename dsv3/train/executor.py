@@ -2,7 +2,7 @@
 
 A rank is the devices of one place on the axis `pipe`. What a stage's forward pass keeps for its backward lives on that
 stage's tape, from its F to its B, or to its W where the table splits the backward: the table bounds the memory. An entry
-of two tasks runs them in turns, changing at each exchange between devices.
+of two tasks runs them in turns, their pieces in the order of `pipeline.expand_pieces`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsv3.config import ModelConfig
 from dsv3.nn.model import RouterState
 from dsv3.parallel.collectives import Mail
 from dsv3.parallel.mesh import on_device
-from dsv3.parallel.tape import Gradients, Tape, Value, backward
+from dsv3.parallel.tape import Gradients, Tape, Turn, Value, backward
 from dsv3.pipeline import Schedule, Task, schedule_order
 from dsv3.train.pieces import ModelPieces, StageBatch, StageOutput, stage_forward
 from dsv3.train.stages import StageCut
@@ -111,6 +111,7 @@ class _Executor:
         last = task.stage == self._schedule.stages - 1
         kept[key] = _Kept(tape, None if x is None else x.key)
         self.results[rank].held = max(self.results[rank].held, len(kept))
+        yield Turn()  # the backward pass of a pair begins
         out = yield from stage_forward(
             tape, self._pieces, r.params[task.direction], r.router, x, r.batch(task.micro_batch),
             layers=self._cut.layers(task.stage), last=last, cfg=self._cfg,
@@ -201,11 +202,13 @@ def run_schedule(
 
 
 def take_turns(programs: Sequence[Generator], answer: Callable[[Any], Any]) -> None:
-    """Runs generators of requests to their ends, each up to its next request in turn."""
-    waiting: list[tuple[Generator, Any]] = [(program, None) for program in programs]
+    """Runs generators of requests to their ends, changing from one to the next where one yields a `Turn`."""
+    waiting = list(programs)
     while waiting:
-        program, reply = waiting.pop(0)
+        program, reply = waiting.pop(0), None
         try:
-            waiting.append((program, answer(program.send(reply))))
+            while not isinstance(request := program.send(reply), Turn):
+                reply = answer(request)
+            waiting.append(program)
         except StopIteration:
             pass

@@ -16,7 +16,7 @@ import tensorflow as tf
 from dsv3.config import ModelConfig
 from dsv3.ops.dispatch import dispatch_combine, dispatch_gather, dispatch_nodes, dispatch_slots
 from dsv3.ops.experts import experts_apply
-from dsv3.parallel.tape import Capacity, Piece, Tape, Value
+from dsv3.parallel.tape import Capacity, Piece, Tape, Turn, Value
 from dsv3.policy import ComputePolicy
 from dsv3.typing import Tree
 
@@ -37,15 +37,16 @@ class Mixed(NamedTuple):
 
 
 class ExpertPieces(NamedTuple):
-    """The pieces, some made for a capacity. `to_nodes` and `from_nodes` are a token's side of the way between nodes, and
-    `None` with one node; `dispatch` and `combine` are then the token's side of the way to the experts, else the forwarder's.
+    """The pieces, those that fill buffers made for a capacity. `to_nodes` and `from_nodes` are a token's side of the way
+    between nodes, and `None` with one node; `dispatch` and `combine` are then the token's side of the way to the experts,
+    else the forwarder's.
     """
 
     to_nodes: Callable[[int], Piece] | None
     dispatch: Callable[[int], Piece]
     experts: Piece
-    combine: Callable[[int], Piece]
-    from_nodes: Callable[[int], Piece] | None
+    combine: Piece
+    from_nodes: Piece | None
 
 
 def node_load(experts: tf.Tensor, num_experts: int, nodes: int) -> tf.Tensor:
@@ -110,24 +111,27 @@ def expert_pieces(
     def summed(rows, slots, tokens):
         return dispatch_combine(tf.reshape(rows, [-1, d]), tokens, slots, partial=partial, fuse=policy.fuse)
 
-    def back(x, rows, slots, tokens, shared):
+    def back(_, x, rows, slots, tokens, *shared):
         out = tf.reshape(summed(rows, slots, tokens), x.shape)
         return x + (out + shared[0] if shared else out)
 
-    @functools.cache
-    def combine(capacity: int) -> Piece:
-        if partial:
-            return make(lambda _, rows, slots, tokens: tf.reshape(summed(rows, slots, tokens), [nodes, -1, d]))
-        return make(lambda _, x, rows, slots, tokens, *shared: back(x, rows, slots, tokens, shared))
+    def combine(_, rows, slots, tokens):
+        return tf.reshape(summed(rows, slots, tokens), [nodes, -1, d])
 
     if not partial:
-        return ExpertPieces(None, dispatch, make(experts), combine, None)
-    to_nodes, from_nodes = _node_pieces(cfg, policy, make, nodes, dtype, back)
-    return ExpertPieces(to_nodes, dispatch, make(experts), combine, from_nodes)
+        return ExpertPieces(None, dispatch, make(experts), make(back), None)
+    to_nodes = _to_nodes(cfg, policy, make, nodes, dtype)
+    return ExpertPieces(to_nodes, dispatch, make(experts), make(combine), make(back))
 
 
-def _node_pieces(cfg: ModelConfig, policy: ComputePolicy, make, nodes: int, dtype: tf.DType | None, back) -> tuple:
-    """The way to the nodes and back. Buffers are `[nodes, capacity, …]`."""
+def _to_nodes(
+    cfg: ModelConfig, policy: ComputePolicy, make: Callable[..., Piece], nodes: int, dtype: tf.DType | None
+) -> Callable[[int], Piece]:
+    """The way to the nodes: a function of C, the rows for each, to the piece.
+
+    The piece gives the rows `[nodes, C, D]`, their gate values and experts within the node `[nodes, C, K]` (a gate value of
+    −1: none there), slots `[N, nodes]` and tokens `[nodes·C]`.
+    """
     e = cfg.moe.router.num_experts
     each = e // nodes
 
@@ -147,11 +151,7 @@ def _node_pieces(cfg: ModelConfig, policy: ComputePolicy, make, nodes: int, dtyp
 
         return make(fn)
 
-    @functools.cache
-    def from_nodes(capacity: int) -> Piece:
-        return make(lambda _, x, rows, slots, tokens, *shared: back(x, rows, slots, tokens, shared))
-
-    return to_nodes, from_nodes
+    return to_nodes
 
 
 def route(
@@ -159,7 +159,8 @@ def route(
 ) -> Generator[Any, Any, Value]:
     """From what the attention piece leaves to the block's output, as a generator of requests.
 
-    The capacities are those of the fullest expert, and node, on any device: no token is dropped.
+    The capacities are those of the fullest expert, and node, on any device: no token is dropped. Turns are where figure 4 of
+    DeepSeek-V3 changes from forward to backward: after dispatch and combine, backwards before experts and attention.
 
     Args:
       tape: records the pass.
@@ -171,24 +172,40 @@ def route(
     if pieces is None:
         return mixed.x
     shared = (mixed.shared,) if isinstance(mixed.shared, Value) else ()
+    tape.mark(turn=True)
     if pieces.to_nodes is None:
         capacity = yield Capacity(mixed.load)
         given = (mixed.rows, mixed.weights, mixed.experts)
         rows, slots, tokens = yield from _experts(tape, pieces, capacity, path, params, *given)
-        return tape.call(pieces.combine(capacity), {}, params, mixed.x, rows, slots, tokens, *shared)
+        out = tape.call(pieces.combine, {}, params, mixed.x, rows, slots, tokens, *shared)
+        return (yield from _end(tape, out))
     first, capacity = yield Capacity(mixed.load, mixed.to_nodes)
     there = tape.call(pieces.to_nodes(first), {}, params, mixed.rows, mixed.weights, mixed.experts)
     arrived = []
     for value in there[:3]:
         arrived.append((yield from tape.swap(value, "node")))
     rows, slots, tokens = yield from _experts(tape, pieces, capacity, path, params, *arrived)
-    rows = yield from tape.swap(tape.call(pieces.combine(capacity), {}, params, rows, slots, tokens), "node")
-    return tape.call(pieces.from_nodes(first), {}, params, mixed.x, rows, *there[3:], *shared)
+    rows = yield from tape.swap(tape.call(pieces.combine, {}, params, rows, slots, tokens), "node")
+    out = tape.call(pieces.from_nodes, {}, params, mixed.x, rows, *there[3:], *shared)
+    return (yield from _end(tape, out))
 
 
-def _experts(tape: Tape, pieces: ExpertPieces, capacity: int, path: str, params, rows, weights, experts):
+def _end(tape: Tape, out: Value) -> Generator[Turn, None, Value]:
+    yield Turn()
+    tape.mark(turn=False)
+    return out
+
+
+def _experts(
+    tape: Tape, pieces: ExpertPieces, capacity: int, path: str, params: Sequence[Tree], rows: Value, weights: Value,
+    experts: Value,
+) -> Generator[Any, Any, tuple[Value, Value, Value]]:  # fmt: skip
+    """To the experts and back: their outputs where the rows came from, and `dispatch_slots`' slots and tokens."""
     rows, gates, slots, tokens = tape.call(pieces.dispatch(capacity), {}, params, rows, weights, experts)
     rows = yield from tape.swap(rows)
     gates = yield from tape.swap(gates)
-    rows = yield from tape.swap(tape.call(pieces.experts, {"ffn": path}, params, rows, gates))
+    yield Turn()
+    out = tape.call(pieces.experts, {"ffn": path}, params, rows, gates)
+    tape.mark(turn=True)
+    rows = yield from tape.swap(out)
     return rows, slots, tokens

@@ -18,7 +18,7 @@ from dsv3.checks import check, check_same_tree
 from dsv3.layout import expert_dim, mesh_of
 from dsv3.nn.model import ModelParams, RouterState, cast_params
 from dsv3.parallel.collectives import gather_mesh
-from dsv3.parallel.mesh import AXES, layout_of, local_places, make_layout, on_device, pack, unpack_tree
+from dsv3.parallel.mesh import AXES, layout_of, local_places, make_layout, may_exchange, on_device, pack, unpack_tree
 from dsv3.parallel.tape import Gradients
 from dsv3.policy import ComputePolicy
 from dsv3.spec import ParamSpec
@@ -68,7 +68,7 @@ def make_gather(
                     if not _is_identity(found[name], spec.shape[0]):  # laid out at once, or it would get the next layout
                         taken = dtensor.relayout(tf.gather(leaf, found[name].flat), make_layout(mesh, stays))
                     moved = ["pipe", *(None if axis == "pipe" else axis for axis in stays[1:])]
-                    taken = dtensor.relayout(taken, make_layout(mesh, moved))  # one exchange, then slices
+                    taken = _relayout(taken, mesh, stays, moved)  # one exchange, then slices
                     stacks[direction][path] = dtensor.relayout(taken, make_layout(mesh, ["pipe", *dims[1:]]))
         return rest, stacks
 
@@ -171,13 +171,13 @@ def make_reduce(specs: ModelParams, layouts: Tree, rows: Rows) -> Callable[[list
             name = path.split(".")[0]
             lead = _lead_axes(name, spec)
             if name not in STACKS:
-                return dtensor.relayout(_sum_lead(packed[0][path], lead, spec, layout), layout)
+                return dtensor.relayout(_sum_lead(packed[0][path], lead, spec, layout)[0], layout)
             sums, layers = [], spec.shape[0]
             for found, group in zip(rows, packed):
                 if path not in group:
                     continue
-                x = _sum_lead(group[path], lead, spec, layout, first="pipe")
-                x = dtensor.relayout(x, layout_but_rows(layout))
+                x, lies = _sum_lead(group[path], lead, spec, layout, first="pipe")
+                x = _relayout(x, mesh, lies, layout_but_rows(layout).sharding_specs)
                 if not _is_identity(found[name], layers):
                     x = dtensor.relayout(tf.gather(x, found[name].places(layers)), layout_but_rows(layout))
                 sums.append(x)
@@ -196,23 +196,32 @@ def _lead_axes(name: str, spec: ParamSpec) -> list[str]:
 
 def _sum_lead(
     x: tf.Tensor, lead: Sequence[str], spec: ParamSpec, layout: dtensor.Layout, first: str | None = None
-) -> tf.Tensor:
+) -> tuple[tf.Tensor, list[str | None]]:
     """Sums over the leading dims, of which each is sharded over its axis; `first` is the axis of the leaf's own first dim.
 
-    Where the result is sharded over the axis, parts are exchanged before they are added: a reduce-scatter. (DTensor's own
-    would be an all-reduce and a slice on a CPU.)
+    Returns the sum and the mesh axis of each of its dims. Where the result is sharded over the axis, parts are exchanged
+    before they are added: a reduce-scatter. (DTensor's own would be an all-reduce and a slice on a CPU.)
     """
     mesh, stored = layout.mesh, list(layout.sharding_specs)
     own = ["expert" if dim == expert_dim(spec) else None for dim in range(len(stored))]
     own[0] = first or own[0]
     for i, axis in enumerate(lead):
-        if axis in stored and own[stored.index(axis)] is None:
+        if axis in stored and own[stored.index(axis)] is None and may_exchange(mesh, axis):
             own[stored.index(axis)] = axis
             x = dtensor.relayout(x, make_layout(mesh, [None, *lead[i + 1 :], *own]))
         x = dtensor.relayout(tf.reduce_sum(x, 0), make_layout(mesh, [*lead[i + 1 :], *own]))
     # What was sharded by use and is stored on another dim is gathered first (see `make_gather`).
     stays = [axis if axis == at or (dim == 0 and axis == first) else None for dim, (axis, at) in enumerate(zip(own, stored))]
-    return dtensor.relayout(x, make_layout(mesh, stays))
+    return dtensor.relayout(x, make_layout(mesh, stays)), stays
+
+
+def _relayout(x: tf.Tensor, mesh: dtensor.Mesh, now: Sequence[str | None], then: Sequence[str | None]) -> tf.Tensor:
+    """Lays out anew; what may not be exchanged from one dim to another is gathered first (see `may_exchange`)."""
+    fixed = {axis for axis, to in zip(now, then) if axis == to}
+    kept = [axis if axis in fixed or axis not in then or may_exchange(mesh, axis) else None for axis in now]
+    if kept != list(now):
+        x = dtensor.relayout(x, make_layout(mesh, kept))
+    return dtensor.relayout(x, make_layout(mesh, then))
 
 
 def make_apply(optimizer: Optimizer, layouts: Tree, policy: ComputePolicy):

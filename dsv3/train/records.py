@@ -171,7 +171,8 @@ def step_numbers(step: int, metrics: TrainMetrics) -> StepNumbers:
       metrics: what the step returned.
 
     Returns:
-      `StepNumbers`; layers in the order mixture layers, then MTP modules. From a mesh also bytes and padding of exchanges.
+      `StepNumbers`; layers in the order mixture layers, then MTP modules. From a mesh also the bytes and the padding of
+      exchanges, `node_bytes` between nodes and `token_nodes`, the nodes that a token's experts are on.
 
     References: the violation is that of arXiv:2408.15664, section 4.1.
     """

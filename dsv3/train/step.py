@@ -196,14 +196,15 @@ def make_train_step(
       capacities of the experts included. Old and new state exist side by side while the optimiser runs.
 
     Raises:
-      ValueError: layouts that the step cannot use, at once.
+      ValueError: layouts that the step cannot use, at once; a schedule or cut that does not fit, at the first step, which
+        tells the number of micro-batches.
     """
     check_type("make_train_step", "optimizer", optimizer, Optimizer)
     policy = policy or default_policy()
     rates = {"mtp_weight": mtp_weight, "balance_weight": balance_weight, "bias_rate": bias_rate}
     if layouts is not None:
         dtype = None if dispatch_dtype is None else tf.as_dtype(dispatch_dtype)
-        check_choice("make_train_step", "dispatch_dtype", dtype and dtype.name, (None, "float32", "bfloat16", "float16"))
+        check_choice("make_train_step", "dispatch_dtype", dtype and dtype.name, (None, "float32", "bfloat16"))
         return _mesh_step(cfg, optimizer, layouts, rates, policy, MeshPlan(schedule, stage_layers, dtype, expert_nodes))
     apart = dispatch_dtype is not None or expert_nodes != 1
     check(not apart, "make_train_step: `dispatch_dtype` or `expert_nodes` is given, but no `layouts` that share out experts")

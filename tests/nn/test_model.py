@@ -44,7 +44,10 @@ def test_matches_the_equations(name):
     logits, hidden = oracles.model(oracles.as_float64(params), oracles.as_float64(router), tokens, cfg=cfg)
     assert_close(out.logits, logits, TOLERANCE)
     assert_close(out.hidden, hidden, TOLERANCE)
-    assert out.entries.shape == (cfg.num_layers, 2, 5, cfg.mla.cache_width)
+    described = tree.to_dict(dsv3.output_specs(cfg, 2, 5))
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in tree.to_dict(out).items()} == {
+        path: (spec.shape, tf.as_dtype(spec.dtype)) for path, spec in described.items()
+    }
     if cfg.num_moe_layers:
         assert out.stats.load.shape == (cfg.num_moe_layers, 6) and out.stats.experts.shape[0] == cfg.num_moe_layers
         assert (tf.reduce_sum(out.stats.load, -1).numpy() == 2 * 5 * 2).all()

@@ -45,7 +45,7 @@ def main(folder: pathlib.Path, seconds: float, sleep: float = 0.0) -> None:
         (folder / f"client-{clients.index}.pid").write_text(str(os.getpid()))
         time.sleep(sleep if clients.index == 0 else 0)
         count, end = len(mesh.local_devices()), time.monotonic() + seconds
-        while gather_mesh([tf.constant(time.monotonic() < end)] * count, mesh).all():
+        while gather_mesh([tf.constant(int(time.monotonic() < end))] * count, mesh).all():
             time.sleep(0.01)
 
 

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.experimental import dtensor
 
+import dsv3
+from dsv3 import tree
 from dsv3.parallel.collectives import all_to_all, gather_mesh
 from dsv3.parallel.groups import mesh_groups
 from dsv3.parallel.mesh import (
@@ -19,8 +21,11 @@ from dsv3.parallel.mesh import (
     parse_axes,
     place,
     start_devices,
+    unpack_tree,
     whole,
 )
+from tests.compare import PLAIN, assert_close
+from tests.small import model_config, random_params, random_router, random_tokens
 
 MESHES = ("data:2", "expert:3", "data:2,expert:4", "pipe:2,data:2,expert:2", "pipe:4,expert:2", "data:8")
 
@@ -115,3 +120,33 @@ def test_relayout_between_inner_dims_permutes_rows():
     got = dtensor.unpack(dtensor.relayout(sent, make_layout(mesh, ["data", None, "expert", None])))
     want = x[:1, :, :2]
     assert sorted(got[0].numpy().ravel()) == sorted(want.ravel()) and not np.array_equal(got[0], want)
+
+
+def test_a_cache_and_activations_are_laid_out_by_rows():
+    """Each device continues its rows with its part of the cache; together that is what one device does."""
+    cfg = model_config()
+    params, router, tokens = random_params(dsv3.model_specs(cfg)), random_router(cfg), random_tokens(cfg, 4, 6)
+    mesh, rows = make_mesh("data:2"), {"batch": "data"}
+    lay_cache = dsv3.make_layouts(dsv3.cache_specs(cfg, 4, 8, dtype="float32"), mesh, rows)
+    lay_out = dsv3.make_layouts(dsv3.output_specs(cfg, 4, 2), mesh, rows)
+    run = lambda new, cache: dsv3.model_apply(params, router, new, cfg=cfg, cache=cache, policy=PLAIN)  # noqa: E731
+    before = dsv3.cache_init(cfg, 4, 8, dtype=tf.float32)
+    before = dsv3.cache_append(before, run(tokens[:, :4], before).entries, np.array([4, 2, 3, 1]))
+    placed = tree.map_leaves(place, before, lay_cache)
+    parts = unpack_tree(placed)
+    assert [part.kv.shape[1] for part in parts] == [2, 2]
+    outs = [run(new, part) for new, part in zip(np.split(tokens[:, 4:], 2), parts)]
+    want = run(tokens[:, 4:], before)
+    for name in ("logits", "hidden", "entries"):
+        got = whole(pack([getattr(out, name) for out in outs], getattr(lay_out, name)))
+        assert_close(got, getattr(want, name), what=name)
+    after = [dsv3.cache_append(part, out.entries) for part, out in zip(parts, outs)]
+    got = [whole(pack(leaves, layout)) for leaves, layout in zip(zip(*after), lay_cache)]
+    for leaf, expected in zip(got, dsv3.cache_append(before, want.entries)):
+        assert_close(leaf, expected)
+
+
+def test_rows_that_do_not_divide_are_named():
+    specs = dsv3.cache_specs(model_config(), 3, 8)
+    with pytest.raises(ValueError, match=r"make_layouts: `kv` has shape .*; rule 'batch' -> 'data': 3 is not divisible"):
+        dsv3.make_layouts(specs, make_mesh("data:2"), {"batch": "data"})

@@ -1,6 +1,6 @@
 """Run as one of several clients by test_step_clients.py: gradients of one step on a mesh over all of them.
 
-Usage: run_step.py FOLDER DEVICES MESH SCHEDULE NODES
+Usage: run_step.py FOLDER DEVICES MESH SCHEDULE NODES DTYPE
 """
 
 import os
@@ -12,18 +12,17 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 import numpy as np
 
-from dsv3 import pipeline, tree
+from dsv3 import tree
 from dsv3.parallel.clients import start_clients
 
 
-def main(folder: str, devices: str, mesh: str, schedule: str, nodes: str) -> None:
+def main(folder: str, devices: str, mesh: str, schedule: str, nodes: str, dtype: str) -> None:
     """One client; the first writes the gradients and what the step reports."""
     with start_clients(int(devices)) as clients:
-        from tests.train.test_step_clients import CFG, batch, gradients  # importing it starts TensorFlow
+        from tests.train.test_step_clients import on_a_mesh  # importing it starts TensorFlow
 
-        made, kwargs = getattr(pipeline, schedule), {"expert_nodes": int(nodes)}
         for _ in range(2):  # the second time finds the first one's groups, and compiles nothing
-            grads, metrics = gradients(CFG, mesh, *batch(), schedule=made, **kwargs)
+            grads, metrics = on_a_mesh(mesh, schedule, int(nodes), dtype)
         if clients.index == 0:
             found = {path: leaf.numpy() for path, leaf in tree.items(grads)}
             reported = {f"mesh.{name}": np.asarray(value) for name, value in metrics.mesh._asdict().items()}

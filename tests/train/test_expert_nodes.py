@@ -12,7 +12,10 @@ from tests.small import model_config, random_params, random_router, random_token
 from tests.train.test_pipeline_step import gradients
 
 # Eight groups of two experts: with four nodes each has two groups, with two each has four.
-FIELDS = {"n_routed_experts": 16, "n_group": 8, "topk_group": 3, "num_experts_per_tok": 5, "num_nextn_predict_layers": 1}
+FIELDS = {
+    "num_hidden_layers": 2, "n_routed_experts": 16, "n_group": 8, "topk_group": 3, "num_experts_per_tok": 5,
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
 CFG = model_config(**FIELDS)
 MICRO, ROWS, LENGTH = 2, 8, 5
 

@@ -9,6 +9,8 @@ import tensorflow as tf
 import dsv3
 from dsv3 import pipeline, tree
 from dsv3.parallel.mesh import parse_axes
+from dsv3.parallel.tape import Piece, Turn
+from dsv3.pipeline.pieces import ATTENTION, COMBINE, DISPATCH, EXPERTS, slot_pieces
 from dsv3.train.executor import take_turns
 from dsv3.train.optim import Optimizer, OptimStats
 from dsv3.train.stages import cut_stages
@@ -119,16 +121,57 @@ def test_layers_by_stage_and_rank():
     assert second["dense"].flat == [0, 0] and second["dense"].places(1) == [1]
 
 
-def test_programs_take_turns_at_their_requests():
+def test_programs_change_at_turns_alone():
     seen = []
 
     def program(name, count):
         for i in range(count):
             assert (yield (name, i)) == f"{name}{i}"
+            if i % 2:
+                assert (yield Turn()) is None
 
     def answer(request):
         seen.append(request)
         return f"{request[0]}{request[1]}"
 
-    take_turns([program("f", 3), program("b", 2)], answer)
-    assert seen == [("f", 0), ("b", 0), ("f", 1), ("b", 1), ("f", 2)]
+    take_turns([program("f", 4), program("b", 3)], answer)
+    assert seen == [("f", 0), ("f", 1), ("b", 0), ("b", 1), ("f", 2), ("f", 3), ("b", 2)]
+
+
+PARTS_CFG = model_config(num_hidden_layers=4, first_k_dense_replace=0, num_nextn_predict_layers=0)
+
+
+@pytest.mark.parametrize(("schedule", "nodes"), [(pipeline.dualpipe, 1), (pipeline.one_f_one_b, 1), (pipeline.zb1p, 2)])
+def test_the_order_of_pieces_is_that_of_the_table(schedule, nodes, monkeypatch):
+    """Attention, dispatch, experts and combine of overlapping passes alternate as figure 4 of DeepSeek-V3 has them."""
+    seen, split = [], Piece.split
+
+    def logged(piece, params, inputs):
+        made = split(piece, params, inputs)
+        names = {"experts": EXPERTS, "dispatch": DISPATCH, "attention": ATTENTION}
+        names["back" if nodes == 1 else "combine"] = COMBINE
+        name = next((part for word, part in names.items() if word in piece.fn.__qualname__.split(".", 1)[-1]), None)
+        if name is None:
+            return made
+
+        def log(kind, run):
+            def wrapped(*args):
+                found = run(*args)
+                if kind != "W" or any(g is not None for g in found):
+                    seen.append((kind, name))
+                return found
+
+            return wrapped
+
+        return made._replace(
+            forward=log("F", made.forward), backward=log("I", made.backward), weights=log("W", made.weights)
+        )
+
+    monkeypatch.setattr(Piece, "split", logged)
+    gradients(PARTS_CFG, "pipe:2,expert:2", tokens_of(PARTS_CFG, 4), schedule=schedule, expert_nodes=nodes)
+    table = schedule(2, 4)
+    want = []
+    for rank, place in pipeline.schedule_order(table).steps:
+        for piece in slot_pieces(table.rows[rank][place], 4 // table.stages):
+            want += [(piece.kind, piece.part)] * 2  # on two devices
+    assert seen == want

@@ -1,0 +1,45 @@
+"""`examples/mesh.py`: its table has the columns that the document shows, and bad input is one line before any work."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "mesh.py"), *arguments], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_a_row_for_each_mesh():
+    done = run(
+        "--preset=tiny", "--mesh=data:2", "--mesh=expert:4", "--expert_nodes=1", "--batch_size=4", "--seq_len=8",
+        "--micro_batches=1", "--steps=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    head, *rows = done.stdout.splitlines()[:3]
+    assert [row.split()[0] for row in rows] == ["data:2", "expert:4"] and rows[0].split()[2][:4] == rows[1].split()[2][:4]
+    assert not int(rows[0].split()[6]) and float(rows[1].split()[6].replace(",", "")) > 0, "bytes sent"
+    shown = re.findall(r"^mesh  .*$", (ROOT / "docs" / "mesh.md").read_text(encoding="utf-8"), re.M)
+    assert shown and all(line.split() == head.split() for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh=expert:4", "--mesh=data:2", "--expert_nodes=2"], "--expert_nodes is 2, want a divisor of 1"),
+        (["--mesh=data:3"], "--batch_size 8 has 8 rows in a micro-batch, want a multiple of 3"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = [line for line in done.stderr.splitlines() if not re.search(r"[IWE]0000|WARNING", line)]
+    assert len(lines) == 1 and lines[0].startswith("mesh: ") and message in lines[0], done.stderr
