@@ -1,5 +1,7 @@
 """Experts on several nodes: a row goes to each of its nodes once and is forwarded there; the numbers stay the same."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -24,6 +26,15 @@ def tokens_of(cfg):
     return np.stack([random_tokens(cfg, ROWS, LENGTH + 1, seed=m) for m in range(MICRO)])
 
 
+def weights_of():
+    return np.random.default_rng(0).integers(0, 2, (MICRO, ROWS, LENGTH)).astype(np.float32)
+
+
+@functools.cache
+def on_one_device(cfg):
+    return gradients(cfg, None, tokens_of(cfg), weights_of())
+
+
 CASES = [
     ("expert:4", 2, {}, {}),
     ("data:2,expert:4", 4, {}, {"dispatch_dtype": "float32"}),  # one device a node: nothing to forward to
@@ -35,9 +46,8 @@ CASES = [
 @pytest.mark.parametrize(("axes", "nodes", "fields", "kwargs"), CASES)
 def test_loss_and_every_gradient(axes, nodes, fields, kwargs):
     cfg = CFG if not fields else model_config(**FIELDS, **fields)
-    weights = np.random.default_rng(0).integers(0, 2, (MICRO, ROWS, LENGTH)).astype(np.float32)
-    want, ref = gradients(cfg, None, tokens_of(cfg), weights)
-    got, metrics = gradients(cfg, axes, tokens_of(cfg), weights, expert_nodes=nodes, **kwargs)
+    want, ref = on_one_device(cfg)
+    got, metrics = gradients(cfg, axes, tokens_of(cfg), weights_of(), expert_nodes=nodes, **kwargs)
     assert_close(metrics.loss, ref.loss)
     for a, b in zip(metrics.parts.load, ref.parts.load):
         np.testing.assert_array_equal(a, b)

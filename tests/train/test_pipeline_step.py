@@ -31,15 +31,19 @@ def recorder():
     return Optimizer(lambda params: (), update)
 
 
-def gradients(cfg, axes, tokens, weights=None, **kwargs):
-    """Returns gradients as a tree of parameters, and the metrics, of one step from parameters that hide nothing."""
+def gradients(cfg, axes, tokens, weights=None, times=1, **kwargs):
+    """Returns gradients as a tree of parameters, and the metrics, of one step from parameters that hide nothing.
+
+    With `times` the same step is made so often: later ones find what the first has prepared.
+    """
     state = dsv3.train_state(random_params(dsv3.model_specs(cfg)), random_router(cfg), recorder())
     layouts = None if axes is None else layouts_of(cfg, axes)
     if layouts is not None:
         state = dsv3.place_state(state, layouts)
     step = dsv3.make_train_step(cfg, recorder(), layouts, **{"policy": PLAIN} | RATES | kwargs)
-    state, metrics = step(state, tokens, weights)
-    return (state if layouts is None else dsv3.gather_state(state)).params, metrics
+    for _ in range(times):
+        after, metrics = step(state, tokens, weights)
+    return (after if layouts is None else dsv3.gather_state(after)).params, metrics
 
 
 @functools.cache
