@@ -1,14 +1,11 @@
 """Exchanges between processes, with as many of them as TensorFlow orders otherwise than by number."""
 
-import os
-
 import pytest
 
 from tests.launched import run_clients
+from tests.more import more
 
-CASES = [(2, 12), (3, 2)]
-if "DSV3_MESH_CASES" in os.environ:  # as in `.ci/run`: so many processes take a while to start
-    CASES.append((11, 1))
+CASES = [(2, 12), (3, 2), *more((11, 1))]  # so many processes take a while to start
 
 
 @pytest.mark.parametrize(("clients", "devices"), CASES)

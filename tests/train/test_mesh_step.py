@@ -14,6 +14,7 @@ from dsv3.ops.dispatch import dispatch_capacity
 from dsv3.parallel.mesh import make_mesh, whole
 from dsv3.train.mesh_params import state_layouts
 from tests.compare import PLAIN, assert_close
+from tests.more import more
 from tests.small import KEY, model_config, random_tokens
 
 RATES = {"mtp_weight": 0.3, "balance_weight": 0.01, "bias_rate": 0.01}
@@ -103,9 +104,11 @@ KERNELS = dsv3.default_policy("CPU").replace(max_rows=0)
 STORED = [
     (CONFIGS[2], "data:2,expert:2", None, KERNELS),
     (CONFIGS[0], "data:2,expert:2", {"embed": "expert"}, BLOCKS),  # experts used on another dim than they are stored
-    (CONFIGS[0], "pipe:2,expert:2", {"embed": "expert", "expert": "pipe"}, PLAIN),
-    (CONFIGS[0], "pipe:2,data:2,expert:2", {"layer": "data", "kv_latent": "pipe"}, PLAIN),
     (DENSE, "data:2", {}, PLAIN),
+    *more(
+        (CONFIGS[0], "pipe:2,expert:2", {"embed": "expert", "expert": "pipe"}, PLAIN),
+        (CONFIGS[0], "pipe:2,data:2,expert:2", {"layer": "data", "kv_latent": "pipe"}, PLAIN),
+    ),
 ]
 
 

@@ -15,6 +15,7 @@ from dsv3.train.executor import take_turns
 from dsv3.train.optim import Optimizer, OptimStats
 from dsv3.train.stages import cut_stages
 from tests.compare import PLAIN, assert_close
+from tests.more import more
 from tests.small import model_config, random_params, random_router, random_tokens
 from tests.train.test_mesh_step import RATES, assert_same_run, batches_of, layouts_of, train
 
@@ -63,9 +64,8 @@ def weights_of(micro):
 TWO_CHUNKS = functools.partial(pipeline.interleaved, chunks=2)
 CASES = [
     ("pipe:2,data:2", pipeline.zb1p, 3),
-    ("pipe:2,expert:2", TWO_CHUNKS, 2),
     ("pipe:4,expert:2", pipeline.dualpipe, 8),
-    ("pipe:2,expert:2", pipeline.dualpipe_v, 4),
+    *more(("pipe:2,expert:2", TWO_CHUNKS, 2), ("pipe:2,expert:2", pipeline.dualpipe_v, 4)),
 ]
 
 

@@ -1,7 +1,6 @@
 """One step on a mesh over several processes: pipeline ranks, experts and rows of the batch in any of them."""
 
 import functools
-import os
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from dsv3 import pipeline, tree
 from dsv3.parallel.mesh import parse_axes
 from tests.compare import PLAIN, assert_close
 from tests.launched import run_clients
+from tests.more import more
 from tests.small import model_config, random_tokens
 from tests.train.test_pipeline_step import gradients
 
@@ -27,14 +27,13 @@ CASES = [
     (2, 1, "pipe:2", "zb1p", 1, "bfloat16"),  # which TensorFlow does not send
     (2, 6, "pipe:12", "one_f_one_b", 1),  # six ranks a process; more than DTensor exchanges between two dims
     (2, 2, "expert:4", "gpipe", 2),  # a node a process
-]
-if "DSV3_MESH_CASES" in os.environ:  # as in `.ci/run`: each takes half a minute
-    CASES += [
+    *more(
         (2, 2, "pipe:2,expert:2", "dualpipe", 1),  # a rank a process, both directions
         (3, 2, "pipe:2,expert:3", "dualpipe_v", 1),  # the second process has devices of both ranks
         (4, 1, "pipe:2,data:2", "zb1p", 1),  # two processes a rank
         (4, 1, "expert:4", "gpipe", 2),  # two processes a node
-    ]
+    ),
+]
 
 
 @functools.cache
