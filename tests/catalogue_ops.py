@@ -8,7 +8,7 @@ import numpy as np
 
 from dsv3.ops.attention import AttentionMask
 from dsv3.ops.dispatch import Dispatch, dispatch_rows, dispatch_slots
-from dsv3.ops.fp8 import E4M3
+from dsv3.ops.fp8 import E4M3, Fp8Tensor
 from dsv3.ops.rope import RopeTable
 from tests.catalogue_entry import Entry, arrays
 from tests.compare import normal
@@ -118,12 +118,30 @@ OPS = [
         lambda: {"x": normal(0, 3), "weights": normal(1, 2, 2), "down": normal(3, 4, 3, 5)}, {"kernel": "blocks"},
     ),
     Entry(
-        "dsv3.ops.fp8.fp8_quantize", lambda: {"x": normal(0, 3, 5)}, {"block": (2, 2)}, lambda: {"x": normal(0, 3)},
+        "dsv3.ops.fp8.fp8_quantize", lambda: {"x": normal(0, 3, 5), "scale_inv": normal(1, 2, 3) ** 2}, {"block": (2, 2)},
+        lambda: {"x": normal(0, 3), "scale_inv": normal(0, 2, 2)},
+        unknown=("x",),
     ),
     Entry(
         "dsv3.ops.fp8.fp8_dequantize", lambda: {"values": E4M3_VALUES, "scale_inv": normal(0, 1, 2)}, {"block": (2, 2)},
         lambda: {"values": E4M3_VALUES[0], "scale_inv": normal(0, 2, 2)},
     ),
+    Entry(
+        "dsv3.ops.fp8.fp8_fake", lambda: {"x": normal(0, 3, 5)}, {"block": (2, 2)}, lambda: {"x": normal(0, 3)},
+        unknown=("x",),
+    ),
+    Entry(
+        "dsv3.ops.fp8.fp8_retile", lambda: {"values": E4M3_VALUES, "scale_inv": normal(0, 1, 2) ** 2},
+        {"block": (2, 2), "to": (1, 2)}, lambda: {"values": E4M3_VALUES[0], "scale_inv": normal(0, 2, 2)},
+        unknown=("values",),
+    ),
+    Entry(
+        "dsv3.ops.fp8.fp8_counts",
+        lambda: {"x": 500 * normal(0, 2, 3), "quantized": Fp8Tensor(E4M3_VALUES, normal(0, 1, 2))}, {"block": (2, 2)},
+        lambda: {"x": normal(0, 3, 3), "quantized": Fp8Tensor(E4M3_VALUES, normal(0, 2, 2))},
+        unknown=("x",),
+    ),
+    Entry("dsv3.ops.fp8_formats.fp8_round", lambda: {"x": normal(0, 3, 5)}, {"fmt": "e5m6"}, any_shape=True),
     Entry(
         "dsv3.ops.loss.token_nll",
         lambda: {"hidden": normal(0, 5, 3), "head": normal(1, 3, 7), "targets": int32(5, high=7)}, {"chunk": 2},
@@ -141,6 +159,7 @@ OPS = [
     ),
     Entry("dsv3.ops.random.key_fold", lambda: {"key": KEY.numpy(), "data": int32(3)}, wrong=lambda: {"key": int32(3)}),
     Entry("dsv3.ops.random.uniform_draw", lambda: {"key": int32(3, 2)}, {"count": 4}, lambda: {"key": int32(2, 3)}),
+    Entry("dsv3.ops.reduce.halving_max", lambda: {"x": normal(0, 3, 64)}, {"dim": -1}, any_shape=True),
     Entry("dsv3.ops.reduce.row_max", lambda: {"x": normal(0, 3, 64)}, any_shape=True),
     Entry("dsv3.ops.reduce.row_sum", lambda: {"x": normal(0, 3, 64)}, any_shape=True),
     Entry("dsv3.ops.softmax.row_softmax", lambda: {"x": normal(0, 3, 7)}, any_shape=True),

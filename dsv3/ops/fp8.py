@@ -1,6 +1,7 @@
-"""FP8 E4M3 with one scale for each block: quantise and dequantise.
+"""FP8 with one scale for each block: quantise, dequantise, both at once by arithmetic, tile anew, count what was lost.
 
-A block is 128×128 for weights, 1×128 for activations along their last dim and 128×1 along the one before it.
+A block is 128×128 for weights, 1×128 for activations along their last dim, 128×1 along the one before it, or `None`: the
+whole tensor with its leading dims.
 """
 
 from __future__ import annotations
@@ -9,142 +10,266 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check, check_choice
+from dsv3.checks import check, check_choice, is_concrete
 from dsv3.graph import plain
+from dsv3.ops.fp8_formats import FORMATS, Fp8Format, fp8_round
+from dsv3.ops.fp8_tiles import Block, block_scale, check_block, check_matrix, check_scales, spread, tile, untile
+from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
 
-E4M3 = tf.dtypes.experimental.float8_e4m3fn
-E4M3_MAX = 448.0
-MIN_AMAX = 1e-4  # a block of zeros must have a scale, too
+E4M3 = FORMATS["e4m3"].dtype
 WEIGHT_BLOCK = (128, 128)
 ROW_BLOCK = (1, 128)
 COLUMN_BLOCK = (128, 1)
+SCALE_KINDS = ("float32", "power_of_two")
 
 
 class Fp8Tensor(NamedTuple):
-    """`values` `[..., M, N]` float8_e4m3fn, and `scale_inv` `[..., ⌈M/m⌉, ⌈N/n⌉]` float32, by which they are multiplied."""
+    """`values` `[..., M, N]` in a format's dtype, and `scale_inv` `[..., ⌈M/m⌉, ⌈N/n⌉]` float32, which multiplies them.
+
+    With one block for the whole tensor `scale_inv` is `[1, ..., 1]`, of the same rank.
+    """
 
     values: tf.Tensor
     scale_inv: tf.Tensor
 
 
+class Fp8Counts(NamedTuple):
+    """What quantising lost, int64 scalars: elements beyond the largest value, others that became 0, those not finite."""
+
+    saturated: tf.Tensor
+    underflowed: tf.Tensor
+    nonfinite: tf.Tensor
+
+
 @plain
 def fp8_quantize(
-    x: TensorLike, *, block: tuple[int, int] = WEIGHT_BLOCK, scale_kind: str = "float32"
-) -> Fp8Tensor:
+    x: TensorLike, *, block: Block = WEIGHT_BLOCK, fmt: str = "e4m3", scale_kind: str = "float32",
+    scale_inv: TensorLike | None = None, nonfinite: str = "propagate", fuse: bool = False,
+) -> Fp8Tensor:  # fmt: skip
     """Quantises a tensor in blocks of its last two dims.
 
-    `s = max(amax, 1e-4) / 448` for each block, `values = e4m3(clip(x / s, ±448))`, ties to even. (Unclipped, TensorFlow's
-    cast would turn what is too large into NaN.)
+    `s = max(amax, 1e-4) / max` for each block, `values = cast(clip(x / s, ±max))`, ties to even; max is 448 for E4M3.
+    (Unclipped, TensorFlow's cast would turn what is too large into NaN.)
 
     Args:
       x: `[..., M, N]`, any floating dtype; computed in float32. Ragged edges are blocks of their own size.
-      block: (m, n), rows and columns of a block.
+      block: (m, n), rows and columns of a block, or `None` for one scale for all of `x`.
+      fmt: `"e4m3"`, `"e5m2"`, or `"e5m6"`, which float16 stores.
       scale_kind: `"float32"`, or `"power_of_two"`, which rounds s up to one (ue8m0, as in DeepSeek-V3.1).
+      scale_inv: positive scales to use instead of s, as of an earlier step; then values may saturate.
+      nonfinite: `"propagate"` turns what is not finite into NaN, and its block with it where s is computed; `"refuse"`
+        raises, in a graph when it runs. XLA drops assertions: a function that is compiled as a whole refuses nothing.
+      fuse: compile as one kernel (see `ops.fuse`).
 
     Returns:
-      `Fp8Tensor`. A value that is not finite becomes NaN, and may take its block along.
+      `Fp8Tensor`.
 
     Raises:
-      ValueError: `x` with fewer than two dims, or a bad block or kind.
+      ValueError: `x` with fewer than two dims, scales that do not fit it, a bad block or name, or `x` is refused.
 
-    References: DeepSeek-V3 section 3.3.2.
+    References: DeepSeek-V3 section 3.3.2; its inference/kernel.py, act_quant (without the clamp at 1e-4 at first).
 
     >>> q = fp8_quantize([[896.0, -3.0]], block=(1, 128))
     >>> q.scale_inv.numpy().tolist(), q.values.numpy().astype(float).tolist()
     ([[2.0]], [[448.0, -1.5]])
     """
-    _check_block("fp8_quantize", block)
-    check_choice("fp8_quantize", "scale_kind", scale_kind, ("float32", "power_of_two"))
-    x = tf.convert_to_tensor(x)
-    check(x.dtype.is_floating, f"fp8_quantize: `x` has dtype {x.dtype.name}, want a floating dtype")
-    _check_rank("fp8_quantize", "x", x)
-    tiles = _tile(tf.cast(x, tf.float32), block)
-    amax = tf.reduce_max(tf.abs(tiles), [-3, -1])
-    scale = _divide_by_max(tf.maximum(amax, MIN_AMAX))
-    if scale_kind == "power_of_two":
-        scale = _power_of_two_above(scale)
-    scaled = tf.clip_by_value(tiles / _spread(scale), -E4M3_MAX, E4M3_MAX)
-    return Fp8Tensor(tf.cast(_untile(scaled, x), E4M3), scale)
+    x = _checked("fp8_quantize", x, block, fmt, scale_kind)
+    check_choice("fp8_quantize", "nonfinite", nonfinite, ("propagate", "refuse"))
+    given = ()
+    if scale_inv is not None:
+        given = (tf.cast(scale_inv, tf.float32),)
+        check_scales("fp8_quantize", "scale_inv", given[0], x, block)
+    q = _quantize(x, *given, block=_key(block), fmt=fmt, scale_kind=scale_kind, fuse=fuse)
+    return _refuse(q, x if given else q.scale_inv) if nonfinite == "refuse" else q
 
 
 @plain
 def fp8_dequantize(
-    values: TensorLike, scale_inv: TensorLike, *, block: tuple[int, int] = WEIGHT_BLOCK, dtype: tf.DType | str = tf.float32
+    values: TensorLike, scale_inv: TensorLike, *, block: Block = WEIGHT_BLOCK, dtype: tf.DType | str = tf.float32
 ) -> tf.Tensor:
     """Returns `values[i, j] · scale_inv[⌊i/m⌋, ⌊j/n⌋]`, multiplied in float32 and rounded once.
 
     Args:
-      values: `[..., M, N]` float8_e4m3fn.
+      values: `[..., M, N]` float8_e4m3fn, float8_e5m2, or float16 for E5M6.
       scale_inv: `[..., ⌈M/m⌉, ⌈N/n⌉]`; cast to float32.
-      block: (m, n), rows and columns of a block.
+      block: (m, n), rows and columns of a block, or `None` for one scale `[1, ..., 1]`.
       dtype: of the result.
 
     Returns:
       `[..., M, N]`.
 
     Raises:
-      ValueError: `values` that are not E4M3, or scales that do not fit them.
+      ValueError: `values` of another dtype, or scales that do not fit them.
     """
-    _check_block("fp8_dequantize", block)
-    values = tf.convert_to_tensor(values)
-    check(values.dtype == E4M3, f"fp8_dequantize: `values` has dtype {values.dtype.name}, want float8_e4m3fn")
-    _check_rank("fp8_dequantize", "values", values)
-    scale_inv = tf.cast(scale_inv, tf.float32)
-    lead = values.shape.rank - 2
-    known = {f"d{i}": size for i, size in enumerate(values.shape[:-2])}
-    known |= {n: None if size is None else -(-size // b) for n, size, b in zip("MN", values.shape[-2:], block)}
-    Dims("fp8_dequantize", **known)("scale_inv", scale_inv, " ".join([*(f"d{i}" for i in range(lead)), "M", "N"]))
-    tiles = _tile(tf.cast(values, tf.float32), block) * _spread(scale_inv)
-    return tf.cast(_untile(tiles, values), dtype)
+    values, scale_inv, _ = _checked_quantized("fp8_dequantize", values, scale_inv, block)
+    tiles = tile(tf.cast(values, tf.float32), block) * spread(scale_inv, block)
+    return tf.cast(untile(tiles, values, block), dtype)
 
 
-def _check_block(function: str, block: tuple[int, int]) -> None:
-    check(
-        len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block),
-        f"{function}: `block` is {block!r}, want two positive integers (rows, columns)",
+@plain
+def fp8_fake(
+    x: TensorLike, *, block: Block = ROW_BLOCK, fmt: str = "e4m3", scale_kind: str = "float32",
+    dtype: tf.DType | str | None = None, fuse: bool = False,
+) -> tf.Tensor:  # fmt: skip
+    """Rounds a tensor to what FP8 keeps of it: `fp8_dequantize(fp8_quantize(x))` to the bit, without a float8 tensor.
+
+    The gradient is the identity ("straight through"): neither the rounding nor the scale is differentiated.
+
+    Args:
+      x: `[..., M, N]`, any floating dtype; computed in float32.
+      block, fmt, scale_kind: as of `fp8_quantize`.
+      dtype: of the result, rounded to once from float32; by default `x`'s.
+      fuse: compile as one kernel (see `ops.fuse`).
+
+    Returns:
+      `[..., M, N]`; a block that holds a value that is not finite becomes NaN.
+
+    Raises:
+      ValueError: `x` with fewer than two dims, or a bad block or name.
+
+    References: DeepSeek-V3 section 3.3.2; arXiv:1308.3432 (straight through).
+
+    >>> fp8_fake([[896.0, -3.1]]).numpy().tolist()
+    [[896.0, -3.0]]
+    """
+    x = _checked("fp8_fake", x, block, fmt, scale_kind)
+    source, target = x.dtype, tf.as_dtype(dtype or x.dtype)
+
+    @tf.custom_gradient
+    def straight_through(x):
+        y = _fake(x, block=_key(block), fmt=fmt, scale_kind=scale_kind, dtype=target, fuse=fuse)
+        return y, lambda d_y: tf.cast(d_y, source)
+
+    return straight_through(x)
+
+
+@plain
+def fp8_retile(
+    values: TensorLike, scale_inv: TensorLike, *, block: Block = ROW_BLOCK, to: Block = COLUMN_BLOCK,
+    scale_kind: str = "float32",
+) -> Fp8Tensor:  # fmt: skip
+    """Quantises a quantised tensor anew in other blocks, such as 1×128 → 128×1 for the gradient of weights.
+
+    Each element is rounded a second time, by at most `2^-(b+1)` of itself with b bits of mantissa, or by half the smallest
+    step of its new block where that is more. When old and new scales are powers of two, elements only change their
+    exponent: exact, but for those that fall below the smallest normal value of their new block.
+
+    Args:
+      values, scale_inv: as `fp8_quantize` returned them; the format is the same again.
+      block: of `scale_inv`.
+      to: the new block.
+      scale_kind: of the new scales.
+
+    Returns:
+      `Fp8Tensor` in blocks of `to`.
+
+    Raises:
+      ValueError: as `fp8_dequantize` and `fp8_quantize`.
+
+    References: DeepSeek-V3 sections 3.3.2 and 3.5.2.
+    """
+    values, scale_inv, fmt = _checked_quantized("fp8_retile", values, scale_inv, block)
+    check_block("fp8_retile", "to", to)
+    check_choice("fp8_retile", "scale_kind", scale_kind, SCALE_KINDS)
+    x = fp8_dequantize(values, scale_inv, block=block)
+    return fp8_quantize(x, block=to, fmt=fmt.name, scale_kind=scale_kind)
+
+
+@plain
+def fp8_counts(x: TensorLike, quantized: Fp8Tensor, *, block: Block = WEIGHT_BLOCK) -> Fp8Counts:
+    """Counts the elements that quantising could not keep.
+
+    Args:
+      x: `[..., M, N]`, what was quantised.
+      quantized: what became of it.
+      block: of its scales.
+
+    Returns:
+      `Fp8Counts`. `saturated`: `|x| / s` is above the format's largest value by more than scale and quotient are rounded, so
+      that a block's own largest element never is. `underflowed`: `x` is not 0, its value is. Elements that are not finite
+      are counted as `nonfinite` only.
+
+    Raises:
+      ValueError: shapes that do not fit, or `quantized` in another dtype.
+
+    >>> x = tf.constant([[1e6, 1e-6, 0.0]])
+    >>> [int(n) for n in fp8_counts(x, fp8_quantize(x, scale_inv=[[1.0]]))]
+    [1, 1, 0]
+    """
+    x = tf.cast(x, tf.float32)
+    values, scale_inv, fmt = _checked_quantized("fp8_counts", *quantized, block, prefix="quantized.")
+    same = x.shape.rank == values.shape.rank and x.shape.is_compatible_with(values.shape)
+    check(same, f"fp8_counts: `x` has shape {x.shape}, want {values.shape}")
+    ratio = untile(tile(tf.abs(x), block) / spread(scale_inv, block), x, block)
+    finite = tf.math.is_finite(x)
+    masks = (
+        finite & (ratio > fmt.max * (1 + 2.0**-22)),  # scale and quotient are each off by 2^-24 at most
+        finite & (x != 0) & (tf.cast(values, tf.float32) == 0),
+        ~finite,
     )
+    return Fp8Counts(*(tf.reduce_sum(tf.cast(mask, tf.int64)) for mask in masks))
 
 
-def _check_rank(function: str, argument: str, x: tf.Tensor) -> None:
-    rank = x.shape.rank
-    check(rank is not None and rank >= 2, f"{function}: `{argument}` has shape {x.shape}, want [..., M, N]")
+@fused
+def _quantize(x, *given, block, fmt, scale_kind):
+    tiles = tile(tf.cast(x, tf.float32), block)
+    scale = given[0] if given else block_scale(tiles, block, FORMATS[fmt], scale_kind)
+    scaled = tiles / spread(scale, block)
+    if given:  # an infinity must not pass for something large; with a scale of its own it is ∞ / ∞
+        scaled = tf.where(tf.math.is_inf(tiles), float("nan"), scaled)
+    return Fp8Tensor(_encode(untile(scaled, x, block), FORMATS[fmt]), scale)
 
 
-def _size(x: tf.Tensor, dim: int) -> int | tf.Tensor:
-    """A dim's size, as a Python integer where it is known."""
-    return tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]
+@fused
+def _fake(x, *, block, fmt, scale_kind, dtype):
+    tiles = tile(tf.cast(x, tf.float32), block)
+    scale = spread(block_scale(tiles, block, FORMATS[fmt], scale_kind), block)
+    return tf.cast(untile(fp8_round(tiles / scale, fmt=fmt) * scale, x, block), dtype)
 
 
-def _tile(x: tf.Tensor, block: tuple[int, int]) -> tf.Tensor:
-    """`[..., M, N]` → `[..., ⌈M/m⌉, m, ⌈N/n⌉, n]`, zeros where blocks are ragged."""
-    rows, cols = _size(x, -2), _size(x, -1)
-    pad_rows, pad_cols = -rows % block[0], -cols % block[1]
-    if not (isinstance(pad_rows, int) and isinstance(pad_cols, int) and pad_rows == pad_cols == 0):
-        x = tf.pad(x, [[0, 0]] * (x.shape.rank - 2) + [[0, pad_rows], [0, pad_cols]])
-    inner = [(rows + pad_rows) // block[0], block[0], (cols + pad_cols) // block[1], block[1]]
-    return tf.reshape(x, [*(_size(x, i) for i in range(x.shape.rank - 2)), *inner])
+def _encode(x: tf.Tensor, fmt: Fp8Format) -> tf.Tensor:
+    """float32 → the format's dtype, saturated; a cast that rounds to a float8 is faster than arithmetic before it."""
+    emulated = fmt.dtype == tf.float16
+    return tf.cast(fp8_round(x, fmt=fmt.name) if emulated else tf.clip_by_value(x, -fmt.max, fmt.max), fmt.dtype)
 
 
-def _untile(tiles: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """The inverse of `_tile`, cut to the shape of `like`."""
-    padded = [_size(tiles, -4) * tiles.shape[-3], _size(tiles, -2) * tiles.shape[-1]]
-    x = tf.reshape(tiles, [*(_size(like, i) for i in range(like.shape.rank - 2)), *padded])
-    return tf.ensure_shape(x[..., : _size(like, -2), : _size(like, -1)], like.shape)
+def _refuse(q: Fp8Tensor, witness: tf.Tensor) -> Fp8Tensor:
+    """`q`, if `witness` is finite: a block's scale is finite when all its elements are."""
+    message = "fp8_quantize: `x` is not finite everywhere, want finite values"
+    finite = tf.reduce_all(tf.math.is_finite(witness))
+    if is_concrete(finite):
+        check(bool(finite), message)
+        return q
+    with tf.control_dependencies([tf.debugging.Assert(finite, [message])]):
+        return Fp8Tensor(*map(tf.identity, q))
 
 
-def _spread(scale: tf.Tensor) -> tf.Tensor:
-    """`[..., m, n]` → `[..., m, 1, n, 1]`, to go with tiles."""
-    return tf.expand_dims(tf.expand_dims(scale, -1), -3)
+def _checked(function: str, x: TensorLike, block: Block, fmt: str, scale_kind: str) -> tf.Tensor:
+    check_block(function, "block", block)
+    check_choice(function, "fmt", fmt, tuple(FORMATS))
+    check_choice(function, "scale_kind", scale_kind, SCALE_KINDS)
+    x = tf.convert_to_tensor(x)
+    check(x.dtype.is_floating, f"{function}: `x` has dtype {x.dtype.name}, want a floating dtype")
+    check_matrix(function, "x", x)
+    return x
 
 
-def _divide_by_max(amax: tf.Tensor) -> tf.Tensor:
-    """amax / 448, rounded to float32 alike everywhere: a compiler makes `amax / 448.0` a product, which rounds otherwise."""
-    return tf.cast(tf.cast(amax, tf.float64) / E4M3_MAX, tf.float32)
+def _checked_quantized(
+    function: str, values: TensorLike, scale_inv: TensorLike, block: Block, prefix: str = ""
+) -> tuple[tf.Tensor, tf.Tensor, Fp8Format]:
+    """Returns the tensors, scales as float32, and the format that the values' dtype tells."""
+    check_block(function, "block", block)
+    values = tf.convert_to_tensor(values)
+    formats = {fmt.dtype: fmt for fmt in FORMATS.values()}
+    want = " or ".join(dtype.name for dtype in formats)
+    check(values.dtype in formats, f"{function}: `{prefix}values` has dtype {values.dtype.name}, want {want}")
+    check_matrix(function, f"{prefix}values", values)
+    scale_inv = tf.cast(scale_inv, tf.float32)
+    check_scales(function, f"{prefix}scale_inv", scale_inv, values, block)
+    return values, scale_inv, formats[values.dtype]
 
 
-def _power_of_two_above(scale: tf.Tensor) -> tf.Tensor:
-    """The smallest power of two that is not below a positive normal number: adds one to the exponent unless exact."""
-    bits = tf.bitcast(scale, tf.int32)
-    rounded = tf.bitcast(tf.bitwise.bitwise_and(bits + 0x7FFFFF, 0x7F800000), tf.float32)
-    return tf.where(tf.math.is_finite(scale), rounded, scale)
+def _key(block: Block) -> Block:
+    """A block as a kernel's key: lists are no keys."""
+    return None if block is None else tuple(block)

@@ -1,8 +1,8 @@
-"""Sums and maxima over the last dim, in the formulation that the compiler at hand makes fast.
+"""Sums and maxima over a dim, in the formulation that the compiler at hand makes fast.
 
 XLA on a CPU turns a plain sum into a tree of windows and a maximum into a scalar loop, which breaks fused kernels; there a
-sum is a product with ones and a maximum takes two steps. Anywhere else these are the plain reductions. The values are the
-same up to the order of summation.
+sum is a product with ones and a maximum takes two steps, or halves the dim. Anywhere else these are the plain reductions.
+The values are the same up to the order of summation.
 """
 
 from __future__ import annotations
@@ -41,3 +41,16 @@ def row_max(x: tf.Tensor) -> tf.Tensor:
         lead = [s if s is not None else tf.shape(x)[i] for i, s in enumerate(x.shape[:-1])]
         return tf.expand_dims(tf.reduce_max(tf.reduce_max(tf.reshape(x, [*lead, size // _LANES, _LANES]), -1), -1), -1)
     return tf.reduce_max(x, -1, keepdims=True)
+
+
+def halving_max(x: tf.Tensor, dim: int) -> tf.Tensor:
+    """Returns the maximum of `x` over `dim`, counted from the end; the dim is gone.
+
+    One half against the other, until one is left: fastest where the dim is a power of two and results are many.
+    """
+    size = x.shape[dim]
+    if not _IN_KERNEL.get() or size is None or size & (size - 1):
+        return tf.reduce_max(x, dim)
+    while x.shape[dim] > 1:
+        x = tf.maximum(*tf.split(x, 2, dim))
+    return tf.squeeze(x, dim)

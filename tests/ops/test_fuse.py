@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.ops.fuse import fused
-from dsv3.ops.reduce import cpu_kernel, row_max, row_sum
+from dsv3.ops.reduce import cpu_kernel, halving_max, row_max, row_sum
 from tests.compare import SWEEP, assert_close, check_gradient, gradients, normal
 
 runs = []
@@ -88,6 +88,17 @@ def test_reductions_are_the_same_in_a_kernel(lead, width, seed):
     np.testing.assert_array_equal(top, x.max(-1, keepdims=True))
     np.testing.assert_array_equal(row_max(tf.constant(x)), top)
     assert np.abs(row_sum(tf.constant(x)) - total).max() <= 2e-6 * np.abs(x).sum(-1).max()
+
+
+@SWEEP
+@given(st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 6, 8, 64]), st.sampled_from([1, 2, 5, 16])), st.integers(0, 99))
+def test_a_maximum_by_halves_is_the_maximum(shape, seed):
+    x = normal(seed, *shape)
+    for dim in (-1, -2):
+        with cpu_kernel():
+            found = halving_max(tf.constant(x), dim)
+        np.testing.assert_array_equal(found, x.max(dim))
+        np.testing.assert_array_equal(halving_max(tf.constant(x), dim), found)
 
 
 def test_a_kernel_ends_with_its_block():
