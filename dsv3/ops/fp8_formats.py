@@ -1,7 +1,7 @@
 """The number formats of low-precision training, and rounding to them by arithmetic.
 
 E4M3 and E5M2 are float8 dtypes. E5M6 has twelve bits and no dtype: it is stored as those float16 numbers that need no more
-than six bits of mantissa. (TensorFlow's graph optimiser does not know E5M2: it warns and leaves a graph that has it as it is.)
+than six bits of mantissa. (TensorFlow's graph optimiser does not know E5M2: it warns and leaves a graph with it as it is.)
 """
 
 from __future__ import annotations
