@@ -205,7 +205,7 @@ def fp8_counts(x: TensorLike, quantized: Fp8Tensor, *, block: Block = WEIGHT_BLO
     finite = tf.math.is_finite(x)
     masks = (
         finite & (ratio > fmt.max * (1 + 2.0**-22)),  # scale and quotient are each off by 2^-24 at most
-        finite & (x != 0) & (tf.cast(values, tf.float32) == 0),
+        (x != 0) & (tf.cast(values, tf.float32) == 0),
         ~finite,
     )
     return Fp8Counts(*(tf.reduce_sum(tf.cast(mask, tf.int64)) for mask in masks))
