@@ -8,7 +8,8 @@ import numpy as np
 
 from dsv3.ops.attention import AttentionMask
 from dsv3.ops.dispatch import Dispatch, dispatch_rows, dispatch_slots
-from dsv3.ops.fp8 import E4M3, Fp8Tensor
+from dsv3.ops.fp8 import E4M3, Fp8Tensor, fp8_quantize
+from dsv3.ops.gemm_grouped import fp8_quantize_groups
 from dsv3.ops.rope import RopeTable
 from tests.catalogue_entry import Entry, arrays
 from tests.compare import normal
@@ -63,7 +64,25 @@ def draft_inputs() -> dict[str, Any]:
 
 E4M3_VALUES = np.array([[1.0, -2.0, 448.0]] * 2, np.float32).astype(E4M3.as_numpy_dtype)
 
+ROWS = np.array([3, 0, 2], np.int32)
+HALVES = np.full((1, 1), 0.5, np.float32)
+
+
+def fp8(seed: int, *shape: int, block: tuple[int, int] = (1, 128)) -> Fp8Tensor:
+    return arrays(fp8_quantize(normal(seed, *shape), block=block))
+
+
+def grouped(seed: int, *shape: int) -> Fp8Tensor:
+    return arrays(fp8_quantize_groups(normal(seed, *shape), ROWS))
+
+
 OPS = [
+    Entry(
+        "dsv3.ops.accumulator.tensor_core_matmul",
+        lambda: {"a": int32(2, 3).astype(np.float32), "b": normal(1, 3, 4), "scale_a": HALVES, "scale_b": HALVES},
+        wrong=lambda: {"a": normal(0, 3), "b": normal(1, 2, 4), "scale_a": normal(0, 2, 2), "scale_b": normal(0, 2, 1)},
+        unknown=("a",),
+    ),
     Entry(
         "dsv3.ops.activation.swiglu", lambda: {"gate_up": normal(0, 3, 8)}, wrong=lambda: {"gate_up": normal(0, 3, 7)},
         unknown=("gate_up",),
@@ -142,6 +161,45 @@ OPS = [
         unknown=("x",),
     ),
     Entry("dsv3.ops.fp8_formats.fp8_round", lambda: {"x": normal(0, 3, 5)}, {"fmt": "e5m6"}, any_shape=True),
+    Entry(
+        "dsv3.ops.gemm.fp8_gemm", lambda: {"a": fp8(0, 2, 3, 5), "b": fp8(1, 5, 4, block=(128, 128))},
+        {"a_block": (1, 128), "b_block": (128, 128), "accumulate": "tensor_core"},
+        lambda: {"b": fp8(1, 4, 4, block=(128, 128))},
+        unknown=("a",),
+    ),
+    Entry(
+        "dsv3.ops.gemm.fp8_fprop", lambda: {"x": fp8(0, 3, 5), "w": fp8(1, 5, 4, block=(128, 128))},
+        wrong=lambda: {"x": fp8(0, 3, 5, block=(1, 2)), "w": fp8(1, 4, 4, block=(128, 128))},
+        unknown=("x",),
+    ),
+    Entry(
+        "dsv3.ops.gemm.fp8_dgrad", lambda: {"dy": fp8(0, 3, 4), "w": fp8(1, 5, 4, block=(128, 128))},
+        wrong=lambda: {"dy": fp8(0, 3, 4, block=(1, 2)), "w": fp8(1, 5, 5, block=(128, 128))}, unknown=("dy",),
+    ),
+    Entry(
+        "dsv3.ops.gemm.fp8_wgrad", lambda: {"x": fp8(0, 3, 5, block=(128, 1)), "dy": fp8(1, 3, 4, block=(128, 1))},
+        wrong=lambda: {"x": fp8(0, 3, 5, block=(2, 1)), "dy": fp8(1, 2, 4, block=(128, 1))},
+    ),
+    Entry("dsv3.ops.gemm.fp8_transpose", lambda: {"x": fp8(0, 2, 3, 5)}, any_shape=True, unknown=("x",)),
+    Entry(
+        "dsv3.ops.gemm_grouped.fp8_grouped_gemm",
+        lambda: {"a": fp8(0, 6, 5), "b": fp8(1, 3, 5, 4, block=(128, 128)), "rows": ROWS}, {},
+        lambda: {"a": fp8(0, 1, 6, 5), "b": fp8(1, 3, 4, 4, block=(128, 128)), "rows": ROWS[:2]},
+        {"kernel": "blocks", "multiple": 1},
+    ),
+    Entry(
+        "dsv3.ops.gemm_grouped.fp8_quantize_groups", lambda: {"x": normal(0, 6, 5), "rows": ROWS},
+        wrong=lambda: {"x": normal(0, 6), "rows": ROWS[None]},
+    ),
+    Entry(
+        "dsv3.ops.gemm_grouped.fp8_grouped_wgrad",
+        lambda: {"x": grouped(0, 6, 5), "dy": grouped(1, 6, 4), "rows": ROWS}, {},
+        lambda: {"x": fp8(0, 6, 5), "dy": grouped(1, 7, 4), "rows": ROWS[None]}, {"kernel": "blocks"},
+    ),
+    Entry(
+        "dsv3.ops.grouped.row_owner", lambda: {"ends": np.array([2, 2, 5], np.int32), "rows": np.arange(7, dtype=np.int32)},
+        any_shape=True,
+    ),
     Entry(
         "dsv3.ops.loss.token_nll",
         lambda: {"hidden": normal(0, 5, 3), "head": normal(1, 3, 7), "targets": int32(5, high=7)}, {"chunk": 2},

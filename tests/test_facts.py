@@ -202,3 +202,23 @@ def test_a_leaf_that_is_returned_as_it_came_is_not_written():
     state, _ = step(state)
     assert address(state["a"]) == before
     assert tree.map_leaves(lambda v: float(v[0]), state) == {"a": 1.0, "b": 3.0}
+
+
+# FP8
+
+
+def test_float8_is_sliced_and_gathered_but_neither_padded_nor_scattered_nor_taken_into_a_loop():
+    """So products go through float32 or bfloat16 there, which have every value of FP8 (`ops/gemm_grouped.py`)."""
+    x = tf.cast(tf.range(6.0)[:, None], tf.dtypes.experimental.float8_e4m3fn)
+    for fn in (lambda: tf.split(x, [2, 4])[1], lambda: tf.concat([x, x], 0), lambda: tf.gather(x, [1]), lambda: x[:, :1]):
+        assert fn().dtype == x.dtype
+    for fn in (lambda: tf.pad(x, [[0, 1], [0, 0]]), lambda: tf.scatter_nd([[0]], x[:1], [2, 1])):
+        with pytest.raises((tf.errors.NotFoundError, tf.errors.InvalidArgumentError)):
+            fn()
+
+    def add(x):
+        return tf.while_loop(lambda i, y: i < 6, lambda i, y: (i + 1, y + tf.cast(x[i, 0], y.dtype)), [0, 0.0])[1]
+
+    with pytest.raises((tf.errors.InternalError, tf.errors.InvalidArgumentError), match="Switch"):
+        tf.function(add, autograph=False)(x)
+    assert tf.function(add, autograph=False)(tf.cast(x, tf.bfloat16)) == 15

@@ -16,6 +16,7 @@ from dsv3.graph import plain
 from dsv3.ops.activation import swiglu_float32
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
 from dsv3.ops.fuse import fused
+from dsv3.ops.grouped import grouped_matmul, grouped_outer, row_owner
 from dsv3.ops.reduce import row_sum
 from dsv3.typing import TensorLike
 
@@ -72,28 +73,6 @@ def experts_apply(
     return _sorted(x, weights, plan, gate_up, down, fuse=fuse)
 
 
-def _split(buffer: tf.Tensor, plan: Dispatch) -> list[tf.Tensor]:
-    """Splits a buffer into the experts' rows and, last, the unused tail."""
-    tail = buffer.shape[0] - tf.reduce_sum(plan.rows)
-    return tf.split(buffer, tf.concat([plan.rows, [tail]], 0), num=plan.rows.shape[0] + 1)
-
-
-def _grouped(buffer: tf.Tensor, kernels: list[tf.Tensor], plan: Dispatch, *, transpose: bool = False) -> tf.Tensor:
-    """Multiplies each expert's rows by its matrix; the tail becomes zeros."""
-    parts = _split(buffer, plan)
-    out = [tf.matmul(p, w, transpose_b=transpose) for p, w in zip(parts, kernels)]
-    width = kernels[0].shape[0] if transpose else kernels[0].shape[1]
-    out.append(tf.zeros([tf.shape(parts[-1])[0], width], buffer.dtype))
-    result = tf.concat(out, 0)
-    return tf.ensure_shape(result, [buffer.shape[0], width])
-
-
-def _grouped_outer(a: tf.Tensor, b: tf.Tensor, plan: Dispatch) -> tf.Tensor:
-    """Returns `[E, ...]`: for each expert `aᵀ @ b` over its rows."""
-    pairs = zip(_split(a, plan)[:-1], _split(b, plan)[:-1])
-    return tf.stack([tf.matmul(p, q, transpose_a=True) for p, q in pairs])
-
-
 @fused
 def _weighted_swiglu(h, w):
     return tf.cast(swiglu_float32(h) * tf.expand_dims(w, -1), h.dtype)
@@ -120,17 +99,18 @@ def _sorted(x, weights, plan: Dispatch, gate_up, down, *, fuse: bool) -> tf.Tens
     def apply(x, weights, gate_up, down):
         w = scatter_weights(weights, plan.slots, size=size, fuse=fuse)
         gate_ups, downs = tf.unstack(gate_up), tf.unstack(down)
-        h = _grouped(gather_rows(x, plan.tokens, fuse=fuse), gate_ups, plan)
-        y = _grouped(_weighted_swiglu(h, w, fuse=fuse), downs, plan)
+        h = grouped_matmul(gather_rows(x, plan.tokens, fuse=fuse), gate_ups, plan.rows)
+        y = grouped_matmul(_weighted_swiglu(h, w, fuse=fuse), downs, plan.rows)
         out = combine_rows(y, plan.slots, fuse=fuse)
 
         def grad(dy):
             dy_rows = gather_rows(dy, plan.tokens, fuse=fuse)
-            d_act = _grouped(dy_rows, downs, plan, transpose=True)
+            d_act = grouped_matmul(dy_rows, downs, plan.rows, transpose=True)
             act, d_w, d_h = _weighted_swiglu_grad(h, w, d_act, fuse=fuse)
-            d_down = _grouped_outer(act, dy_rows, plan)
-            d_gate_up = _grouped_outer(gather_rows(x, plan.tokens, fuse=fuse), d_h, plan)
-            d_x = combine_rows(_grouped(d_h, gate_ups, plan, transpose=True), plan.slots, fuse=fuse)
+            d_down = grouped_outer(act, dy_rows, plan.rows)
+            d_gate_up = grouped_outer(gather_rows(x, plan.tokens, fuse=fuse), d_h, plan.rows)
+            d_x = grouped_matmul(d_h, gate_ups, plan.rows, transpose=True)
+            d_x = combine_rows(d_x, plan.slots, fuse=fuse)
             return d_x, tf.gather(d_w, plan.slots), d_gate_up, d_down
 
         return out, grad
@@ -140,9 +120,7 @@ def _sorted(x, weights, plan: Dispatch, gate_up, down, *, fuse: bool) -> tf.Tens
 
 def _blocks(x, weights, plan: Dispatch, gate_up, down, *, block: int) -> tf.Tensor:
     size = plan.tokens.shape[0]
-    ends = plan.starts + plan.rows
-    first = tf.range(size // block) * block
-    owner = tf.reduce_sum(tf.cast(tf.expand_dims(first, -1) >= ends, tf.int32), -1)
+    owner = row_owner(plan.starts + plan.rows, tf.range(size // block) * block)
     owner = tf.minimum(owner, gate_up.shape[0] - 1)  # the tail's blocks: any expert, their rows are never read
     w = scatter_weights(weights, plan.slots, size=size)
     rows = tf.reshape(tf.gather(x, plan.tokens), [size // block, block, x.shape[-1]])
