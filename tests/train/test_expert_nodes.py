@@ -35,17 +35,22 @@ def on_one_device(cfg):
     return gradients(cfg, None, tokens_of(cfg), weights_of())
 
 
+# As many experts, groups and choices as DeepSeek-V3 has, a group a node.
+PUBLISHED = {
+    "n_routed_experts": 256, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "num_nextn_predict_layers": 0,
+}  # fmt: skip
 CASES = [
     ("expert:4", 2, {}, {}),
     ("data:2,expert:4", 4, {}, {"dispatch_dtype": "float32"}),  # one device a node: nothing to forward to
     ("pipe:2,expert:4", 2, {"n_shared_experts": 0}, {"schedule": pipeline.zb1p}),
     ("expert:8", 4, {}, {"policy": PLAIN.replace(remat="block")}),
+    ("expert:8", 8, PUBLISHED, {"policy": PLAIN.replace(experts="blocks")}),
 ]
 
 
 @pytest.mark.parametrize(("axes", "nodes", "fields", "kwargs"), CASES)
 def test_loss_and_every_gradient(axes, nodes, fields, kwargs):
-    cfg = CFG if not fields else model_config(**FIELDS, **fields)
+    cfg = model_config(**FIELDS | fields)
     want, ref = on_one_device(cfg)
     got, metrics = gradients(cfg, axes, tokens_of(cfg), weights_of(), expert_nodes=nodes, **kwargs)
     assert_close(metrics.loss, ref.loss)
