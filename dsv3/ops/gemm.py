@@ -21,10 +21,11 @@ from dsv3.checks import check, check_choice
 from dsv3.graph import plain
 from dsv3.ops.accumulator import check_accumulator, tensor_core_matmul
 from dsv3.ops.fp8 import COLUMN_BLOCK, ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor, fp8_dequantize
+from dsv3.ops.fp8_formats import FORMATS
 from dsv3.ops.fuse import fused
 
 Block = tuple[int, int] | None
-FORMATS = ("float8_e4m3fn", "float8_e5m2", "float16")  # float16: E5M6 is stored so
+DTYPES = tuple(fmt.dtype.name for fmt in FORMATS.values())
 ACCUMULATORS = ("float32", "tensor_core")
 
 
@@ -151,7 +152,7 @@ def fp8_operand(function: str, argument: str, x: Fp8Tensor, block: Block) -> Fp8
     )
     values, scale = tf.convert_to_tensor(x[0]), tf.cast(x[1], tf.float32)
     name, rank = values.dtype.name, values.shape.rank
-    check(name in FORMATS, f"{function}: `{argument}` has dtype {name}, want {', '.join(FORMATS)}")
+    check(name in DTYPES, f"{function}: `{argument}` has dtype {name}, want {', '.join(DTYPES)}")
     check(
         rank is not None and rank >= 2,
         f"{function}: `{argument}` has values of shape {values.shape}, want two dims at least",

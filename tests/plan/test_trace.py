@@ -198,7 +198,7 @@ def test_a_small_step_is_what_the_formulas_say(name, mesh, recompute):
     assert_agrees(cfg, Plan(**MESHES[mesh], length=20, recompute=recompute, loss_chunk=7))
 
 
-@pytest.mark.parametrize(("how", "recompute"), [*zip(POLICIES, ("paper", "block", "paper", "block", "none"))])
+@pytest.mark.parametrize(("how", "recompute"), list(zip(POLICIES, ("paper", "block", "paper", "block", "none"))))
 def test_kernels_differ_as_they_should(how, recompute):
     plan = Plan(length=20, recompute=recompute, loss_chunk=7)
     assert_agrees(SMALL["parts"], plan, trace_policy(plan).replace(**POLICIES[how]))
