@@ -1,8 +1,8 @@
 """ComputePolicy: dtype, kernels, recomputation and compilation, with the default of each device in one place.
 
-A policy changes speed and memory, never the function. On a CPU matrix products are fastest outside XLA, so a step is a plain
-graph whose element-wise chains are compiled: `docs/benchmark.md` has the measurements and their command. On a GPU or TPU the
-whole step is compiled, which was not timed.
+A policy changes rounding, speed and memory, never the function. On a CPU matrix products are fastest outside XLA, so a step
+is a plain graph whose element-wise chains are compiled: `docs/benchmark.md` has the measurements and their command. On a GPU
+or TPU the whole step is compiled, which was not timed.
 
 On GPUs TensorFlow rounds the inputs of float32 products to TF32 unless it is told not to
 (`tf.config.experimental.enable_tensor_float_32_execution(False)`); the router's product is one of them, and near-ties
@@ -15,7 +15,8 @@ import dataclasses
 
 import tensorflow as tf
 
-from dsv3.checks import check, check_choice
+from dsv3.checks import check, check_choice, check_type
+from dsv3.recipe import Fp8Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ComputePolicy:
         to so many keys the backward gets probabilities from the forward pass instead of computing them again.
       loss_chunk: tokens whose logits exist at one time in the loss.
       remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
+      fp8: what linear layers compute in FP8; `None`: nothing.
       loop: `"unroll"` repeats the graph for each layer, `"scan"` is a loop with recomputation: short to trace, 61 layers
         cost one.
     """
@@ -47,12 +49,15 @@ class ComputePolicy:
     loss_chunk: int = 1024
     remat: str = "none"
     loop: str = "unroll"
+    fp8: Fp8Recipe | None = None
 
     def __post_init__(self):
         check_choice("ComputePolicy", "dtype", self.dtype, (None, "float32", "bfloat16"))
         check_choice("ComputePolicy", "experts", self.experts, ("sorted", "blocks"))
         check_choice("ComputePolicy", "remat", self.remat, ("none", "block"))
         check_choice("ComputePolicy", "loop", self.loop, ("unroll", "scan"))
+        if self.fp8 is not None:
+            check_type("ComputePolicy", "fp8", self.fp8, Fp8Recipe)
         check(self.attention_block > 0, f"ComputePolicy: `attention_block` is {self.attention_block}, want > 0")
         check(self.loss_chunk > 0, f"ComputePolicy: `loss_chunk` is {self.loss_chunk}, want > 0")
         check(

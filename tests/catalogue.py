@@ -30,6 +30,8 @@ EXEMPT = {
     "dsv3.ops.attention.check_attention": "the shape checks of the attention functions, tested through them",
     "dsv3.ops.attention_blocks.apply": "a kernel of `attention`, tested through it",
     "dsv3.ops.attention_tiles.apply": "a kernel of `attention`, tested through it",
+    "dsv3.ops.experts.weighted_swiglu": "the activation of `experts_apply` and `fp8_experts`, tested through them",
+    "dsv3.ops.experts.weighted_swiglu_grad": "its gradient, tested through the same",
     "dsv3.ops.fp8_tiles.block_scale": "a part of `fp8_quantize` and `fp8_fake`, tested through them",
     "dsv3.ops.fp8_tiles.check_block": "an argument's check in `ops.fp8`, tested through it",
     "dsv3.ops.fp8_tiles.check_matrix": "the same",

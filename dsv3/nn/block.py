@@ -75,7 +75,7 @@ def block_apply(
     """
     x, h, entry = block_attend(params, x, cfg=cfg, table=table, policy=policy, segments=segments, cache=cache, form=form)
     if isinstance(params.ffn, MLPParams):
-        return BlockOutput(x + mlp_apply(params.ffn, h, fuse=policy.fuse), entry, ())
+        return BlockOutput(x + mlp_apply(params.ffn, h, fp8=policy.fp8, fuse=policy.fuse), entry, ())
     ffn = moe_apply(params.ffn, bias, h, cfg=cfg.moe, mask=mask, experts=experts, policy=policy)
     return BlockOutput(x + ffn.out, entry, ffn.stats)
 

@@ -8,19 +8,31 @@ import tensorflow as tf
 
 from dsv3.checks import Dims
 from dsv3.graph import plain
+from dsv3.nn.fp8 import fp8_linear, fp8_swiglu
 from dsv3.ops.activation import swiglu
+from dsv3.recipe import Fp8Recipe
 from dsv3.spec import ParamSpec
 from dsv3.typing import TensorLike
 
 
 @plain
-def linear_apply(x: TensorLike, weight: TensorLike, bias: TensorLike | tuple = ()) -> tf.Tensor:
+def linear_apply(
+    x: TensorLike,
+    weight: TensorLike,
+    bias: TensorLike | tuple = (),
+    *,
+    fp8: Fp8Recipe | None = None,
+    after_attention: bool = False,
+    fuse: bool = False,
+) -> tf.Tensor:
     """Returns `x @ weight (+ bias)` over the last dim, as one two-dimensional product.
 
     Args:
       x: `[..., D]`.
       weight: `[D, F]`, or `[D, H, F]` for one matrix per head; cast to `x`'s dtype.
       bias: `[F]`, or `()` for none.
+      fp8: compute it, and its gradients, in FP8: see `nn.fp8.fp8_linear`. The weight is then quantised as it is.
+      after_attention, fuse: see there.
 
     Returns:
       `[..., F]`, or `[..., H·F]` for a three-dimensional weight.
@@ -28,8 +40,11 @@ def linear_apply(x: TensorLike, weight: TensorLike, bias: TensorLike | tuple = (
     x = tf.convert_to_tensor(x)
     width = x.shape[-1]
     Dims("linear_apply", D=width)("weight", weight, "D F" if len(weight.shape) == 2 else "D H F")
-    weight = tf.reshape(tf.cast(weight, x.dtype), [width, -1])
-    y = tf.matmul(tf.reshape(x, [-1, width]), weight)
+    rows, weight = tf.reshape(x, [-1, width]), tf.reshape(weight, [width, -1])
+    if fp8 is None:
+        y = tf.matmul(rows, tf.cast(weight, x.dtype))
+    else:
+        y = fp8_linear(rows, weight, recipe=fp8, after_attention=after_attention, fuse=fuse)
     if not isinstance(bias, tuple):
         y += tf.cast(bias, x.dtype)
     shape = tf.concat([tf.shape(x)[:-1], [weight.shape[1]]], 0)
@@ -52,17 +67,21 @@ def mlp_specs(hidden_size: int, intermediate_size: int, *, std: float) -> MLPPar
 
 
 @plain
-def mlp_apply(params: MLPParams, x: TensorLike, *, fuse: bool = False) -> tf.Tensor:
+def mlp_apply(params: MLPParams, x: TensorLike, *, fp8: Fp8Recipe | None = None, fuse: bool = False) -> tf.Tensor:
     """Returns `(silu(x @ gate)·(x @ up)) @ down`.
 
     Args:
       params: see `MLPParams`.
       x: `[..., D]`.
-      fuse: compile the activation as one kernel.
+      fp8: compute the products in FP8; SwiGLU's input is then kept in FP8, too, if the recipe says so.
+      fuse: compile the element-wise parts as kernels.
 
     Returns:
       `[..., D]`.
 
     References: arXiv:2002.05202.
     """
-    return linear_apply(swiglu(linear_apply(x, params.gate_up), fuse=fuse), params.down)
+    how = {"fp8": fp8, "fuse": fuse}
+    h = linear_apply(x, params.gate_up, **how)
+    act = fp8_swiglu(h, recipe=fp8, fuse=fuse) if fp8 and fp8.keep_swiglu else swiglu(h, fuse=fuse)
+    return linear_apply(act, params.down, **how)

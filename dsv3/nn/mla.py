@@ -195,7 +195,8 @@ def mla_apply(
         q = _queries(params, x, cfg=cfg, policy=policy, halves=True)
         heads = _expanded(params, q, entry, table, cache, segments, cfg=cfg, policy=policy, naive=form == "naive")
     o = tf.reshape(params.o, [cfg.num_heads * cfg.v_dim, cfg.hidden_size])
-    return MLAOutput(linear_apply(heads, o, params.o_bias), entry)
+    out = linear_apply(heads, o, params.o_bias, fp8=policy.fp8, after_attention=True, fuse=policy.fuse)
+    return MLAOutput(out, entry)
 
 
 def _absorbing_is_cheaper(cfg: MLAConfig, new_tokens: int | None) -> bool:
@@ -208,13 +209,14 @@ def _absorbing_is_cheaper(cfg: MLAConfig, new_tokens: int | None) -> bool:
 
 def _queries(params: MLAParams, x, *, cfg: MLAConfig, policy: ComputePolicy, halves: bool = False) -> tf.Tensor:
     """`[B, T, H·(P+R)]`, not yet rotated; `halves` has the pairs to rotate in halves, however they lie in the weights."""
+    how = {"fp8": policy.fp8, "fuse": policy.fuse}
     if cfg.q_latent is not None:
-        x = linear_apply(x, params.q_a, params.q_a_bias)
+        x = linear_apply(x, params.q_a, params.q_a_bias, **how)
         x = rms_norm(x, params.q_norm, eps=LATENT_NORM_EPS, rounding=cfg.norm_rounding, fuse=policy.fuse)
     weight = params.q_b
     if halves and cfg.rope.pairs == "interleaved":  # on the weights: on the queries it costs more than the rotation
         weight = _rope_halves(weight, cfg.rope_dim)
-    return linear_apply(x, weight)
+    return linear_apply(x, weight, **how)
 
 
 def _rope_halves(x: tf.Tensor, rope_dim: int) -> tf.Tensor:
@@ -227,7 +229,7 @@ def _rope_halves(x: tf.Tensor, rope_dim: int) -> tf.Tensor:
 
 def _latents(params: MLAParams, x, table: RopeTable, *, cfg: MLAConfig, policy: ComputePolicy) -> tf.Tensor:
     """`[B, T, L+R]`: the normalised latent and the rotated shared key (which is not normalised)."""
-    latent = linear_apply(x, params.kv_a, params.kv_a_bias)
+    latent = linear_apply(x, params.kv_a, params.kv_a_bias, fp8=policy.fp8, fuse=policy.fuse)
     return _finish_latents(
         latent, params.kv_norm, *table, rope=cfg.rope, rounding=cfg.norm_rounding, fuse=policy.fuse
     )
@@ -286,9 +288,8 @@ def _expanded(params, q, entry, table, cache, segments, *, cfg, policy, naive) -
     latent, k_rope = tf.split(entry, [cfg.kv_latent, cfg.rope_dim], axis=-1)
     if cfg.rope.output == "interleaved":
         k_rope = _rope_halves(k_rope, cfg.rope_dim)
-    k, v = _keys_values(
-        linear_apply(latent, params.kv_b), k_rope, heads=cfg.num_heads, nope_dim=cfg.nope_dim, fuse=policy.fuse
-    )
+    kv = linear_apply(latent, params.kv_b, fp8=policy.fp8, fuse=policy.fuse)
+    k, v = _keys_values(kv, k_rope, heads=cfg.num_heads, nope_dim=cfg.nope_dim, fuse=policy.fuse)
     if naive or q.shape[2] is None or k.shape[2] is None:
         heads = attention_naive(q, k, v, mask, scale=1.0)
     else:

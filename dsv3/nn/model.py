@@ -157,14 +157,16 @@ def head_weight(params: ModelParams) -> tf.Tensor:
 
 
 def cast_params(params: ModelParams, policy: ComputePolicy) -> ModelParams:
-    """Casts what enters products to the compute dtype, once; norms and routers keep theirs."""
+    """Casts what enters products to the compute dtype, once. Norms, routers and weights of FP8 products keep theirs."""
     dtype = policy.compute_dtype
     if dtype is None:
         return params
 
     def cast(path: str, leaf: tf.Tensor) -> tf.Tensor:
         name = path.rsplit(".", 1)[-1]
-        return leaf if name.endswith("norm") or name in ("router", "embed") else tf.cast(leaf, dtype)
+        kept = name.endswith("norm") or name in ("router", "embed")
+        quantized = policy.fp8 is not None and name not in ("head", "proj")
+        return leaf if kept or quantized else tf.cast(leaf, dtype)
 
     return tree.map_with_path(cast, params)
 

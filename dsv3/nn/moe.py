@@ -9,6 +9,7 @@ import tensorflow as tf
 from dsv3.checks import Dims, check, check_type
 from dsv3.config import MoEConfig
 from dsv3.graph import plain
+from dsv3.nn.fp8_experts import fp8_experts
 from dsv3.nn.linear import MLPParams, mlp_apply, mlp_specs
 from dsv3.ops.experts import experts_apply
 from dsv3.ops.router import (
@@ -110,7 +111,7 @@ def moe_apply(
     out = _experts(params, tf.reshape(x, [-1, cfg.hidden_size]), routing, policy)
     out = tf.reshape(out, tf.shape(x))
     if cfg.num_shared:
-        out += mlp_apply(params.shared, x, fuse=policy.fuse)
+        out += mlp_apply(params.shared, x, fp8=policy.fp8, fuse=policy.fuse)
     return MoEOutput(tf.ensure_shape(out, x.shape), stats)
 
 
@@ -164,17 +165,21 @@ def moe_route(
 def _experts(params: MoEParams, tokens, routing: Routing, policy: ComputePolicy) -> tf.Tensor:
     n, k = routing.experts.shape
     check(n is not None, "moe_apply: `x` has an unknown number of tokens, want static B and T")
-    few = n * k <= policy.max_rows
-    return experts_apply(
-        tokens,
-        routing.weights,
-        routing.experts,
-        tf.cast(params.gate_up, tokens.dtype),
-        tf.cast(params.down, tokens.dtype),
-        kernel="rows" if few else policy.experts,
-        multiple=policy.row_multiple(n * k, params.gate_up.shape[0]),
-        fuse=policy.fuse,
-    )
+    few = n * k <= policy.max_rows and policy.fp8 is None
+    multiple = policy.row_multiple(n * k, params.gate_up.shape[0])
+    given = (tokens, routing.weights, routing.experts, params.gate_up, params.down)
+    return experts_compute(*given, kernel="rows" if few else policy.experts, multiple=multiple, policy=policy)
+
+
+def experts_compute(
+    x: tf.Tensor, weights: tf.Tensor, experts: tf.Tensor, gate_up: TensorLike, down: TensorLike, *, kernel: str,
+    multiple: int, policy: ComputePolicy,
+) -> tf.Tensor:  # fmt: skip
+    """`ops.experts.experts_apply`, or `nn.fp8_experts.fp8_experts` if the policy computes in FP8; arguments as there."""
+    how = {"kernel": kernel, "multiple": multiple, "fuse": policy.fuse}
+    if policy.fp8 is not None:
+        return fp8_experts(x, weights, experts, gate_up, down, recipe=policy.fp8, **how)
+    return experts_apply(x, weights, experts, tf.cast(gate_up, x.dtype), tf.cast(down, x.dtype), **how)
 
 
 def _replay(scores: tf.Tensor, experts: tf.Tensor, scale: float, normalize: bool) -> Routing:

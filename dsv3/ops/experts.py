@@ -74,12 +74,12 @@ def experts_apply(
 
 
 @fused
-def _weighted_swiglu(h, w):
+def weighted_swiglu(h, w):
     return tf.cast(swiglu_float32(h) * tf.expand_dims(w, -1), h.dtype)
 
 
 @fused
-def _weighted_swiglu_grad(h, w, d_act):
+def weighted_swiglu_grad(h, w, d_act):
     """From d(act) without the gate value: (weighted act, d(gate value), dh)."""
     gate, up = tf.split(tf.cast(h, tf.float32), 2, axis=-1)
     d_act, w = tf.cast(d_act, tf.float32), tf.expand_dims(w, -1)
@@ -100,13 +100,13 @@ def _sorted(x, weights, plan: Dispatch, gate_up, down, *, fuse: bool) -> tf.Tens
         w = scatter_weights(weights, plan.slots, size=size, fuse=fuse)
         gate_ups, downs = tf.unstack(gate_up), tf.unstack(down)
         h = grouped_matmul(gather_rows(x, plan.tokens, fuse=fuse), gate_ups, plan.rows)
-        y = grouped_matmul(_weighted_swiglu(h, w, fuse=fuse), downs, plan.rows)
+        y = grouped_matmul(weighted_swiglu(h, w, fuse=fuse), downs, plan.rows)
         out = combine_rows(y, plan.slots, fuse=fuse)
 
         def grad(dy):
             dy_rows = gather_rows(dy, plan.tokens, fuse=fuse)
             d_act = grouped_matmul(dy_rows, downs, plan.rows, transpose=True)
-            act, d_w, d_h = _weighted_swiglu_grad(h, w, d_act, fuse=fuse)
+            act, d_w, d_h = weighted_swiglu_grad(h, w, d_act, fuse=fuse)
             d_down = grouped_outer(act, dy_rows, plan.rows)
             d_gate_up = grouped_outer(gather_rows(x, plan.tokens, fuse=fuse), d_h, plan.rows)
             d_x = grouped_matmul(d_h, gate_ups, plan.rows, transpose=True)
@@ -125,7 +125,7 @@ def _blocks(x, weights, plan: Dispatch, gate_up, down, *, block: int) -> tf.Tens
     w = scatter_weights(weights, plan.slots, size=size)
     rows = tf.reshape(tf.gather(x, plan.tokens), [size // block, block, x.shape[-1]])
     h = tf.matmul(rows, tf.gather(gate_up, owner))
-    act = _weighted_swiglu(tf.reshape(h, [size, -1]), w)
+    act = weighted_swiglu(tf.reshape(h, [size, -1]), w)
     y = tf.matmul(tf.reshape(act, [size // block, block, -1]), tf.gather(down, owner))
     return combine_rows(tf.reshape(y, [size, -1]), plan.slots)
 
@@ -138,7 +138,7 @@ def _rows(x, weights, experts, gate_up, down) -> tf.Tensor:
     for i in range(n):
         token, chosen = x[i : i + 1], experts[i]
         h = tf.concat([tf.matmul(token, gate_up[chosen[j]]) for j in range(k)], 0)
-        act = _weighted_swiglu(h, weights[i])
+        act = weighted_swiglu(h, weights[i])
         parts = [tf.matmul(act[j : j + 1], down[chosen[j]]) for j in range(k)]
         out.append(tf.cast(tf.add_n([tf.cast(p, tf.float32) for p in parts]), x.dtype))
     return tf.concat(out, 0)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from dsv3.checks import check, check_choice, is_concrete
 from dsv3.graph import plain
 from dsv3.ops.fp8_formats import FORMATS, Fp8Format, fp8_round
-from dsv3.ops.fp8_tiles import Block, block_scale, check_block, check_matrix, check_scales, spread, tile, untile
+from dsv3.ops.fp8_tiles import MIN_AMAX, Block, block_scale, check_block, check_matrix, check_scales, spread, tile, untile
 from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
 
@@ -45,11 +45,11 @@ class Fp8Counts(NamedTuple):
 @plain
 def fp8_quantize(
     x: TensorLike, *, block: Block = WEIGHT_BLOCK, fmt: str = "e4m3", scale_kind: str = "float32",
-    scale_inv: TensorLike | None = None, nonfinite: str = "propagate", fuse: bool = False,
+    scale_inv: TensorLike | None = None, min_amax: float = MIN_AMAX, nonfinite: str = "propagate", fuse: bool = False,
 ) -> Fp8Tensor:  # fmt: skip
     """Quantises a tensor in blocks of its last two dims.
 
-    `s = max(amax, 1e-4) / max` for each block, `values = cast(clip(x / s, ±max))`, ties to even; max is 448 for E4M3.
+    `s = max(amax, min_amax) / max` for each block, `values = cast(clip(x / s, ±max))`, ties to even; max is 448 for E4M3.
     (Unclipped, TensorFlow's cast would turn what is too large into NaN.)
 
     Args:
@@ -58,6 +58,8 @@ def fp8_quantize(
       fmt: `"e4m3"`, `"e5m2"`, or `"e5m6"`, which float16 stores.
       scale_kind: `"float32"`, or `"power_of_two"`, which rounds s up to one (ue8m0, as in DeepSeek-V3.1).
       scale_inv: positive scales to use instead of s, as of an earlier step; then values may saturate.
+      min_amax: a block of zeros must have a scale, too. The published 1e-4 is for activations and weights; gradients of a
+        mean over many tokens are far below it, and would underflow.
       nonfinite: `"propagate"` turns what is not finite into NaN, and its block with it where s is computed; `"refuse"`
         raises, in a graph when it runs. XLA drops assertions: a function that is compiled as a whole refuses nothing.
       fuse: compile as one kernel (see `ops.fuse`).
@@ -80,7 +82,7 @@ def fp8_quantize(
     if scale_inv is not None:
         given = (tf.cast(scale_inv, tf.float32),)
         check_scales("fp8_quantize", "scale_inv", given[0], x, block)
-    q = _quantize(x, *given, block=_key(block), fmt=fmt, scale_kind=scale_kind, fuse=fuse)
+    q = _quantize(x, *given, block=_key(block), fmt=fmt, scale_kind=scale_kind, min_amax=min_amax, fuse=fuse)
     return _refuse(q, x if given else q.scale_inv) if nonfinite == "refuse" else q
 
 
@@ -110,7 +112,7 @@ def fp8_dequantize(
 @plain
 def fp8_fake(
     x: TensorLike, *, block: Block = ROW_BLOCK, fmt: str = "e4m3", scale_kind: str = "float32",
-    dtype: tf.DType | str | None = None, fuse: bool = False,
+    min_amax: float = MIN_AMAX, dtype: tf.DType | str | None = None, fuse: bool = False,
 ) -> tf.Tensor:  # fmt: skip
     """Rounds a tensor to what FP8 keeps of it: `fp8_dequantize(fp8_quantize(x))` to the bit, without a float8 tensor.
 
@@ -118,7 +120,7 @@ def fp8_fake(
 
     Args:
       x: `[..., M, N]`, any floating dtype; computed in float32.
-      block, fmt, scale_kind: as of `fp8_quantize`.
+      block, fmt, scale_kind, min_amax: as of `fp8_quantize`.
       dtype: of the result, rounded to once from float32; by default `x`'s.
       fuse: compile as one kernel (see `ops.fuse`).
 
@@ -138,7 +140,7 @@ def fp8_fake(
 
     @tf.custom_gradient
     def straight_through(x):
-        y = _fake(x, block=_key(block), fmt=fmt, scale_kind=scale_kind, dtype=target, fuse=fuse)
+        y = _fake(x, block=_key(block), fmt=fmt, scale_kind=scale_kind, min_amax=min_amax, dtype=target, fuse=fuse)
         return y, lambda d_y: tf.cast(d_y, source)
 
     return straight_through(x)
@@ -212,9 +214,9 @@ def fp8_counts(x: TensorLike, quantized: Fp8Tensor, *, block: Block = WEIGHT_BLO
 
 
 @fused
-def _quantize(x, *given, block, fmt, scale_kind):
+def _quantize(x, *given, block, fmt, scale_kind, min_amax):
     tiles = tile(tf.cast(x, tf.float32), block)
-    scale = given[0] if given else block_scale(tiles, block, FORMATS[fmt], scale_kind)
+    scale = given[0] if given else block_scale(tiles, block, FORMATS[fmt], scale_kind, min_amax)
     scaled = tiles / spread(scale, block)
     if given:  # an infinity must not pass for something large; with a scale of its own it is ∞ / ∞
         scaled = tf.where(tf.math.is_inf(tiles), float("nan"), scaled)
@@ -222,9 +224,9 @@ def _quantize(x, *given, block, fmt, scale_kind):
 
 
 @fused
-def _fake(x, *, block, fmt, scale_kind, dtype):
+def _fake(x, *, block, fmt, scale_kind, min_amax, dtype):
     tiles = tile(tf.cast(x, tf.float32), block)
-    scale = spread(block_scale(tiles, block, FORMATS[fmt], scale_kind), block)
+    scale = spread(block_scale(tiles, block, FORMATS[fmt], scale_kind, min_amax), block)
     return tf.cast(untile(fp8_round(tiles / scale, fmt=fmt) * scale, x, block), dtype)
 
 

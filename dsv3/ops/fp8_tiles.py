@@ -14,7 +14,7 @@ from dsv3.ops.fp8_formats import Fp8Format
 from dsv3.ops.reduce import halving_max
 
 Block = tuple[int, int] | None
-MIN_AMAX = 1e-4  # a block of zeros must have a scale, too
+MIN_AMAX = 1e-4  # of a block; one of zeros must have a scale, too
 _STRIP = (1, 128)
 
 
@@ -67,12 +67,12 @@ def spread(scale: tf.Tensor, block: Block) -> tf.Tensor:
     return scale if block is None else tf.expand_dims(tf.expand_dims(scale, -1), -3)
 
 
-def block_scale(tiles: tf.Tensor, block: Block, fmt: Fp8Format, kind: str) -> tf.Tensor:
-    """`max(amax, 1e-4) / fmt.max` for each block of float32 tiles; NaN or infinite where amax is, in this order."""
+def block_scale(tiles: tf.Tensor, block: Block, fmt: Fp8Format, kind: str, min_amax: float) -> tf.Tensor:
+    """`max(amax, min_amax) / fmt.max` for each block of float32 tiles; NaN or infinite where amax is, in this order."""
     bits = tf.bitwise.bitwise_and(tf.bitcast(tiles, tf.int32), 0x7FFFFFFF)
     # The bits of numbers without a sign are ordered as the numbers are, NaN last: alike everywhere, where a maximum of
     # floats heeds NaN in some compilers and not in others.
-    amax = tf.bitcast(tf.maximum(_block_max(bits, block), tf.bitcast(tf.constant(MIN_AMAX), tf.int32)), tf.float32)
+    amax = tf.bitcast(tf.maximum(_block_max(bits, block), tf.bitcast(tf.constant(min_amax), tf.int32)), tf.float32)
     # A compiler makes `amax / 448.0` a product, which rounds otherwise; what divides here is no constant to it. Nor does it
     # compute a quotient again for each element of the block.
     scale = amax / tf.where(tf.equal(amax, amax), fmt.max, float("nan"))

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from dsv3.config import ModelConfig
+from dsv3.nn.moe import experts_compute
 from dsv3.ops.dispatch import dispatch_combine, dispatch_gather, dispatch_nodes, dispatch_slots
-from dsv3.ops.experts import experts_apply
 from dsv3.parallel.tape import Capacity, Piece, Tape, Turn, Value
 from dsv3.policy import ComputePolicy
 from dsv3.typing import Tree
@@ -101,10 +101,10 @@ def expert_pieces(
         capacity = gates.shape[1] // local
         owner = tf.broadcast_to(tf.expand_dims(tf.repeat(tf.range(local), capacity), 0), gates.shape)
         owner = tf.reshape(tf.where(gates < 0, local, owner), [-1, 1])
-        out = experts_apply(
+        out = experts_compute(
             tf.reshape(tf.cast(rows, compute), [-1, d]), tf.reshape(tf.where(gates < 0, 0.0, gates), [-1, 1]), owner,
-            tf.cast(p["ffn"].gate_up, compute), tf.cast(p["ffn"].down, compute),
-            kernel=policy.experts, multiple=policy.row_multiple(gates.shape[0] * gates.shape[1], local), fuse=policy.fuse,
+            p["ffn"].gate_up, p["ffn"].down, kernel=policy.experts,
+            multiple=policy.row_multiple(gates.shape[0] * gates.shape[1], local), policy=policy,
         )  # fmt: skip
         return tf.reshape(out, rows.shape)
 

@@ -105,7 +105,7 @@ def model_pieces(
 def _mix(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy, *, nodes: int) -> Mixed:
     x, h, _ = block_attend(block, x, cfg=cfg, table=table, policy=policy)
     routing, stats = moe_route(block.ffn.router, bias, h, cfg=cfg.moe)
-    shared = mlp_apply(block.ffn.shared, h, fuse=policy.fuse) if cfg.moe.num_shared else ()
+    shared = mlp_apply(block.ffn.shared, h, fp8=policy.fp8, fuse=policy.fuse) if cfg.moe.num_shared else ()
     rows = tf.reshape(h, [-1, cfg.hidden_size])
     to_nodes = node_load(routing.experts, cfg.moe.router.num_experts, nodes) if nodes > 1 else ()
     return Mixed(x, shared, rows, routing.weights, routing.experts, stats.load, to_nodes, stats.balance)

@@ -1,0 +1,109 @@
+"""Linear layers and experts in FP8: each product is that of quantised operands, and gradients are those of the recipe."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dsv3.nn.fp8 import MIN_GRADIENT, fp8_linear, fp8_swiglu
+from dsv3.nn.fp8_experts import fp8_experts
+from dsv3.nn.linear import linear_apply
+from dsv3.ops.activation import swiglu
+from dsv3.ops.experts import experts_apply
+from dsv3.ops.fp8 import COLUMN_BLOCK, ROW_BLOCK, WEIGHT_BLOCK, fp8_fake
+from dsv3.policy import ComputePolicy
+from dsv3.recipe import RECIPES, Fp8Recipe
+from tests.compare import assert_close, normal
+
+N, D, F = 130, 140, 129
+
+
+def with_gradient(fn, inputs, seed=9):
+    with tf.GradientTape() as tape:
+        inputs = [tf.convert_to_tensor(x) for x in inputs]
+        tape.watch(inputs)
+        y = fn(*inputs)
+    return y, tape.gradient(y, inputs, tf.constant(1e-3 * normal(seed, *y.shape)))
+
+
+def test_the_papers_products_are_those_of_rounded_operands():
+    x, w = normal(0, N, D), normal(1, D, F)
+    y, (dx, dw) = with_gradient(lambda x, w: fp8_linear(x, w, recipe=RECIPES["paper"]), (x, w))
+    dy = tf.constant(1e-3 * normal(9, N, F))
+    q, wq = fp8_fake(x, block=ROW_BLOCK), fp8_fake(w, block=WEIGHT_BLOCK)
+    assert_close(y, q @ wq, 1e-6)
+    small = {"min_amax": MIN_GRADIENT}
+    assert_close(dx, fp8_fake(dy, block=ROW_BLOCK, **small) @ tf.transpose(wq), 1e-6)
+    again, dyq = fp8_fake(q, block=COLUMN_BLOCK), fp8_fake(dy, block=COLUMN_BLOCK, **small)
+    assert_close(dw, tf.transpose(again) @ dyq, 1e-6)
+
+
+def relative(a, b):
+    return float(tf.norm(tf.cast(a, tf.float32) - b) / tf.norm(b))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("after_attention", [False, True])
+def test_errors_are_those_of_two_rounded_operands(name, after_attention):
+    """Rounding to b bits of mantissa errs by 2^-(b+1)/√3 of an element at most in the mean."""
+    x, w = normal(0, N, D), normal(1, D, F)
+    recipe = RECIPES[name]
+    y, grads = with_gradient(lambda x, w: fp8_linear(x, w, recipe=recipe, after_attention=after_attention), (x, w))
+    want, exact = with_gradient(lambda x, w: x @ w, (x, w))
+    operand = 2.0**-4 / 3**0.5
+    gradient = operand * (2 if recipe.backward == "e5m2" else 1)
+    assert 0.02 < relative(y, want) < operand * 2**0.5
+    assert 0.02 < relative(grads[0], exact[0]) < (operand**2 + gradient**2) ** 0.5
+    assert 0.02 < relative(grads[1], exact[1]) < (2 * operand**2 + gradient**2) ** 0.5
+
+
+def test_gradients_far_below_the_floor_of_activations_survive():
+    x, w = normal(0, N, D), normal(1, D, F)
+    tiny = lambda x, w: 1e-9 * fp8_linear(x, w, recipe=RECIPES["paper"])  # noqa: E731
+    _, grads = with_gradient(tiny, (x, w))
+    _, exact = with_gradient(lambda x, w: 1e-9 * (x @ w), (x, w))
+    for got, want in zip(grads, exact):
+        assert relative(got, want) < 0.06
+
+
+def test_swiglu_is_computed_again_from_what_fp8_kept():
+    h = normal(0, 6, 2 * 70)
+    y, (got,) = with_gradient(lambda h: fp8_swiglu(h, recipe=RECIPES["paper"]), (h,))
+    _, (want,) = with_gradient(swiglu, (fp8_fake(h, block=ROW_BLOCK),))
+    assert_close(y, swiglu(h))
+    assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["paper", "tensor"])
+@pytest.mark.parametrize(("kernel", "fuse"), [("sorted", False), ("sorted", True), ("blocks", False)])
+def test_experts(name, kernel, fuse):
+    """Within the error of four rounded operands in a row; the kernels agree."""
+    experts = np.array([[0, 2], [2, 3], [0, 3], [2, 0], [3, 2]] * 8, np.int32)  # expert 1 has none
+    x, weights = normal(0, 40, D), np.abs(normal(1, 40, 2))
+    gate_up, down = 0.1 * normal(2, 4, D, 2 * 70), 0.1 * normal(3, 4, 70, D)
+    recipe = RECIPES[name]
+    run = lambda *a: fp8_experts(a[0], a[1], experts, *a[2:], recipe=recipe, kernel=kernel, multiple=16, fuse=fuse)  # noqa: E731
+    got = with_gradient(run, (x, weights, gate_up, down))
+    plain = lambda *a: experts_apply(a[0], a[1], experts, *a[2:], multiple=16)  # noqa: E731
+    want = with_gradient(plain, (x, weights, gate_up, down))
+    for a, b in zip((got[0], *got[1]), (want[0], *want[1])):
+        assert 0.02 < relative(a, b) < 0.12
+    assert not tf.reduce_any(got[1][2][1] != 0), "an expert without tokens has no gradient"
+
+
+def test_weights_and_gradients_keep_their_dtypes():
+    x, w = tf.cast(normal(0, 3, 4), tf.bfloat16), normal(1, 4, 2, 5)
+    y, (dx, dw) = with_gradient(lambda x, w: tf.cast(linear_apply(x, w, fp8=Fp8Recipe()), tf.float32), (x, w))
+    assert y.shape == (3, 10) and dx.dtype == tf.bfloat16 and dw.dtype == tf.float32 and dw.shape == w.shape
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Fp8Recipe(forward="e4m4"), "Fp8Recipe: `forward` is 'e4m4', want one of"),
+        (lambda: Fp8Recipe(interval=None), "Fp8Recipe: `interval` is None with scaling='block', want scaling='tensor'"),
+        (lambda: ComputePolicy(fp8="paper"), "ComputePolicy: `fp8`"),
+    ],
+)
+def test_wrong_recipes_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
