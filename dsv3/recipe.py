@@ -28,6 +28,7 @@ class Fp8Recipe:
         power-of-two scales; `None`: as other layers' inputs are.
       keep_swiglu: the inputs of SwiGLU are kept in FP8, and its output is computed again from them.
       dispatch: rows travel to other devices' experts in FP8, and their gradients back in the compute dtype.
+      moments: dtype of AdamW's moments. An optimiser is an argument of its own: give it to `adamw(..., moment_dtype=)`.
       accumulate: `"float32"`, or `"tensor_core"`: the model of Hopper's accumulator in `ops.accumulator`, slow.
       interval: for `"tensor_core"`, elements of a sum between promotions to float32; `None`, for scaling by tensor: never.
       bits: significant bits of that accumulator.
@@ -43,6 +44,7 @@ class Fp8Recipe:
     attention_output: str | None = "e5m6"
     keep_swiglu: bool = True
     dispatch: bool = True
+    moments: str = "bfloat16"
     accumulate: str = "float32"
     interval: int | None = 128
     bits: int = 14
@@ -53,6 +55,7 @@ class Fp8Recipe:
         check_choice("Fp8Recipe", "backward", self.backward, ("e4m3", "e5m2"))
         check_choice("Fp8Recipe", "scale_kind", self.scale_kind, ("float32", "power_of_two"))
         check_choice("Fp8Recipe", "attention_output", self.attention_output, (None, "e4m3", "e5m2", "e5m6"))
+        check_choice("Fp8Recipe", "moments", self.moments, ("float32", "bfloat16"))
         check_choice("Fp8Recipe", "accumulate", self.accumulate, ("float32", "tensor_core"))
         check(
             self.interval is not None or self.scaling == "tensor",

@@ -15,8 +15,9 @@ from dsv3.nn.fp8 import quantize_options, quantize_rows, quantize_weight
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
 from dsv3.ops.experts import weighted_swiglu, weighted_swiglu_grad
 from dsv3.ops.fp8 import ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor, fp8_quantize
-from dsv3.ops.gemm import fp8_expand
+from dsv3.ops.gemm import fp8_expand, fp8_gemm
 from dsv3.ops.gemm_grouped import fp8_grouped_gemm, fp8_grouped_wgrad, fp8_quantize_groups
+from dsv3.ops.grouped import grouped_split
 from dsv3.recipe import Fp8Recipe
 from dsv3.typing import TensorLike
 
@@ -52,9 +53,13 @@ def fp8_experts(
     weights, experts = tf.cast(weights, tf.float32), tf.cast(experts, tf.int32)
     if x.shape[0] == 0:
         return tf.zeros_like(x)
-    check(recipe.interval is not None, "fp8_experts: `recipe.interval` is None, want a number: experts have promotions")
+    whole = recipe.interval is None  # and so without blocks
+    check(
+        not whole or kernel == "sorted",
+        f"fp8_experts: `kernel` is {kernel!r}, want 'sorted' where `recipe.interval` is None",
+    )
     plan = dispatch_rows(experts, gate_up.shape[0], multiple=multiple)
-    groups = _Groups(plan, recipe, {"kernel": kernel, "multiple": multiple, "fuse": fuse})
+    groups = (_WholeSums if whole else _Groups)(plan, recipe, {"kernel": kernel, "multiple": multiple, "fuse": fuse})
     size = plan.tokens.shape[0]
 
     @tf.custom_gradient
@@ -89,8 +94,7 @@ class _Groups:
         self._matmul, self._outer = options | how, options | {"kernel": how["kernel"], "fuse": how["fuse"]}
 
     def rows(self, x: tf.Tensor, *, backward: bool = False) -> Fp8Tensor:
-        q = quantize_rows(x, self._recipe, backward=backward, fuse=self._fuse)
-        return self._tiled(q, ROW_BLOCK)
+        return self._tiled(quantize_rows(x, self._recipe, backward=backward, fuse=self._fuse), ROW_BLOCK)
 
     def tokens(self, x: tf.Tensor) -> Fp8Tensor:
         """Tokens' rows, by expert."""
@@ -98,13 +102,6 @@ class _Groups:
 
     def weight(self, weight: tf.Tensor) -> Fp8Tensor:
         return self._tiled(quantize_weight(weight, self._recipe, fuse=self._fuse), WEIGHT_BLOCK)
-
-    def _tiled(self, q: Fp8Tensor, block: tuple[int, int]) -> Fp8Tensor:
-        """Repeats a tensor's one scale as that of each tile, which is what products of groups take."""
-        if self._recipe.scaling == "block":
-            return q
-        *lead, rows, columns = q.values.shape
-        return Fp8Tensor(q.values, tf.broadcast_to(q.scale_inv, [*lead, -(-rows // block[0]), -(-columns // block[1])]))
 
     def expand(self, q: Fp8Tensor, dtype: tf.DType) -> tf.Tensor:
         return tf.cast(fp8_expand(*q, block=ROW_BLOCK, fuse=self._fuse), dtype)
@@ -117,6 +114,13 @@ class _Groups:
         pair = [self._over_tokens(a), self._over_tokens(d, backward=True)]
         return fp8_grouped_wgrad(*pair, self._plan.rows, dtype=dtype, **self._outer)
 
+    def _tiled(self, q: Fp8Tensor, block: tuple[int, int]) -> Fp8Tensor:
+        """Repeats a tensor's one scale as that of each tile, which is what products of groups take."""
+        if self._recipe.scaling == "block":
+            return q
+        *lead, rows, columns = q.values.shape
+        return Fp8Tensor(q.values, tf.broadcast_to(q.scale_inv, [*lead, -(-rows // block[0]), -(-columns // block[1])]))
+
     def _over_tokens(self, x: tf.Tensor, *, backward: bool = False) -> Fp8Tensor:
         options = quantize_options(self._recipe, backward=backward) | {"fuse": self._fuse}
         if self._recipe.scaling == "block":
@@ -124,3 +128,38 @@ class _Groups:
         q = fp8_quantize(x, block=None, **options)
         like = fp8_quantize_groups(tf.zeros_like(x), self._plan.rows).scale_inv
         return Fp8Tensor(q.values, tf.broadcast_to(q.scale_inv, like.shape))
+
+
+class _WholeSums(_Groups):
+    """The same with one scale for each tensor and sums that are never promoted on their way: a product for each expert."""
+
+    def tokens(self, x: tf.Tensor) -> Fp8Tensor:
+        values, scale = self.rows(x)
+        return Fp8Tensor(tf.gather(values, self._plan.tokens), scale)
+
+    def expand(self, q: Fp8Tensor, dtype: tf.DType) -> tf.Tensor:
+        return tf.cast(fp8_expand(*q, block=None, fuse=self._fuse), dtype)
+
+    def matmul(self, a: Fp8Tensor, b: Fp8Tensor, dtype: tf.DType, *, transpose: bool = False) -> tf.Tensor:
+        *parts, tail = grouped_split(a.values, self._plan.rows)
+        matrices = [Fp8Tensor(w, tf.reshape(b.scale_inv, [1, 1])) for w in tf.unstack(b.values)]
+        out = [self._product(Fp8Tensor(p, a.scale_inv), w, dtype, transpose_b=transpose) for p, w in zip(parts, matrices)]
+        out.append(tf.zeros([tf.shape(tail)[0], out[0].shape[1]], dtype))
+        return tf.ensure_shape(tf.concat(out, 0), [a.values.shape[0], out[0].shape[1]])
+
+    def outer(self, a: tf.Tensor, d: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+        (a, scale_a), (d, scale_d) = self._over_tokens(a), self._over_tokens(d, backward=True)
+        pairs = zip(*(grouped_split(t, self._plan.rows)[:-1] for t in (a, d)))
+        return tf.stack([
+            self._product(Fp8Tensor(p, scale_a), Fp8Tensor(q, scale_d), dtype, transpose_a=True) for p, q in pairs
+        ])  # fmt: skip
+
+    def _tiled(self, q: Fp8Tensor, block: tuple[int, int]) -> Fp8Tensor:
+        return q
+
+    def _over_tokens(self, x: tf.Tensor, *, backward: bool = False) -> Fp8Tensor:
+        return fp8_quantize(x, block=None, **quantize_options(self._recipe, backward=backward), fuse=self._fuse)
+
+    def _product(self, a: Fp8Tensor, b: Fp8Tensor, dtype: tf.DType, **transpose: bool) -> tf.Tensor:
+        options = {name: self._matmul[name] for name in ("accumulate", "interval", "bits", "fuse")}
+        return fp8_gemm(a, b, a_block=None, b_block=None, dtype=dtype, **options, **transpose)

@@ -73,21 +73,44 @@ def test_swiglu_is_computed_again_from_what_fp8_kept():
     assert_close(got, want, 1e-6)
 
 
+def expert_inputs():
+    experts = np.array([[0, 2], [2, 3], [0, 3], [2, 0], [3, 2]] * 8, np.int32)  # expert 1 has none
+    return experts, (normal(0, 40, D), np.abs(normal(1, 40, 2)), 0.1 * normal(2, 4, D, 2 * 70), 0.1 * normal(3, 4, 70, D))
+
+
 @pytest.mark.parametrize("name", ["paper", "tensor"])
 @pytest.mark.parametrize(("kernel", "fuse"), [("sorted", False), ("sorted", True), ("blocks", False)])
 def test_experts(name, kernel, fuse):
     """Within the error of four rounded operands in a row; the kernels agree."""
-    experts = np.array([[0, 2], [2, 3], [0, 3], [2, 0], [3, 2]] * 8, np.int32)  # expert 1 has none
-    x, weights = normal(0, 40, D), np.abs(normal(1, 40, 2))
-    gate_up, down = 0.1 * normal(2, 4, D, 2 * 70), 0.1 * normal(3, 4, 70, D)
+    experts, inputs = expert_inputs()
     recipe = RECIPES[name]
     run = lambda *a: fp8_experts(a[0], a[1], experts, *a[2:], recipe=recipe, kernel=kernel, multiple=16, fuse=fuse)  # noqa: E731
-    got = with_gradient(run, (x, weights, gate_up, down))
+    got = with_gradient(run, inputs)
     plain = lambda *a: experts_apply(a[0], a[1], experts, *a[2:], multiple=16)  # noqa: E731
-    want = with_gradient(plain, (x, weights, gate_up, down))
+    want = with_gradient(plain, inputs)
     for a, b in zip((got[0], *got[1]), (want[0], *want[1])):
         assert 0.02 < relative(a, b) < 0.12
     assert not tf.reduce_any(got[1][2][1] != 0), "an expert without tokens has no gradient"
+
+
+def test_sums_of_experts_without_promotions():
+    """With all bits they are those of one scale; with few they err more than those that are promoted."""
+    experts, inputs = expert_inputs()
+
+    def run(**fields):
+        recipe = RECIPES["tensor"].replace(**fields)
+        y, grads = with_gradient(lambda *a: fp8_experts(a[0], a[1], experts, *a[2:], recipe=recipe, multiple=16), inputs)
+        return [y, *grads]
+
+    exact, narrow = run(), {"accumulate": "tensor_core", "bits": 10}
+    for a, b in zip(run(accumulate="tensor_core", bits=24, interval=None), exact):
+        assert_close(a, b, 1e-5)
+    promoted, never = (run(interval=interval, **narrow) for interval in (32, None))
+    for a, b, want in zip(promoted, never, exact):
+        assert 1e-4 < relative(a, want) < relative(b, want) < 0.05
+    with pytest.raises(ValueError, match="fp8_experts: `kernel` is 'blocks', want 'sorted' where `recipe.interval` is None"):
+        recipe = RECIPES["tensor"].replace(interval=None)
+        fp8_experts(inputs[0], inputs[1], experts, *inputs[2:], recipe=recipe, kernel="blocks")
 
 
 def test_weights_and_gradients_keep_their_dtypes():
