@@ -27,7 +27,8 @@ class Fp8Recipe:
       attention_output: format in which the input of the projection after attention is kept for its weight's gradient, with
         power-of-two scales; `None`: as other layers' inputs are.
       keep_swiglu: the inputs of SwiGLU are kept in FP8, and its output is computed again from them.
-      dispatch: rows travel to other devices' experts in FP8, and their gradients back in the compute dtype.
+      dispatch: with scales by block, tokens for the experts are quantised with power-of-two scales, and so are the gradients
+        of the experts' outputs: on a mesh they travel so. What comes back travels in the compute dtype.
       moments: dtype of AdamW's moments. An optimiser is an argument of its own: give it to `adamw(..., moment_dtype=)`.
       accumulate: `"float32"`, or `"tensor_core"`: the model of Hopper's accumulator in `ops.accumulator`, slow.
       interval: for `"tensor_core"`, elements of a sum between promotions to float32; `None`, for scaling by tensor: never.
@@ -65,6 +66,11 @@ class Fp8Recipe:
     def replace(self, **fields) -> Fp8Recipe:
         """Returns a copy with fields changed."""
         return dataclasses.replace(self, **fields)
+
+
+def sends_fp8(recipe: Fp8Recipe | None) -> bool:
+    """Whether rows travel to experts in FP8."""
+    return recipe is not None and recipe.dispatch and recipe.scaling == "block"
 
 
 RECIPES = {

@@ -90,9 +90,12 @@ def fp8_swiglu(h: tf.Tensor, *, recipe: Fp8Recipe, fuse: bool = False) -> tf.Ten
     return tf.ensure_shape(tf.reshape(apply(flat), shape), [*h.shape[:-1], width])
 
 
-def quantize_rows(x: tf.Tensor, recipe: Fp8Recipe, *, backward: bool = False, fuse: bool = False) -> Fp8Tensor:
-    """Quantises `[..., N, D]`, an activation or, with `backward`, a gradient, in tiles along D."""
-    return fp8_quantize(x, block=_block(recipe, ROW_BLOCK), **quantize_options(recipe, backward=backward), fuse=fuse)
+def quantize_rows(
+    x: tf.Tensor, recipe: Fp8Recipe, *, backward: bool = False, sent: bool = False, fuse: bool = False
+) -> Fp8Tensor:
+    """Quantises `[..., N, D]`, an activation or, with `backward`, a gradient, in tiles along D; `sent`: as rows travel."""
+    options = quantize_options(recipe, backward=backward) | ({"scale_kind": "power_of_two"} if sent else {})
+    return fp8_quantize(x, block=_block(recipe, ROW_BLOCK), **options, fuse=fuse)
 
 
 def quantize_weight(weight: tf.Tensor, recipe: Fp8Recipe, *, fuse: bool = False) -> Fp8Tensor:

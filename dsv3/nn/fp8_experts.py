@@ -11,14 +11,14 @@ from typing import Any
 import tensorflow as tf
 
 from dsv3.checks import check
-from dsv3.nn.fp8 import quantize_options, quantize_rows, quantize_weight
+from dsv3.nn.fp8 import MIN_GRADIENT, quantize_options, quantize_rows, quantize_weight
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
 from dsv3.ops.experts import weighted_swiglu, weighted_swiglu_grad
-from dsv3.ops.fp8 import ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor, fp8_quantize
+from dsv3.ops.fp8 import ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor, fp8_fake, fp8_quantize
 from dsv3.ops.gemm import fp8_expand, fp8_gemm
 from dsv3.ops.gemm_grouped import fp8_grouped_gemm, fp8_grouped_wgrad, fp8_quantize_groups
 from dsv3.ops.grouped import grouped_split
-from dsv3.recipe import Fp8Recipe
+from dsv3.recipe import Fp8Recipe, sends_fp8
 from dsv3.typing import TensorLike
 
 
@@ -71,7 +71,7 @@ def fp8_experts(
         y = groups.matmul(groups.rows(weighted_swiglu(h, w, fuse=fuse)), second, x.dtype)
 
         def grad(dy):
-            dy_rows = gather_rows(dy, plan.tokens, fuse=fuse)
+            dy_rows = groups.gradients(dy)
             d_act = groups.matmul(groups.rows(dy_rows, backward=True), second, x.dtype, transpose=True)
             pre = groups.expand(kept, x.dtype) if recipe.keep_swiglu else kept
             act, d_w, d_h = weighted_swiglu_grad(pre, w, d_act, fuse=fuse)
@@ -97,8 +97,16 @@ class _Groups:
         return self._tiled(quantize_rows(x, self._recipe, backward=backward, fuse=self._fuse), ROW_BLOCK)
 
     def tokens(self, x: tf.Tensor) -> Fp8Tensor:
-        """Tokens' rows, by expert."""
-        return Fp8Tensor(*(tf.gather(t, self._plan.tokens) for t in self.rows(x)))
+        """Tokens' rows, by expert; what has travelled in FP8 comes out of this as it was."""
+        q = self._tiled(quantize_rows(x, self._recipe, sent=sends_fp8(self._recipe), fuse=self._fuse), ROW_BLOCK)
+        return Fp8Tensor(*(tf.gather(t, self._plan.tokens) for t in q))
+
+    def gradients(self, dy: tf.Tensor) -> tf.Tensor:
+        """The tokens' gradients by row, rounded to what travels."""
+        if sends_fp8(self._recipe):
+            options = {"fmt": self._recipe.backward, "scale_kind": "power_of_two", "min_amax": MIN_GRADIENT}
+            dy = fp8_fake(dy, block=ROW_BLOCK, **options, fuse=self._fuse)
+        return gather_rows(dy, self._plan.tokens, fuse=self._fuse)
 
     def weight(self, weight: tf.Tensor) -> Fp8Tensor:
         return self._tiled(quantize_weight(weight, self._recipe, fuse=self._fuse), WEIGHT_BLOCK)

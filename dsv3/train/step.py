@@ -19,6 +19,7 @@ from dsv3.parallel.mesh import on_device, pack, unpack_tree, whole
 from dsv3.parallel.mesh import place as place_leaf
 from dsv3.pipeline import one_f_one_b
 from dsv3.policy import ComputePolicy, default_policy
+from dsv3.recipe import sends_fp8
 from dsv3.spec import ParamSpec, init_params
 from dsv3.train.loss import pretrain_loss
 from dsv3.train.mesh_params import state_layouts
@@ -184,7 +185,8 @@ def make_train_step(
       schedule: on a mesh with an axis `pipe`, the order of micro-batches on its ranks: a generator of `dsv3.pipeline`, such
         as `dualpipe`. The micro-batches are those of `tokens` `[A, B, T+1]`.
       stage_layers: the layers of each stage; default: as even as possible.
-      dispatch_dtype: on a mesh, the dtype of rows on their way to other devices' experts; default: the compute dtype.
+      dispatch_dtype: on a mesh, the dtype of rows on their way to other devices' experts; default: the compute dtype, or
+        FP8 where the policy's recipe says so.
       expert_nodes: into how many nodes of neighbouring devices the mesh's axis `expert` is cut: with more than one, a row
         goes to each node that has experts for it once, and is forwarded there.
 
@@ -205,6 +207,10 @@ def make_train_step(
     if layouts is not None:
         dtype = None if dispatch_dtype is None else tf.as_dtype(dispatch_dtype)
         check_choice("make_train_step", "dispatch_dtype", dtype and dtype.name, (None, "float32", "bfloat16"))
+        check(
+            dtype is None or not sends_fp8(policy.fp8),
+            f"make_train_step: `dispatch_dtype` is {dtype and dtype.name!r}, but by `policy.fp8` rows travel in FP8",
+        )
         return _mesh_step(cfg, optimizer, layouts, rates, policy, MeshPlan(schedule, stage_layers, dtype, expert_nodes))
     apart = dispatch_dtype is not None or expert_nodes != 1
     check(not apart, "make_train_step: `dispatch_dtype` or `expert_nodes` is given, but no `layouts` that share out experts")
