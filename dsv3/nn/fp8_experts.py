@@ -76,7 +76,8 @@ def fp8_experts(
             pre = groups.expand(kept, x.dtype) if recipe.keep_swiglu else kept
             act, d_w, d_h = weighted_swiglu_grad(pre, w, d_act, fuse=fuse)
             d_down = groups.outer(act, dy_rows, down.dtype)
-            d_gate_up = groups.outer(groups.expand(q, x.dtype), d_h, gate_up.dtype)
+            rows = groups.expand(q, x.dtype) if recipe.retile else gather_rows(x, plan.tokens, fuse=fuse)
+            d_gate_up = groups.outer(rows, d_h, gate_up.dtype)
             d_rows = groups.matmul(groups.rows(d_h, backward=True), first, x.dtype, transpose=True)
             return combine_rows(d_rows, plan.slots, fuse=fuse), tf.gather(d_w, plan.slots), d_gate_up, d_down
 

@@ -37,6 +37,14 @@ def test_the_papers_products_are_those_of_rounded_operands():
     assert_close(dw, tf.transpose(again) @ dyq, 1e-6)
 
 
+def test_both_tilings_of_the_unrounded_input():
+    x, w = normal(0, N, D), normal(1, D, F)
+    recipe = Fp8Recipe(retile=False, attention_output=None)
+    _, (_, dw) = with_gradient(lambda x, w: fp8_linear(x, w, recipe=recipe), (x, w))
+    dy = fp8_fake(1e-3 * normal(9, N, F), block=COLUMN_BLOCK, min_amax=MIN_GRADIENT)
+    assert_close(dw, tf.transpose(fp8_fake(x, block=COLUMN_BLOCK)) @ dy, 1e-6)
+
+
 def relative(a, b):
     return float(tf.norm(tf.cast(a, tf.float32) - b) / tf.norm(b))
 
