@@ -131,7 +131,7 @@ def recipe_from_te(recipe: Any) -> Fp8Recipe:
 
 
 def recipe_to_te(recipe: Fp8Recipe, te: ModuleType) -> Any:
-    """Returns Transformer Engine's `Float8BlockScaling` with a recipe's formats and scales; see `recipe_from_te` on its trap.
+    """Returns Transformer Engine's `Float8BlockScaling` of a recipe's formats and scales; `recipe_from_te` tells its trap.
 
     What a recipe says of other things than formats and scales of linear layers has no place in it.
 
