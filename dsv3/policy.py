@@ -34,8 +34,8 @@ class ComputePolicy:
       loss_chunk: tokens whose logits exist at one time in the loss.
       remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
       fp8: what linear layers compute in FP8; `None`: nothing.
-      cache: `"float8"`: attention reads latents as an FP8 cache holds them (see `ops.latent`), and its entries are such bytes;
-        `None`: as they are computed. For inference.
+      cache: `"float8"`: attention reads latents as an FP8 cache holds them (see `ops.latent`), and its entries are such
+        bytes; `None`: as they are computed. For inference.
       loop: `"unroll"` repeats the graph for each layer, `"scan"` is a loop with recomputation: short to trace, 61 layers
         cost one.
     """

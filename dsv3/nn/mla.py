@@ -387,7 +387,10 @@ def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf
 
 
 def _per_head(x: tf.Tensor, weight: tf.Tensor | QuantizedWeight, *, transpose: bool = False) -> tf.Tensor:
-    """Multiplies `[B, T, H, P]` by each head's `[P, L]` of `[H, P, L]`: `[B, T, H, L]`; quantised, `transpose`: `[H, L, P]`."""
+    """Multiplies `[B, T, H, P]` by each head's `[P, L]` of `[H, P, L]`: `[B, T, H, L]`.
+
+    With `transpose` a quantised weight is `[H, L, P]`.
+    """
     b, t = _lead(x)
     rows = tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [x.shape[2], b * t, x.shape[3]])
     if isinstance(weight, QuantizedWeight):

@@ -135,8 +135,9 @@ def params_tree(specs: Tree, leaves: dict[str, tf.Tensor | QuantizedWeight]) -> 
     def build(node: Tree, path: str) -> Tree:
         if path in leaves:
             return leaves[path]
-        fields = {name: build(getattr(node, name), f"{path}.{name}" if path else name) for name in node._fields} if node else {}
-        return type(node)(**fields) if fields else node
+        if not node:
+            return node
+        return type(node)(*(build(getattr(node, name), f"{path}.{name}".lstrip(".")) for name in node._fields))
 
     return build(specs, "")
 

@@ -1,8 +1,8 @@
 """E4M3 as `uint8` bits, which every TensorFlow operation takes, and back by exact arithmetic.
 
-Graphs outside XLA can neither loop over, branch on, pad, scatter nor bitcast a float8 tensor; `uint8` they can. E4M3 is a cut
-of float16: sign, four bits of exponent and three of mantissa stand in the places of float16's, with a bias that is less by 8.
-So a value is the float16 with the same bits times 2^8, subnormal ones included, and the float16 has every value.
+Graphs outside XLA can neither loop over, branch on, pad, scatter nor bitcast a float8 tensor; `uint8` they can. E4M3 is a
+cut of float16: sign, four bits of exponent and three of mantissa stand in the places of float16's, with a bias that is less
+by 8. So a value is the float16 with the same bits times 2^8, subnormal ones included.
 """
 
 from __future__ import annotations

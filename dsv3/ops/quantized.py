@@ -1,14 +1,15 @@
 """Weights that stay in one byte a value in memory: products decode them strip by strip.
 
-        values                       scale_inv of `[D, P·F]`        a scale is for
-    fp8   E4M3 bits in `uint8`       `[⌈D/128⌉, P, ⌈F/128⌉]`          128×128 values: the published checkpoint's own
-    int8  integers from −127 to 127  `[⌈D/128⌉, 1, P·F]`              128 rows of one column
+    kind   values                       scale_inv of `[D, P·F]`     a scale is for
+    fp8    E4M3 bits in `uint8`         `[⌈D/128⌉, P, ⌈F/128⌉]`     128×128 values: the published checkpoint's own
+    int8   integers from −127 to 127    `[⌈D/128⌉, 1, P·F]`         128 rows of one column
 
-P parts lie side by side in a matrix (gate and up, P = 2), and each has blocks of its own, as each is a tensor of its own in a
-checkpoint. A weight is `values · scale_inv`; both kinds are read in the same way, the second with columns of one.
+P parts lie side by side in a matrix (gate and up, P = 2), and each has blocks of its own, as each is a tensor of its own in
+a checkpoint. A weight is `values · scale_inv`; both kinds are read in the same way, the second with columns of one.
 
-E4M3 is held as bits since float8 can enter neither a loop nor a branch of a graph outside XLA (see `ops.fp8_bits`). INT8 has a
-scale for 128 rows of a column and not for the whole column: 3% more memory for two thirds of the error.
+E4M3 is held as bits since float8 can enter neither a loop nor a branch of a graph outside XLA (see `ops.fp8_bits`). INT8 has
+a scale for 128 rows of a column and not for the whole column: 3% more memory, and with normal weights of 2048 rows an error
+of 0.65% instead of 0.83%; FP8 has 2.6%.
 """
 
 from __future__ import annotations

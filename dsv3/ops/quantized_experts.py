@@ -1,7 +1,7 @@
 """The routed experts of `ops.experts` over quantised weights: a matrix is decoded only while its expert computes.
 
-`sorted` loops over the experts that have tokens, `blocks` over all blocks of rows (static shapes, for XLA), `rows` repeats its
-graph for each (token, choice). The others' weights are not touched.
+`sorted` loops over the experts that have tokens, `blocks` over all blocks of rows (static shapes, for XLA), `rows` repeats
+its graph for each (token, choice). The others' weights are not touched.
 """
 
 from __future__ import annotations
