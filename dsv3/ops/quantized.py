@@ -166,7 +166,7 @@ def quantized_matmul(
         size = min(step, total - start)
         # A strip waits for the one before it and for x, or a graph would decode all of them, and all layers, at once.
         with tf.control_dependencies([] if tf.executing_eagerly() else [before]):
-            part = _decode_strip(*weight, tf.identity(start), size=size, dim=dim, dtype=x.dtype, fuse=fuse)
+            part = _decode_strip(*weight, tf.constant(start), size=size, dim=dim, dtype=x.dtype, fuse=fuse)
         rows = x[start : start + size] if dim == 0 else x
         before = tf.matmul(rows, part, transpose_b=transpose)
         out.append(before)
