@@ -30,6 +30,7 @@ GROUP = WEIGHT_BLOCK[0]
 STRIP = 1 << 21
 """Decoded values that exist at one time in a product: 4 MB in bfloat16."""
 
+_SMALL = 1 << 12  # values that are not worth a kernel of their own
 _LEVELS = 127.0
 _MIN_AMAX = 2.0**-100
 
@@ -130,7 +131,7 @@ def quantized_matmul(
       weight: `QuantizedWeight` of `[D, F]`, or of `[H, D, F]` for H products with `x` `[H, N, D]`.
       transpose: multiply by the transposes: `x` is `[..., N, F]`, the result `[..., N, D]`. Stacked matrices only.
       strip: values of the weight that are decoded at one time; of one column, or one matrix of a stack, at least.
-      fuse: decode by a compiled kernel. Outside XLA it is seven times as fast on a CPU.
+      fuse: decode by a compiled kernel. Outside XLA it is seven times as fast on a CPU; tiny weights have none.
 
     Returns:
       `[..., N, F]` in `x`'s dtype.
@@ -162,6 +163,7 @@ def quantized_matmul(
         step = step // GROUP * GROUP if dim and step > GROUP else step
         starts = range(0, total, step)
     out, before = [], x
+    fuse = fuse and weight.shape.num_elements() > _SMALL
     for start in starts:
         size = min(step, total - start)
         # A strip waits for the one before it and for x, or a graph would decode all of them, and all layers, at once.
