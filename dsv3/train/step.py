@@ -15,6 +15,7 @@ from dsv3.config import ModelConfig
 from dsv3.graph import plain
 from dsv3.layout import mesh_of
 from dsv3.nn.model import ModelParams, RouterState, cast_params, model_init, model_specs, router_init
+from dsv3.nn.quantized import is_quantized
 from dsv3.parallel.mesh import on_device, pack, unpack_tree, whole
 from dsv3.parallel.mesh import place as place_leaf
 from dsv3.pipeline import one_f_one_b
@@ -79,6 +80,10 @@ def train_state(params: ModelParams, router: RouterState, optimizer: Optimizer) 
     References: DeepSeek-V3 section 3.3.3 (master weights in float32).
     """
     check_type("train_state", "optimizer", optimizer, Optimizer)
+    check(
+        not is_quantized(params),
+        "train_state: `params` hold quantised matrices, want floating ones, as of `load_pretrained(..., dtype='float32')`",
+    )
     params = tree.map_leaves(lambda p: tf.cast(p, tf.float32), params)
     zero = tf.constant(0, tf.int64)
     return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params))
