@@ -75,9 +75,9 @@ def quantized_encode(weight: TensorLike, *, kind: str = "fp8", parts: int = 1, f
 
     References: DeepSeek-V3 section 3.3.2; arXiv:2208.07339, section 2.1 (absmax quantisation to INT8).
 
-    >>> q = quantized_encode([[254.0, -1.0]], kind="int8")
-    >>> q.values.numpy().tolist(), q.scale_inv.numpy().round(4).tolist()
-    ([[127, -127]], [[[2.0, 0.0079]]])
+    >>> q = quantized_encode([[254.0, -127.0]], kind="int8")
+    >>> q.values.numpy().tolist(), q.scale_inv.numpy().tolist()
+    ([[127, -127]], [[[2.0, 1.0]]])
     """
     check_choice("quantized_encode", "kind", kind, KINDS)
     weight = tf.convert_to_tensor(weight)
