@@ -13,7 +13,7 @@ from typing import Any
 
 from dsv3.checks import check, check_choice
 
-SCALINGS = ("block", "tensor")
+SCALINGS = ("block", "tensor", "delayed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Fp8Recipe:
     Attributes:
       name: as programs show it.
       scaling: `"block"`: a scale for 1×128 values of an activation or gradient (128×1 where a sum runs over tokens) and for
-        128×128 of a weight; `"tensor"`: one for each tensor, from its present largest value.
+        128×128 of a weight; `"tensor"`: one for each tensor, from its present largest value; `"delayed"`: one for each
+        tensor, from its largest value in the steps before, which is a part of the training's state (`nn.fp8_delayed`).
+      history: steps that delayed scales look back to.
       forward: format of activations and weights, `"e4m3"` or `"e5m2"`. backward: format of output gradients.
       scale_kind: `"float32"` or `"power_of_two"`.
       attention_output: format in which the input of the projection after attention is kept for its weight's gradient, with
@@ -43,6 +45,7 @@ class Fp8Recipe:
 
     name: str = "paper"
     scaling: str = "block"
+    history: int = 16
     forward: str = "e4m3"
     backward: str = "e4m3"
     scale_kind: str = "float32"
@@ -63,6 +66,10 @@ class Fp8Recipe:
         check_choice("Fp8Recipe", "attention_output", self.attention_output, (None, "e4m3", "e5m2", "e5m6"))
         check_choice("Fp8Recipe", "moments", self.moments, ("float32", "bfloat16"))
         check_choice("Fp8Recipe", "accumulate", self.accumulate, ("float32", "tensor_core"))
+        check(
+            isinstance(self.history, int) and self.history >= 1,
+            f"Fp8Recipe: `history` is {self.history!r}, want an integer of at least 1",
+        )
         check(
             self.interval is not None or self.scaling == "tensor",
             "Fp8Recipe: `interval` is None with scaling='block', want scaling='tensor': blocks have scales each",
@@ -86,6 +93,7 @@ RECIPES = {
     "paper": Fp8Recipe(),
     "power_of_two": Fp8Recipe("power_of_two", scale_kind="power_of_two"),
     "tensor": Fp8Recipe("tensor", scaling="tensor"),
+    "delayed": Fp8Recipe("delayed", scaling="delayed", backward="e5m2", attention_output=None, keep_swiglu=False),
     "e5m2_gradients": Fp8Recipe("e5m2_gradients", backward="e5m2"),
 }
 """By name: the paper's (section 3.3), and variants to compare it with."""

@@ -184,7 +184,7 @@ def train(name: str, seed: int, text: Text) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with Progress(FLAGS.steps) as progress:
         state = train_loop(
-            step, place(train_init([0, seed], cfg, optimizer)),
+            step, place(train_init([0, seed], cfg, optimizer, fp8=recipe)),
             lambda done: batch_at(text.packed, done, FLAGS.batch_size, seed),
             steps=FLAGS.steps, write=rows.append, progress=progress.update, load_every=FLAGS.steps,
         ).state  # fmt: skip

@@ -148,9 +148,10 @@ def steps() -> Iterator[list[Case]]:
     plain = default_policy()
     half = plain.replace(dtype="bfloat16")
     cases = []
-    for name, policy in (("bfloat16", half), ("float32", plain), (FLAGS.recipe, half.replace(fp8=RECIPES[FLAGS.recipe]))):
+    recipe = RECIPES[FLAGS.recipe]
+    for name, policy in (("bfloat16", half), ("float32", plain), (FLAGS.recipe, half.replace(fp8=recipe))):
         step = make_train_step(cfg, optimizer, policy=policy)
-        state = [place(train_init([0, 0], cfg, optimizer))]
+        state = [place(train_init([0, 0], cfg, optimizer, fp8=policy.fp8))]
 
         def run(step=step, state=state):
             state[0], metrics = step(state[0], tokens)

@@ -227,14 +227,14 @@ def make_mesh_layouts(setup: Setup):
 def start_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
     """The state of the latest checkpoint, wherever that was written, or of a new model."""
     cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
-    like = train_specs(cfg, optimizer)
+    like = train_specs(cfg, optimizer, fp8=RECIPES.get(FLAGS.fp8))
     placed = None if layouts is None else state_layouts(like, layouts)
     try:
         found = restore_checkpoint(checkpoints, like, layouts=placed, settings=setup.settings, on_skip=say)
     except ValueError as error:
         raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
     if found is None:
-        state = train_init([0, FLAGS.seed], cfg, optimizer, layouts)
+        state = train_init([0, FLAGS.seed], cfg, optimizer, layouts, fp8=RECIPES.get(FLAGS.fp8))
     else:
         state = found.state
         say(f"going on from step {int(whole(state.step))} ({found.path})")

@@ -14,6 +14,7 @@ import tensorflow as tf
 from dsv3.checks import Dims, check, check_choice, check_type
 from dsv3.config import LATENT_NORM_EPS, MLAConfig
 from dsv3.graph import plain
+from dsv3.nn.fp8_delayed import DelayedWeight
 from dsv3.nn.linear import linear_apply, weight_matrix
 from dsv3.ops.attention import MASKED, NEVER, AttentionMask, attention, attention_naive, causal_mask
 from dsv3.ops.fuse import fused
@@ -257,7 +258,10 @@ def _queries(params: MLAParams, x, *, cfg: MLAConfig, policy: ComputePolicy, hal
             q = linear_apply(x, weight, **how)
             q = _rope_halves(tf.reshape(q, [*_lead(q), cfg.num_heads, cfg.qk_dim]), cfg.rope_dim)
             return tf.reshape(q, [*_lead(q), cfg.num_heads * cfg.qk_dim])
-        weight = _rope_halves(weight, cfg.rope_dim)
+        if isinstance(weight, DelayedWeight):
+            weight = weight._replace(weight=_rope_halves(weight.weight, cfg.rope_dim))
+        else:
+            weight = _rope_halves(weight, cfg.rope_dim)
     return linear_apply(x, weight, **how)
 
 

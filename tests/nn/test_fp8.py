@@ -49,7 +49,7 @@ def relative(a, b):
     return float(tf.norm(tf.cast(a, tf.float32) - b) / tf.norm(b))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "delayed"])
 @pytest.mark.parametrize("after_attention", [False, True])
 def test_errors_are_those_of_two_rounded_operands(name, after_attention):
     """Rounding to b bits of mantissa errs by 2^-(b+1)/√3 of an element at most in the mean."""

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 import dsv3
 from dsv3 import tree
 from dsv3.io.names import checkpoint_pieces
+from dsv3.nn import fp8_delayed
 from dsv3.nn.cache import cache_bytes, entry_format
 from dsv3.nn.linear import linear_apply, weight_matrix
 from dsv3.nn.mla import LayerCache, mla_absorb, mla_apply
 from dsv3.nn.model import absorb_params, cast_params
-from dsv3.nn.quantized import is_quantized, matrix_of, params_dict, params_tree, scale_shape
+from dsv3.nn.quantized import MATRICES, is_quantized, matrix_of, params_dict, params_tree, scale_shape
 from dsv3.ops.latent import latent_pack, latent_unpack
 from dsv3.ops.quantized import QuantizedWeight, quantized_encode
 from dsv3.recipe import RECIPES
@@ -227,3 +228,7 @@ def test_sizes_and_mixtures_of_caches():
     cache = dsv3.cache_init(small, 1, 4, dtype="float8")
     with pytest.raises(ValueError, match="cache_append: `entries` has dtype float32, want uint8"):
         dsv3.cache_append(cache, tf.zeros([small.num_layers, 1, 1, width]))
+
+
+def test_what_is_quantised_is_what_delayed_scales_are_for():
+    assert set(MATRICES) == set(fp8_delayed.MATRICES)

@@ -2,11 +2,13 @@
 
 import functools
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import dsv3
 from dsv3 import tree
+from dsv3.nn.fp8_delayed import GRADIENT, INPUT, MATRICES, WEIGHT
 from dsv3.recipe import RECIPES
 from tests.compare import PLAIN, assert_close
 from tests.more import MORE, more
@@ -90,6 +92,68 @@ def test_pipelines():
     want, exact = gradients(PAPER, tokens=tokens)
     assert_close(metrics.loss, want.loss, 1e-6)
     assert distance(grads, exact) < 1e-5
+
+
+DELAYED = PLAIN.replace(fp8=RECIPES["delayed"].replace(history=2))
+PRESENT = PLAIN.replace(fp8=DELAYED.fp8.replace(scaling="tensor"))
+
+
+def delayed_steps(*batches, policy=DELAYED, state=None):
+    """The states after each batch, with rate 0: parameters stay."""
+    state = state or dsv3.train_state(random_params(dsv3.model_specs(CFG)), random_router(CFG), sgd(0.0), fp8=policy.fp8)
+    update = tf.function(
+        lambda state, tokens: dsv3.train_update(state, tokens, cfg=CFG, optimizer=sgd(0.0), policy=policy, bias_rate=0.0)
+    )
+    found = []
+    for tokens in batches:
+        state, metrics = update(state, tokens)
+        found.append((state, metrics))
+    return found
+
+
+def test_delayed_scales_look_back():
+    """The first step has present scales. Its largest values decide those of the next, and fall out after `history` steps."""
+    other = random_tokens(CFG, 4, 9, seed=5)
+    (one, first), (two, again), (three, _), (four, _) = delayed_steps(TOKENS, TOKENS, other, other)
+    _, want = delayed_steps(TOKENS, policy=PRESENT)[0]
+    assert_close(first.loss, want.loss, 1e-6)
+    assert_close(again.loss, want.loss, 1e-6)
+    path = "moe.ffn.gate_up"
+    assert sorted(one.amax) == sorted(p for p, _ in tree.items(start().params) if p.rpartition(".")[2] in MATRICES)
+    weight = tf.reduce_max(tf.abs(start().params.moe.ffn.gate_up), [1, 2, 3])
+    np.testing.assert_array_equal(one.amax[path][:, WEIGHT, 0], weight)
+    assert (one.amax[path][..., 0] > 0).numpy().all() and not one.amax[path][..., 1].numpy().any()
+    np.testing.assert_array_equal(two.amax[path][..., 1], one.amax[path][..., 0])
+    assert not np.array_equal(three.amax[path][..., 0], two.amax[path][..., 0])
+    assert_close(four.amax[path][:, INPUT, 0], three.amax[path][:, INPUT, 0], 0.2)
+    assert not np.isin(one.amax[path][:, GRADIENT, 0], four.amax[path][:, GRADIENT]).any()
+
+
+def test_what_is_larger_than_before_saturates():
+    state = dsv3.train_state(random_params(dsv3.model_specs(CFG)), random_router(CFG), sgd(0.0), fp8=DELAYED.fp8)
+    small = state._replace(amax=tree.map_leaves(lambda t: t + 1e-3, state.amax))
+    ((_, flat),) = delayed_steps(TOKENS, state=small)
+    ((_, whole),) = delayed_steps(TOKENS)
+    assert abs(float(flat.parts.nll - whole.parts.nll)) > 0.01, "a model of values that are all cut off"
+
+
+@pytest.mark.parametrize("how", [{"remat": "block"}, *more({"loop": "scan"})], ids=str)
+def test_delayed_scales_in_every_way(how):
+    """Also with micro-batches, of whose largest values the largest counts."""
+    (first, _), (want, exact) = delayed_steps(TOKENS, TOKENS)
+    ((state, metrics),) = delayed_steps(TOKENS.reshape(2, 2, -1), policy=DELAYED.replace(**how), state=first)
+    assert_close(metrics.loss, exact.loss, 1e-6)
+    for path in want.amax:
+        assert_close(state.amax[path][..., 0], want.amax[path][..., 0], 1e-5, path)
+
+
+def test_recipes_of_state_and_step_must_agree():
+    with pytest.raises(ValueError, match="train_update: `state.amax` is empty, want it as `policy.fp8` has it"):
+        dsv3.train_update(start(), TOKENS, cfg=CFG, optimizer=sgd(), policy=DELAYED)
+    with pytest.raises(ValueError, match="make_train_step: the recipe has delayed scales"):
+        dsv3.make_train_step(CFG, sgd(), layouts_of(CFG, "data:2"), policy=DELAYED)
+    with pytest.raises(ValueError, match="linear_apply: `recipe.scaling` is 'delayed', want 'delayed' exactly with weights"):
+        dsv3.model_apply(start().params, start().router, TOKENS, cfg=CFG, policy=DELAYED)
 
 
 def test_rows_do_not_travel_in_two_dtypes():
