@@ -85,8 +85,11 @@ class _Groups:
 
     def __init__(self, plan: Dispatch, recipe: Fp8Recipe, how: dict[str, Any]):
         self._plan, self._recipe, self._fuse = plan, recipe, how["fuse"]
-        options = {"accumulate": recipe.accumulate, "interval": recipe.interval, "bits": recipe.bits}
-        self._matmul, self._outer = options | how, options | {"kernel": how["kernel"], "fuse": how["fuse"]}
+        options = {name: getattr(recipe, name) for name in ("accumulate", "interval", "bits", "operands")}
+        # Expanded operands take tiles' scales at no price; products of float8 are as many as there are scales along K.
+        self._whole = recipe.scaling == "tensor" and recipe.operands == "float8"
+        self._matmul = options | how | {"scaling": "tensor" if self._whole else "block"}
+        self._outer = options | {"kernel": how["kernel"], "fuse": how["fuse"]}
 
     def rows(self, x: tf.Tensor, *, backward: bool = False) -> Fp8Tensor:
         q = quantize_rows(x, self._recipe, backward=backward, fuse=self._fuse)
@@ -94,20 +97,22 @@ class _Groups:
 
     def tokens(self, x: tf.Tensor) -> Fp8Tensor:
         """Tokens' rows, by expert."""
-        return Fp8Tensor(*(tf.gather(t, self._plan.tokens) for t in self.rows(x)))
+        q = self.rows(x)
+        values = tf.gather(q.values, self._plan.tokens)
+        return Fp8Tensor(values, q.scale_inv if self._whole else tf.gather(q.scale_inv, self._plan.tokens))
 
     def weight(self, weight: tf.Tensor) -> Fp8Tensor:
         return self._tiled(quantize_weight(weight, self._recipe, fuse=self._fuse), WEIGHT_BLOCK)
 
     def _tiled(self, q: Fp8Tensor, block: tuple[int, int]) -> Fp8Tensor:
         """Repeats a tensor's one scale as that of each tile, which is what products of groups take."""
-        if self._recipe.scaling == "block":
+        if self._recipe.scaling == "block" or self._whole:
             return q
         *lead, rows, columns = q.values.shape
         return Fp8Tensor(q.values, tf.broadcast_to(q.scale_inv, [*lead, -(-rows // block[0]), -(-columns // block[1])]))
 
     def expand(self, q: Fp8Tensor, dtype: tf.DType) -> tf.Tensor:
-        return tf.cast(fp8_expand(*q, block=ROW_BLOCK, fuse=self._fuse), dtype)
+        return tf.cast(fp8_expand(*q, block=None if self._whole else ROW_BLOCK, fuse=self._fuse), dtype)
 
     def matmul(self, a: Fp8Tensor, b: Fp8Tensor, dtype: tf.DType, *, transpose: bool = False) -> tf.Tensor:
         return fp8_grouped_gemm(a, b, self._plan.rows, transpose_b=transpose, dtype=dtype, **self._matmul)
