@@ -213,8 +213,9 @@ def _wgrad_tiles(x: Fp8Tensor, dy: Fp8Tensor, rows: tf.Tensor, options: dict[str
     left, right = align(x), align(dy)
 
     def add(i, dw):
-        p = Fp8Tensor(tf.cast(left[i], x.values.dtype), x.scale_inv[i : i + 1])
-        q = Fp8Tensor(tf.cast(right[i], dy.values.dtype), dy.scale_inv[i : i + 1])
+        # Not `[i : i + 1]`, which would be of unknown size to XLA, and no program for others.
+        p = Fp8Tensor(tf.cast(left[i], x.values.dtype), tf.expand_dims(x.scale_inv[i], 0))
+        q = Fp8Tensor(tf.cast(right[i], dy.values.dtype), tf.expand_dims(dy.scale_inv[i], 0))
         return i + 1, tf.tensor_scatter_nd_add(dw, [[owner[i]]], tf.expand_dims(fp8_wgrad(p, q, **options), 0))
 
     zero = tf.zeros([experts + 1, x.values.shape[1], dy.values.shape[1]])
