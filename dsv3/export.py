@@ -87,7 +87,8 @@ def export_function(
     files = {"function.stablehlo": _serialize(run, leaves, platforms), "inputs.npz": _pack(leaves)}
     if outputs:
         other, like = (run, described) if reference is None else _trace(reference, inputs)
-        check(like == described, "export_function: `reference` returns other leaves than `fn`, want the same names and shapes")
+        same = "export_function: `reference` returns other leaves than `fn`, want the same names, dtypes and shapes"
+        check(like == described, same)
         files["outputs.npz"] = _pack(other(*leaves))
     manifest = {
         "format": FORMAT,
@@ -108,8 +109,8 @@ def export_function(
     return manifest
 
 
-def _trace(fn: Callable[..., Tree], inputs: Tree) -> tuple[Callable[..., list[tf.Tensor]], list[dict[str, Any]]]:
-    """The function of and to flat leaves, traced once, and what it returns."""
+def _trace(fn: Callable[..., Tree], inputs: Tree) -> tuple[Any, list[dict[str, Any]]]:
+    """The concrete function of and to flat leaves, traced once, and what it returns."""
     described: list[dict[str, Any]] = []
 
     def flat(*leaves: tf.Tensor) -> list[tf.Tensor]:
@@ -121,16 +122,27 @@ def _trace(fn: Callable[..., Tree], inputs: Tree) -> tuple[Callable[..., list[tf
     return tf.function(flat, autograph=False).get_concrete_function(*specs), described
 
 
-def _serialize(run: Callable[..., list[tf.Tensor]], leaves: list[tf.Tensor], platforms: Sequence[str]) -> bytes:
+def _serialize(run: Any, leaves: list[tf.Tensor], platforms: Sequence[str]) -> bytes:
     """The function's StableHLO, with the calling convention of `jax.export`."""
     import jax
     from jax.experimental import jax2tf
 
-    compiled = tf.function(lambda *leaves: run(*leaves), jit_compile=True, autograph=False)
+    dtypes = [leaf.dtype for leaf in run.outputs]
+    kinds = [dtype.as_numpy_dtype if dtype.is_floating and dtype.size == 1 else None for dtype in dtypes]
+
+    @tf.function(jit_compile=True, autograph=False)
+    def compiled(*leaves: tf.Tensor) -> list[tf.Tensor]:
+        return [leaf if kind is None else tf.cast(leaf, tf.float16) for leaf, kind in zip(run(*leaves), kinds)]
+
+    # Its effect could be read by jax2tf only. It takes no float8 results: float16 has all values of both formats.
+    called = jax2tf.call_tf(compiled, has_side_effects=False)
+
+    def program(*arrays: Any) -> list[Any]:
+        return [leaf if kind is None else leaf.astype(kind) for leaf, kind in zip(called(*arrays), kinds)]
+
     with jax.enable_x64(True):  # else int64 would become int32
         arguments = [jax.ShapeDtypeStruct(leaf.shape.as_list(), leaf.dtype.as_numpy_dtype) for leaf in leaves]
-        pure = jax2tf.call_tf(compiled, has_side_effects=False)  # an effect of that kind only jax2tf itself could read
-        exported = jax.export.export(jax.jit(pure), platforms=list(platforms))(*arguments)
+        exported = jax.export.export(jax.jit(program), platforms=list(platforms))(*arguments)
     return exported.serialize()
 
 

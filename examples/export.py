@@ -144,11 +144,18 @@ def write(case: Case, policy: ComputePolicy) -> None:
 def tolerances(recipe: Fp8Recipe | None) -> dict[str, float]:
     """Largest relative errors by platform: what other orders of sums do, and values that are rounded the other way for it.
 
-    A bfloat16 rounds at 2^-9 of itself, FP8 at 2^-4 where a value is near the middle between two, which is rare.
+    A bfloat16 rounds at 2^-9 of itself, and FP8 at 2^-4, where a value is near the middle between two: in float32 that is
+    rare, but with layers of bfloat16 between FP8 products it is not, and a small model's gradients are then a tenth apart.
+    So float32 shows that a program is right, and bfloat16 that it is not far off.
     """
-    exact = {"float32": 2e-5, "bfloat16": 1e-2}[FLAGS.dtype]
-    near = max(exact, 0.0 if recipe is None else 2e-2)
-    return {p: near if p == "cpu" else max(2 * near, 5e-3) for p in FLAGS.platforms}
+    deep = FLAGS.what in ("moe", "block", "train_step")
+    bounds = {
+        ("float32", False): 2e-5, ("float32", True): 1e-3,
+        ("bfloat16", False): 5e-2 if deep else 1e-2, ("bfloat16", True): 0.3 if deep else 2e-2,
+    }  # fmt: skip
+    bound = bounds[FLAGS.dtype, recipe is not None]
+    tf32 = 5e-3 if recipe is None else 5e-2  # a GPU rounds the inputs of float32 products at 2^-11
+    return {p: bound if p == "cpu" else max(2 * bound, tf32) for p in FLAGS.platforms}
 
 
 def count_flops(case: Case, policy: ComputePolicy) -> int:

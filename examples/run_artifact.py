@@ -1,4 +1,4 @@
-"""Runs what examples/export.py wrote, with JAX and NumPy alone: checks the results, times them, looks at the compiled program.
+"""Runs what examples/export.py wrote, with JAX and NumPy alone: checks the results, times them, counts float8 products.
 
 Neither TensorFlow nor dsv3 is needed: this file and the artifacts' directories can be copied to a machine with a GPU, where
 `pip install "jax[cuda12]"` is enough. The program runs on JAX's default device (JAX_PLATFORMS=cpu: on the CPU).
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import pathlib
 import re
@@ -83,7 +84,7 @@ def run_all(artifacts: list[dict[str, Any]], args: argparse.Namespace) -> int:
         compiled = jax.jit(artifact["call"]).lower(*artifact["inputs"]).compile()
         inputs = [jax.device_put(x) for x in artifact["inputs"]]
         verdict, fault = compare(manifest, jax.block_until_ready(compiled(*inputs)), artifact["want"])
-        seconds = median_seconds(lambda: compiled(*inputs), args.repeats, args.burst)
+        seconds = median_seconds(functools.partial(compiled, *inputs), args.repeats, args.burst)
         first = first or seconds
         rate = f", {manifest['flops'] / seconds / 1e12:.3g} TFLOP/s" if manifest["flops"] else ""
         print(f"{name}: {verdict}, {1e3 * seconds:.4g} ms{rate}, {first / seconds:.2f}x", flush=True)
@@ -148,7 +149,8 @@ def compare(manifest: dict[str, Any], got: list[Any], want: list[np.ndarray] | N
         error = relative_error(np.asarray(x), y)
         exact = not jnp.issubdtype(y.dtype, jnp.floating)
         if not error <= (0.0 if exact else limit):  # also if it is NaN
-            faults.append(f"`{leaf['name']}` is off by {error:.2g}, want {'equal values' if exact else f'at most {limit:g}'}")
+            allowed = "equal values" if exact else f"at most {limit:g}"
+            faults.append(f"`{leaf['name']}` is off by {error:.2g}, want {allowed}")
         worst = max(worst, error) if error == error else error
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"largest error {worst:.2g} of {limit:g}", faults[0] + more if faults else ""

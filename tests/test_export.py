@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from dsv3.export import export_function
-from dsv3.ops.fp8 import ROW_BLOCK, WEIGHT_BLOCK
+from dsv3.ops.fp8 import ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor
 from dsv3.ops.gemm import fp8_gemm
 from tests.compare import normal
 
@@ -81,16 +82,16 @@ def test_arrays_keep_their_bits(artifact):
     np.testing.assert_array_equal(f8, tf.cast(x, tf.dtypes.experimental.float8_e4m3fn).numpy())
 
 
-def test_program_for_a_gpu_has_float8_products():
-    a, b = tf.zeros([16, 256], tf.dtypes.experimental.float8_e4m3fn), tf.zeros([256, 32], tf.dtypes.experimental.float8_e4m3fn)
-    scales = tf.ones([16, 2]), tf.ones([2, 1])
+def test_program_for_a_gpu_has_float8_products(tmp_path):
+    a, b = (tf.cast(tf.zeros(shape), tf.dtypes.experimental.float8_e4m3fn) for shape in ((16, 256), (256, 32)))
     how = {"a_block": ROW_BLOCK, "b_block": WEIGHT_BLOCK, "operands": "float8"}
-    from dsv3.export import _serialize, _trace
-
-    leaves = [a, scales[0], b, scales[1]]
-    traced, _ = _trace(lambda a, s, b, t: fp8_gemm((a, s), (b, t), **how), tuple(leaves))
-    exported = jax.export.deserialize(bytearray(_serialize(traced, leaves, ["cuda"])))
-    assert exported.platforms == ("cuda",)
+    pair = Fp8Tensor(a, tf.ones([16, 2])), Fp8Tensor(b, tf.ones([2, 1]))
+    manifest = export_function(
+        lambda a, b: fp8_gemm(a, b, **how), pair, tmp_path / "gemm", platforms=["cuda"], outputs=False
+    )
+    exported = jax.export.deserialize(bytearray((tmp_path / "gemm" / "function.stablehlo").read_bytes()))
+    assert exported.platforms == ("cuda",) and not manifest["checked"]
+    assert not (tmp_path / "gemm" / "outputs.npz").exists()
     (line,) = [line for line in exported.mlir_module().splitlines() if "stablehlo.dot_general" in line]
     assert "(tensor<16x2x128xf8E4M3FN>, tensor<2x128x32xf8E4M3FN>) -> tensor<2x16x32xf32>" in line
 
@@ -119,6 +120,78 @@ def test_wrong_result_is_named(copy, index, message):
     done = run(copy)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"run_artifact: copy: {message}"), done.stderr
+
+
+# What examples/export.py writes, each as small as it may be.
+KINDS = {
+    "gemm": ["--fp8=tensor", "--dtype=bfloat16", "--rows=16"],
+    "linear": ["--fp8=paper", "--rows=130", "--width=140", "--out_width=60"],
+    "experts": ["--fp8=tensor", "--rows=32", "--experts=4"],
+    "moe": ["--dtype=bfloat16", "--batch_size=1", "--seq_len=8"],
+    "block": ["--fp8=paper", "--operands=expanded", "--batch_size=1", "--seq_len=8"],
+    "train_step": ["--layers=1", "--batch_size=1", "--seq_len=8"],
+    "decode": ["--layers=1", "--batch_size=1", "--seq_len=8"],
+}
+# Exports several in one process, which saves loading TensorFlow for each.
+DRIVER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import export
+from absl.testing import flagsaver
+for arguments in json.loads(sys.argv[2]):
+    with flagsaver.flagsaver():
+        export.FLAGS(["export", *arguments])
+        print("code", export.main(["export"]))
+"""
+
+
+def export_all(*commands: list[str]) -> subprocess.CompletedProcess:
+    """Runs examples/export.py with each list of flags."""
+    command = [sys.executable, "-c", DRIVER, str(EXAMPLES), json.dumps(commands)]
+    return subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """An artifact of each kind, by name."""
+    root = tmp_path_factory.mktemp("kinds")
+    done = export_all(*([f"--what={kind}", f"--out={root / kind}", *flags] for kind, flags in KINDS.items()))
+    assert done.stdout.count("code 0") == len(KINDS), done.stderr
+    return {kind: root / kind for kind in KINDS}
+
+
+def test_every_kind_runs_without_tensorflow_and_agrees(kinds):
+    done = run(*kinds.values())
+    assert done.returncode == 0, done.stderr + done.stdout
+    shown = [line.split(":")[0] for line in done.stdout.splitlines()[1:]]
+    assert shown == list(KINDS) and all("largest error" in line for line in done.stdout.splitlines()[1:])
+
+
+def test_artifacts_say_what_they_are(kinds):
+    manifests = {kind: json.loads((path / "manifest.json").read_text()) for kind, path in kinds.items()}
+    d = 32  # the tiny model's hidden size
+    assert manifests["gemm"]["flops"] == 2 * 16 * d * d and manifests["gemm"]["details"]["product"] == [16, d, d]
+    assert manifests["linear"]["flops"] == 3 * 2 * 130 * 140 * 60
+    names = [leaf["name"] for leaf in manifests["train_step"]["outputs"]]
+    assert "0.step" in names and "1.loss" in names and manifests["train_step"]["details"]["fp8"] == "none"
+    texts = {kind: jax.export.deserialize(bytearray((kinds[kind] / "function.stablehlo").read_bytes())) for kind in KINDS}
+    float8 = {kind for kind, exported in texts.items() if re.search("stablehlo.dot.*f8E4M3FN>, ", exported.mlir_module())}
+    assert float8 == {"gemm", "linear", "experts"}, "the products with --operands=float8"
+
+
+def test_wrong_flags_are_one_line(tmp_path):
+    out = f"--out={tmp_path / 'x'}"
+    cases = {
+        "--what is not given": [out], "--out is not given": ["--what=gemm"],
+        "--fp8 wants another --what": ["--what=decode", "--fp8=paper", out],
+        "--platforms has ['abacus']": ["--what=gemm", "--platforms=abacus", out],
+        "--experts is 1, want at least 2": ["--what=moe", "--experts=1", out],
+    }  # fmt: skip
+    done = export_all(*cases.values())
+    assert done.stdout.count("code 2") == len(cases), done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("export: ")]
+    for message, line in zip(cases, lines, strict=True):
+        assert line.startswith(f"export: {message}"), line
 
 
 BROKEN = {
