@@ -39,6 +39,8 @@ class Fp8Recipe:
       accumulate: `"float32"`, or `"tensor_core"`: the model of Hopper's accumulator in `ops.accumulator`, slow.
       interval: for `"tensor_core"`, elements of a sum between promotions to float32; `None`, for scaling by tensor: never.
       bits: significant bits of that accumulator.
+      operands: of products: `"expanded"` to float32 before each, right for a CPU, or `"float8"`, for XLA on a GPU (see
+        `ops.gemm.fp8_gemm`); the experts' kernel must then be `"blocks"`.
 
     References: DeepSeek-V3 section 3.3.
     """
@@ -57,6 +59,7 @@ class Fp8Recipe:
     accumulate: str = "float32"
     interval: int | None = 128
     bits: int = 14
+    operands: str = "expanded"
 
     def __post_init__(self):
         check_choice("Fp8Recipe", "scaling", self.scaling, SCALINGS)
@@ -66,6 +69,11 @@ class Fp8Recipe:
         check_choice("Fp8Recipe", "attention_output", self.attention_output, (None, "e4m3", "e5m2", "e5m6"))
         check_choice("Fp8Recipe", "moments", self.moments, ("float32", "bfloat16"))
         check_choice("Fp8Recipe", "accumulate", self.accumulate, ("float32", "tensor_core"))
+        check_choice("Fp8Recipe", "operands", self.operands, ("expanded", "float8"))
+        check(
+            self.operands == "expanded" or self.accumulate == "float32",
+            f"Fp8Recipe: `accumulate` is {self.accumulate!r} with operands='float8', want 'float32'",
+        )
         check(
             isinstance(self.history, int) and self.history >= 1,
             f"Fp8Recipe: `history` is {self.history!r}, want an integer of at least 1",

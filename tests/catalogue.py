@@ -48,6 +48,7 @@ EXEMPT = {
     "dsv3.ops.grouped.grouped_matmul": "the products of `experts_apply` and `fp8_grouped_gemm`, tested through them",
     "dsv3.ops.grouped.grouped_outer": "those of the weights' gradients, tested through the same",
     "dsv3.ops.grouped.grouped_split": "what these take apart, tested through them",
+    "dsv3.ops.float8_dot.float8_matmul": "the products of `fp8_gemm` with operands='float8', tested through it",
     "dsv3.ops.fuse.fused": "a decorator, see tests/ops/test_fuse.py",
     "dsv3.ops.reduce.cpu_kernel": "a context manager, see tests/ops/test_fuse.py",
     "dsv3.layout.make_layouts": "layouts of a mesh, see tests/test_layout.py",

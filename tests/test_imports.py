@@ -36,6 +36,7 @@ LAYERS = {
     "io": f"{BOTTOM} ops.fp8 ops.quantized",
     "nn": f"{BOTTOM} layout ops",
     "pretrained": f"{BOTTOM} ops nn io",
+    "export": "typing checks tree io",
     "parallel": f"{BOTTOM} layout pipeline",
     "train": f"{BOTTOM} layout compiled ops nn pipeline parallel",
     "plan": f"{BOTTOM} layout ops nn pipeline parallel train",
@@ -48,8 +49,8 @@ LAYERS = {
 FAMILY = {"config_hf": "config", "presets": "config"}
 
 # Packages that only the named modules may import: chex has gaps that `checks` covers, and dsv3 has to work
-# where the extra `parity` is not installed.
-CONFINED = {"chex": ("checks",), "torch": (), "transformers": ()}
+# where the extras `export` and `parity` are not installed.
+CONFINED = {"chex": ("checks",), "jax": ("export",), "torch": (), "transformers": ()}
 
 EXEMPT = "dsv3/__init__.py"
 EDGE = "dsv3/compiled.py"

@@ -20,7 +20,9 @@ _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV)
 
 
 @contextlib.contextmanager
-def replace_directory(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def replace_directory(
+    directory: str | os.PathLike[str], *, function: str = "save_pretrained"
+) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `directory`, which takes its place when the block ends without an error.
 
     Everything in it must have been written with `write_synced` or been synchronised otherwise. The exchange is one
@@ -33,7 +35,7 @@ def replace_directory(directory: str | os.PathLike[str]) -> Iterator[pathlib.Pat
         this process would stay behind in the old one.
     """
     target = pathlib.Path(os.path.realpath(directory))
-    place = f"save_pretrained: cannot write to {directory}"
+    place = f"{function}: cannot write to {directory}"
     check(not os.path.ismount(target), f"{place}: it is a mount point, want a folder below it")
     here = target.exists() and os.path.samefile(target, os.curdir)
     check(not here, f"{place}: it is the current directory, want another one")

@@ -122,7 +122,7 @@ def _block(recipe: Fp8Recipe, block: tuple[int, int]) -> tuple[int, int] | None:
 def _blocks(recipe: Fp8Recipe, a: tuple[int, int], b: tuple[int, int], fuse: bool) -> dict[str, Any]:
     return {
         "a_block": _block(recipe, a), "b_block": _block(recipe, b), "fuse": fuse,
-        "accumulate": recipe.accumulate, "interval": recipe.interval, "bits": recipe.bits,
+        "accumulate": recipe.accumulate, "interval": recipe.interval, "bits": recipe.bits, "operands": recipe.operands,
     }  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def delayed_linear(x: tf.Tensor, weight: DelayedWeight, *, recipe: Fp8Recipe, fu
 
     References: arXiv:2209.05433, section 5, compares ways to scale; Transformer Engine's `DelayedScaling`.
     """
-    sums = {"accumulate": recipe.accumulate, "interval": recipe.interval, "bits": recipe.bits}
+    sums = {name: getattr(recipe, name) for name in ("accumulate", "interval", "bits", "operands")}
     how = {"a_block": None, "b_block": None, "fuse": fuse, **sums}
 
     @tf.custom_gradient

@@ -26,7 +26,7 @@ class BlockGroups:
 
     def __init__(self, plan: Dispatch, recipe: Fp8Recipe, how: dict[str, Any]):
         self.plan, self.recipe, self.fuse = plan, recipe, how["fuse"]
-        options = {"accumulate": recipe.accumulate, "interval": recipe.interval, "bits": recipe.bits}
+        options = {name: getattr(recipe, name) for name in ("accumulate", "interval", "bits", "operands")}
         self._matmul, self._outer = options | how, options | {"kernel": how["kernel"], "fuse": how["fuse"]}
 
     def rows(self, x: tf.Tensor, site: int, *, backward: bool = False) -> Fp8Tensor:
@@ -72,7 +72,16 @@ class BlockGroups:
 
 
 class TensorGroups(BlockGroups):
-    """One scale for a tensor, repeated as that of each tile, which is what products of groups take."""
+    """One scale for a tensor, repeated as that of each tile, which is what products of groups take.
+
+    Expanded operands take the tiles' scales at no price. Of float8 operands there is a product for each scale along K, so
+    they keep the one that they have; but for the weights' gradients, which are sums over tiles in any case.
+    """
+
+    def __init__(self, plan: Dispatch, recipe: Fp8Recipe, how: dict[str, Any]):
+        super().__init__(plan, recipe, how)
+        self.untiled = recipe.operands == "float8"
+        self._matmul["scaling"] = "tensor" if self.untiled else "block"
 
     def quantize(self, x: tf.Tensor, site: int, role: int) -> Fp8Tensor:
         """A tensor with one scale; `role` is what it is at its site, as of `fp8_delayed`."""
@@ -91,12 +100,17 @@ class TensorGroups(BlockGroups):
     def weight(self, weight: tf.Tensor, site: int) -> Fp8Tensor:
         return self._tiled(self.quantize(weight, site, WEIGHT), WEIGHT_BLOCK)
 
+    def expand(self, q: Fp8Tensor, dtype: tf.DType) -> tf.Tensor:
+        return tf.cast(fp8_expand(*q, block=None if self.untiled else ROW_BLOCK, fuse=self.fuse), dtype)
+
     def over_tokens(self, x: tf.Tensor, site: int, *, backward: bool = False) -> Fp8Tensor:
         q = self.quantize(x, site, GRADIENT if backward else INPUT)
         like = fp8_quantize_groups(tf.zeros_like(x), self.plan.rows).scale_inv
         return Fp8Tensor(q.values, tf.broadcast_to(q.scale_inv, like.shape))
 
     def _tiled(self, q: Fp8Tensor, block: tuple[int, int]) -> Fp8Tensor:
+        if self.untiled:
+            return q
         *lead, rows, columns = q.values.shape
         return Fp8Tensor(q.values, tf.broadcast_to(q.scale_inv, [*lead, -(-rows // block[0]), -(-columns // block[1])]))
 
@@ -117,8 +131,9 @@ class DelayedGroups(TensorGroups):
 class WholeSums(TensorGroups):
     """One scale for a tensor, and sums that are never promoted on their way: a product for each expert."""
 
-    def expand(self, q: Fp8Tensor, dtype: tf.DType) -> tf.Tensor:
-        return tf.cast(fp8_expand(*q, block=None, fuse=self.fuse), dtype)
+    def __init__(self, plan: Dispatch, recipe: Fp8Recipe, how: dict[str, Any]):
+        super().__init__(plan, recipe, how)
+        self.untiled = True
 
     def matmul(self, a: Fp8Tensor, b: Fp8Tensor, dtype: tf.DType, *, transpose: bool = False) -> tf.Tensor:
         *parts, tail = grouped_split(a.values, self.plan.rows)
@@ -133,9 +148,6 @@ class WholeSums(TensorGroups):
         return tf.stack([
             self._product(Fp8Tensor(p, scale_a), Fp8Tensor(q, scale_d), dtype, transpose_a=True) for p, q in pairs
         ])  # fmt: skip
-
-    def _tiled(self, q: Fp8Tensor, block: tuple[int, int]) -> Fp8Tensor:
-        return q
 
     def _product(self, a: Fp8Tensor, b: Fp8Tensor, dtype: tf.DType, **transpose: bool) -> tf.Tensor:
         options = {name: self._matmul[name] for name in ("accumulate", "interval", "bits", "fuse")}

@@ -13,6 +13,7 @@ Wgrad    xᵀ @ dy      x `[N, D]`, 128×1 along tokens      dy `[N, F]`, 128×1
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -20,6 +21,7 @@ import tensorflow as tf
 from dsv3.checks import check, check_choice
 from dsv3.graph import plain
 from dsv3.ops.accumulator import check_accumulator, tensor_core_matmul
+from dsv3.ops.float8_dot import float8_matmul
 from dsv3.ops.fp8 import COLUMN_BLOCK, ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor, fp8_dequantize
 from dsv3.ops.fp8_formats import FORMATS
 from dsv3.ops.fuse import fused
@@ -27,6 +29,7 @@ from dsv3.ops.fuse import fused
 Block = tuple[int, int] | None
 DTYPES = tuple(fmt.dtype.name for fmt in FORMATS.values())
 ACCUMULATORS = ("float32", "tensor_core")
+OPERANDS = ("expanded", "float8")
 
 
 @plain
@@ -41,6 +44,7 @@ def fp8_gemm(
     accumulate: str = "float32",
     interval: int | None = 128,
     bits: int = 14,
+    operands: str = "expanded",
     dtype: tf.DType | str = tf.float32,
     fuse: bool = False,
 ) -> tf.Tensor:
@@ -52,6 +56,10 @@ def fp8_gemm(
     one number within a block. A product per block, scaled and added, rounds a little less (not 2^-24 of each operand), but
     reads and writes `[M, N]` K/128 times: on a CPU it takes 1.9 times as long at 2048³ in plain TensorFlow, 1.4 times when
     compiled, where dequantising as fused kernels costs a tenth of the product.
+
+    `operands="float8"` is the other way, for XLA on GPUs: products of float8 tensors into float32, one for each block of K,
+    scaled and added. With one scale for each whole tensor that is one product, which a library has; with blocks the partial
+    sums are kept in memory, and their traffic then takes longer than the products (`docs/export.md`).
 
     `accumulate="tensor_core"` is the model of Hopper's accumulator in `tensor_core_matmul`, for studies: slow.
 
@@ -65,6 +73,7 @@ def fp8_gemm(
       interval: for the model, elements of K between promotions to float32: a multiple of 32 that divides the blocks along K;
         None for never, which wants one scale along K.
       bits: for the model, the accumulator's significant bits.
+      operands: `"expanded"` to float32 before the product, or `"float8"`, which wants E4M3 or E5M2 and static shapes.
       dtype: of the result, rounded once.
       fuse: compile the element-wise parts as kernels (not under XLA).
 
@@ -82,7 +91,7 @@ def fp8_gemm(
     """
     return _product(
         "fp8_gemm", ("a", "b"), (a, b), (a_block, b_block), (transpose_a, transpose_b),
-        accumulate=accumulate, interval=interval, bits=bits, dtype=dtype, fuse=fuse,
+        accumulate=accumulate, interval=interval, bits=bits, operands=operands, dtype=dtype, fuse=fuse,
     )  # fmt: skip
 
 
@@ -92,7 +101,7 @@ def fp8_fprop(x: Fp8Tensor, w: Fp8Tensor, **options: Any) -> tf.Tensor:
 
     Args:
       x: `[..., N, D]` in tiles of 1×128. w: `[D, F]` in blocks of 128×128.
-      options: `accumulate`, `interval`, `bits`, `dtype` and `fuse` of `fp8_gemm`.
+      options: `accumulate`, `interval`, `bits`, `operands`, `dtype` and `fuse` of `fp8_gemm`.
 
     Returns:
       `[..., N, F]`.
@@ -187,36 +196,56 @@ def fp8_expand(values: tf.Tensor, scale_inv: tf.Tensor, *, block: Block) -> tf.T
 def _product(
     function: str,
     names: tuple[str, str],
-    operands: tuple[Fp8Tensor, Fp8Tensor],
+    pair: tuple[Fp8Tensor, Fp8Tensor],
     blocks: tuple[Block, Block],
     transpose: tuple[bool, bool],
     *,
     accumulate: str = "float32",
     interval: int | None = 128,
     bits: int = 14,
+    operands: str = "expanded",
     dtype: tf.DType | str = tf.float32,
     fuse: bool = False,
 ) -> tf.Tensor:
     """`fp8_gemm` in the name of a function and its arguments."""
     check_choice(function, "accumulate", accumulate, ACCUMULATORS)
     check_accumulator(function, interval, bits)
-    a, b = (fp8_operand(function, name, x, block) for name, x, block in zip(names, operands, blocks))
+    check_choice(function, "operands", operands, OPERANDS)
+    check(
+        operands == "expanded" or accumulate == "float32",
+        f"{function}: `accumulate` is {accumulate!r} with operands='float8', want 'float32': a GPU has its own accumulator",
+    )
+    a, b = (fp8_operand(function, name, x, block) for name, x, block in zip(names, pair, blocks))
     k, other = a.values.shape[-2 if transpose[0] else -1], b.values.shape[-1 if transpose[1] else -2]
     if k is not None and other is not None:
         check(k == other, f"{function}: `{names[1]}` has K = {other}, want {k}, that of `{names[0]}`")
-    if accumulate == "float32":
+    if operands == "float8":
+        interval = _shared_interval(blocks, transpose)
+    elif accumulate == "float32":
         a, b = (fp8_expand(*x, block=block, fuse=fuse) for x, block in zip((a, b), blocks))
         return tf.cast(tf.matmul(a, b, transpose_a=transpose[0], transpose_b=transpose[1]), dtype)
     scales = []
     for x, block, along_rows, name in zip((a, b), blocks, (transpose[0], not transpose[1]), names):
         x, block = (fp8_transpose(x), block and block[::-1]) if along_rows else (x, block)  # K last
         scales.append(_interval_scales(function, name, x, block, interval))
+    if operands == "float8":
+        y = float8_matmul(
+            a.values, b.values, *scales, interval=interval, transpose_a=transpose[0], transpose_b=transpose[1],
+            function=function, names=names,
+        )  # fmt: skip
+        return tf.cast(y, dtype)
     left, right = (
         tf.linalg.matrix_transpose(x.values) if turn else x.values for x, turn in zip((a, b), transpose)
     )
     scale_b = tf.linalg.matrix_transpose(scales[1])
     y = tensor_core_matmul(left, right, scales[0], scale_b, interval=interval, bits=bits, fuse=fuse)
     return tf.cast(y, dtype)
+
+
+def _shared_interval(blocks: tuple[Block, Block], transpose: tuple[bool, bool]) -> int | None:
+    """How many elements of K have one pair of scales; None: all."""
+    depths = [block[dim] for block, dim in zip(blocks, (0 if transpose[0] else 1, 1 if transpose[1] else 0)) if block]
+    return math.gcd(*depths) if depths else None
 
 
 def _interval_scales(function: str, argument: str, x: Fp8Tensor, block: Block, interval: int | None) -> tf.Tensor:

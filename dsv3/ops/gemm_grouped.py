@@ -33,6 +33,7 @@ def fp8_grouped_gemm(
     transpose_b: bool = False,
     kernel: str = "sorted",
     multiple: int = 128,
+    scaling: str = "block",
     dtype: tf.DType | str = tf.float32,
     fuse: bool = False,
     **options: Any,
@@ -47,9 +48,10 @@ def fp8_grouped_gemm(
       kernel: `"sorted"`, a product for each expert, fastest on a CPU; `"blocks"`, batched products with gathered matrices,
         whose static shapes XLA compiles.
       multiple: for `blocks`, a number that divides C and all of `rows`.
+      scaling: `"block"`, or, for `blocks`, `"tensor"`: one scale for each of `a`, `[1, 1]`, and `b`, `[1, 1, 1]`.
       dtype: of the result.
       fuse: compile the element-wise parts as kernels (not under XLA).
-      options: `accumulate`, `interval` and `bits` of `fp8_gemm`.
+      options: `accumulate`, `interval`, `bits` and `operands` of `fp8_gemm`.
 
     Returns:
       `[C, N]`, zeros in unused rows.
@@ -59,15 +61,18 @@ def fp8_grouped_gemm(
 
     References: DeepSeek-V3 section 3.3.
     """
-    check_choice("fp8_grouped_gemm", "kernel", kernel, KERNELS)
-    a = fp8_operand("fp8_grouped_gemm", "a", a, ROW_BLOCK)
-    b = fp8_operand("fp8_grouped_gemm", "b", b, WEIGHT_BLOCK)
+    _check_kernel("fp8_grouped_gemm", kernel, options)
+    check_choice("fp8_grouped_gemm", "scaling", scaling, ("block", "tensor"))
+    whole = scaling == "tensor"
+    check(not whole or kernel == "blocks", f"fp8_grouped_gemm: `kernel` is {kernel!r} with scaling='tensor', want 'blocks'")
+    a_block, b_block = (None, None) if whole else (ROW_BLOCK, WEIGHT_BLOCK)
+    a, b = fp8_operand("fp8_grouped_gemm", "a", a, a_block), fp8_operand("fp8_grouped_gemm", "b", b, b_block)
     dims = Dims("fp8_grouped_gemm")
     dims("a", a.values, "C K")
     dims("b", b.values, "E N K" if transpose_b else "E K N")
     dims("rows", rows, "E")
     rows = tf.cast(rows, tf.int32)
-    options |= {"a_block": ROW_BLOCK, "b_block": WEIGHT_BLOCK, "transpose_b": transpose_b}
+    options |= {"a_block": a_block, "b_block": b_block, "transpose_b": transpose_b}
     if kernel == "blocks":
         check(dims.C % multiple == 0, f"fp8_grouped_gemm: `multiple` is {multiple}, want a divisor of C = {dims.C}")
         y = _gemm_blocks(a, b, rows, multiple, options | {"fuse": fuse})
@@ -124,14 +129,14 @@ def fp8_grouped_wgrad(
       kernel: `"sorted"`, a product for each expert; `"blocks"`, a loop over tiles with static shapes, for XLA.
       dtype: of the result.
       fuse: compile the element-wise parts as kernels (not under XLA).
-      options: `accumulate`, `interval` and `bits` of `fp8_gemm`.
+      options: `accumulate`, `interval`, `bits` and `operands` of `fp8_gemm`.
 
     Raises:
       ValueError: operands that do not fit, or a bad kernel or option.
 
     References: DeepSeek-V3 section 3.3.1, figure 6.
     """
-    check_choice("fp8_grouped_wgrad", "kernel", kernel, KERNELS)
+    _check_kernel("fp8_grouped_wgrad", kernel, options)
     dims = Dims("fp8_grouped_wgrad")
     dims("rows", rows, "E")
     dims("x", x[0], "C D")
@@ -150,12 +155,25 @@ def fp8_grouped_wgrad(
     return tf.stack([fp8_wgrad(Fp8Tensor(*p), Fp8Tensor(*q), dtype=dtype, **options) for p, q in zip(*parts)])
 
 
+def _check_kernel(function: str, kernel: str, options: dict[str, Any]) -> None:
+    check_choice(function, "kernel", kernel, KERNELS)
+    check(
+        kernel == "blocks" or options.get("operands", "expanded") == "expanded",
+        f"{function}: `kernel` is {kernel!r} with operands='float8', want 'blocks', whose shapes are static",
+    )
+
+
 def _gemm_blocks(a: Fp8Tensor, b: Fp8Tensor, rows: tf.Tensor, multiple: int, options: dict[str, Any]) -> tf.Tensor:
     """`[C, N]` float32: a product for each block of rows, all of one expert, with its gathered matrix."""
     size, experts = a.values.shape[0], b.values.shape[0]
     owner = row_owner(tf.cumsum(rows), tf.range(size // multiple) * multiple)
-    blocks = Fp8Tensor(*(tf.reshape(t, [size // multiple, multiple, t.shape[-1]]) for t in a))
-    matrices = Fp8Tensor(*(tf.gather(t, tf.minimum(owner, experts - 1)) for t in b))
+    number = tf.minimum(owner, experts - 1)
+    scale_a, scale_b = tf.expand_dims(a.scale_inv, 0), b.scale_inv
+    if options["a_block"] is not None:
+        scale_a = tf.reshape(scale_a, [size // multiple, multiple, scale_a.shape[-1]])
+        scale_b = tf.gather(scale_b, number)
+    blocks = Fp8Tensor(tf.reshape(a.values, [size // multiple, multiple, a.values.shape[-1]]), scale_a)
+    matrices = Fp8Tensor(tf.gather(b.values, number), scale_b)
     y = fp8_gemm(blocks, matrices, **options)
     y = tf.where(tf.reshape(owner < experts, [-1, 1, 1]), y, 0.0)
     return tf.reshape(y, [size, y.shape[-1]])
@@ -195,8 +213,9 @@ def _wgrad_tiles(x: Fp8Tensor, dy: Fp8Tensor, rows: tf.Tensor, options: dict[str
     left, right = align(x), align(dy)
 
     def add(i, dw):
-        p = Fp8Tensor(tf.cast(left[i], x.values.dtype), x.scale_inv[i : i + 1])
-        q = Fp8Tensor(tf.cast(right[i], dy.values.dtype), dy.scale_inv[i : i + 1])
+        # Not `[i : i + 1]`, which would be of unknown size to XLA, and no program for others.
+        p = Fp8Tensor(tf.cast(left[i], x.values.dtype), tf.expand_dims(x.scale_inv[i], 0))
+        q = Fp8Tensor(tf.cast(right[i], dy.values.dtype), tf.expand_dims(dy.scale_inv[i], 0))
         return i + 1, tf.tensor_scatter_nd_add(dw, [[owner[i]]], tf.expand_dims(fp8_wgrad(p, q, **options), 0))
 
     zero = tf.zeros([experts + 1, x.values.shape[1], dy.values.shape[1]])

@@ -22,7 +22,9 @@ LOOPS = ("While", "StatelessWhile")
 MOST_ROUNDS = 10_000
 BRANCHES = ("If", "StatelessIf")
 # The beginnings of the names of other operations that multiply matrices.
-OTHER_PRODUCTS = ("Conv2D", "Conv3D", "DepthwiseConv", "XlaDot", "XlaConv", "Quantized", "UniformQuantized", "_Fused")
+OTHER_PRODUCTS = (
+    "Conv2D", "Conv3D", "DepthwiseConv", "XlaDot", "XlaConv", "XlaCallModule", "Quantized", "UniformQuantized", "_Fused",
+)  # fmt: skip
 
 _ARITHMETIC = {
     "Add": operator.add, "AddV2": operator.add, "Sub": operator.sub, "Mul": operator.mul, "FloorDiv": operator.floordiv,

@@ -121,6 +121,23 @@ def test_sums_of_experts_without_promotions():
         fp8_experts(inputs[0], inputs[1], experts, *inputs[2:], recipe=recipe, kernel="blocks")
 
 
+@pytest.mark.parametrize("name", ["paper", "tensor", "e5m2_gradients"])
+def test_float8_operands_give_a_layers_results(name):
+    """Only the order of float32 sums differs, and with it what is rounded to the neighbouring FP8 value afterwards."""
+    x, w = normal(0, N, D), normal(1, D, F)
+    experts, given = expert_inputs()
+
+    def run(recipe):
+        routed = lambda *a: fp8_experts(a[0], a[1], experts, *a[2:], recipe=recipe, kernel="blocks", multiple=16)  # noqa: E731
+        linear = with_gradient(lambda x, w: fp8_linear(x, w, recipe=recipe), (x, w))
+        return tf.nest.flatten((linear, with_gradient(routed, given)))
+
+    recipe = RECIPES[name].replace(operands="float8")
+    got = tf.function(lambda: run(recipe), jit_compile=True, autograph=False)()
+    for i, (a, b) in enumerate(zip(got, run(RECIPES[name]), strict=True)):
+        assert relative(a, b) < (1e-6 if i < 3 else 5e-3), i  # those of the experts are behind a second quantisation
+
+
 def test_weights_and_gradients_keep_their_dtypes():
     x, w = tf.cast(normal(0, 3, 4), tf.bfloat16), normal(1, 4, 2, 5)
     y, (dx, dw) = with_gradient(lambda x, w: tf.cast(linear_apply(x, w, fp8=Fp8Recipe()), tf.float32), (x, w))
@@ -133,6 +150,11 @@ def test_weights_and_gradients_keep_their_dtypes():
         (lambda: Fp8Recipe(forward="e4m4"), "Fp8Recipe: `forward` is 'e4m4', want one of"),
         (lambda: Fp8Recipe(interval=None), "Fp8Recipe: `interval` is None with scaling='block', want scaling='tensor'"),
         (lambda: ComputePolicy(fp8="paper"), "ComputePolicy: `fp8`"),
+        (lambda: Fp8Recipe(operands="fp8"), "Fp8Recipe: `operands` is 'fp8', want one of 'expanded', 'float8'"),
+        (
+            lambda: Fp8Recipe(operands="float8", accumulate="tensor_core"),
+            "Fp8Recipe: `accumulate` is 'tensor_core' with operands='float8', want 'float32'",
+        ),
     ],
 )
 def test_wrong_recipes_are_named(make, message):

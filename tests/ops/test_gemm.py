@@ -9,6 +9,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv3.ops import float8_dot
 from dsv3.ops.fp8 import COLUMN_BLOCK, ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor, fp8_quantize
 from dsv3.ops.gemm import fp8_dgrad, fp8_fprop, fp8_gemm, fp8_transpose, fp8_wgrad
 from tests.compare import SWEEP, normal
@@ -48,6 +49,42 @@ def operand(seed: int, shape, block, transpose: bool):
     stored = turned(normal(seed, *shape), transpose)
     q = whole(stored) if block is None else fp8_quantize(stored, block=block)
     return q, turned(dequantize(q, block), transpose)
+
+
+FLOAT8 = [
+    # m, n, k, transposed, leading dims, blocks
+    (3, 5, 300, (False, False), (), (ROW_BLOCK, WEIGHT_BLOCK)),
+    (129, 130, 256, (False, True), (2,), (ROW_BLOCK, WEIGHT_BLOCK)),
+    (130, 5, 300, (True, False), (), (COLUMN_BLOCK, COLUMN_BLOCK)),
+    (3, 130, 129, (True, True), (1, 3), (WEIGHT_BLOCK, None)),
+    (3, 4, 300, (False, False), (2,), (None, None)),
+    (1, 1, 1, (True, False), (), ((128, 1), (64, 32))),
+    (4, 3, 200, (False, False), (), ((1, 128), (64, 32))),
+]
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(("m", "n", "k", "transpose", "lead", "blocks"), FLOAT8)
+def test_float8_operands_give_the_same(monkeypatch, m, n, k, transpose, lead, blocks, cut, jit):
+    if cut:  # one block of K at a time
+        monkeypatch.setattr(float8_dot, "PARTIAL_BYTES", 1)
+    a, left = operand(0, (*lead, m, k), blocks[0], transpose[0])
+    b, right = operand(1, (k, n), blocks[1], transpose[1])
+    options = {"a_block": blocks[0], "b_block": blocks[1], "transpose_a": transpose[0], "transpose_b": transpose[1]}
+    fn = tf.function(lambda a, b: fp8_gemm(a, b, operands="float8", **options), jit_compile=jit, autograph=False)
+    assert_product(fn(a, b), left, right)
+
+
+@pytest.mark.parametrize(("blocks", "product"), [((None, None), "4x7xf32"), ((ROW_BLOCK, WEIGHT_BLOCK), "3x4x7xf32")])
+def test_float8_operands_reach_the_compiler(blocks, product):
+    a, b = operand(0, (4, 300), blocks[0], False)[0], operand(1, (300, 7), blocks[1], False)[0]
+    fn = tf.function(
+        lambda a, b: fp8_gemm(a, b, a_block=blocks[0], b_block=blocks[1], operands="float8"), jit_compile=True
+    )
+    text = fn.experimental_get_compiler_ir(a, b)(stage="stablehlo")
+    (line,) = [line for line in text.splitlines() if "stablehlo.dot" in line]
+    assert line.count("f8E4M3FN") == 2 and f"-> tensor<{product}>" in line
 
 
 @SWEEP
@@ -203,6 +240,12 @@ BLOCKS = {"a_block": ROW_BLOCK, "b_block": WEIGHT_BLOCK}
         ((X._replace(values=X.values[0]), W), {}, r"`a` has values of shape \(200,\), want two dims at least"),
         ((X, W), {"interval": 100}, "`interval` is 100, want None or a positive multiple of 32"),
         ((X, W), {"bits": 0}, "`bits` is 0, want 2 to 24"),
+        ((X, W), {"operands": "fp8"}, "`operands` is 'fp8', want one of 'expanded', 'float8'"),
+        ((X, W), {"operands": "float8", "accumulate": "tensor_core"}, "`accumulate` is 'tensor_core' with operands="),
+        (
+            (X, W._replace(values=tf.ones([200, 4], tf.float16))), {"operands": "float8"},
+            "`b` has dtype float16, want float8 for operands='float8'",
+        ),
     ],
 )
 def test_bad_input_is_named(operands, options, message):

@@ -166,3 +166,17 @@ def test_bad_options_are_named():
             call(kernel="rows")
         with pytest.raises(ValueError, match="`accumulate` is 'float16', want one of 'float32', 'tensor_core'"):
             call(accumulate="float16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"operands": "float8"}, "`kernel` is 'sorted' with operands='float8', want 'blocks'"),
+        ({"scaling": "tensor"}, "`kernel` is 'sorted' with scaling='tensor', want 'blocks'"),
+        ({"scaling": "row"}, "`scaling` is 'row', want one of 'block', 'tensor'"),
+    ],
+)
+def test_what_only_blocks_can_do_is_refused(options, message):
+    a, b = fp8_quantize(normal(0, 8, 5), block=ROW_BLOCK), fp8_quantize(normal(1, 2, 5, 4))
+    with pytest.raises(ValueError, match=f"^fp8_grouped_gemm: {message}"):
+        fp8_grouped_gemm(a, b, [4, 4], **options)

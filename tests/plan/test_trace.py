@@ -9,6 +9,8 @@ import tensorflow as tf
 
 import dsv3
 from dsv3 import tree
+from dsv3.ops.fp8 import E4M3
+from dsv3.ops.gemm import fp8_gemm
 from dsv3.parallel.tape import Tape, Value
 from dsv3.plan import (
     Plan,
@@ -120,6 +122,10 @@ UNCOUNTABLE = {
     "another product": (
         lambda x, n: tf.nn.conv2d(tf.reshape(x, [1, 4, 4, 1]), tf.ones([2, 2, 1, 1]), 1, "SAME"),
         "graph_flops: .* is a Conv2D, which is not counted",
+    ),
+    "a product of float8": (
+        lambda x, n: fp8_gemm(*[(tf.cast(x, E4M3), [[1.0]])] * 2, a_block=None, b_block=None, operands="float8"),
+        "graph_flops: .* is a XlaCallModule, which is not counted",
     ),
     "a choice among functions": (
         lambda x, n: tf.switch_case(n, [lambda: square(x), lambda: x]),
