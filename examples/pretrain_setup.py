@@ -41,6 +41,7 @@ from dsv3.data import (
 from dsv3.parallel.clients import Clients, read_clients, start_clients
 from dsv3.parallel.collectives import gather_mesh
 from dsv3.parallel.mesh import make_mesh, parse_axes
+from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import check_settings
 
 FLAGS = flags.FLAGS
@@ -216,6 +217,11 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
         for name in ("zero", "schedule", "expert_nodes"):
             check(not FLAGS[name].present, f"--{name} is given, but no --mesh")
         return
+    recipe = RECIPES.get(FLAGS.fp8)
+    check(
+        recipe is None or recipe.scaling != "delayed",
+        f"--fp8 {FLAGS.fp8} has delayed scales, which devices do not share; want another recipe, or no --mesh",
+    )
     rows = FLAGS.batch_size // FLAGS.accumulate
     check_axes(
         FLAGS.mesh, cfg, rows=rows, micro_batches=FLAGS.accumulate, schedule=FLAGS.schedule, nodes=FLAGS.expert_nodes,

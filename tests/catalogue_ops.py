@@ -9,6 +9,7 @@ import numpy as np
 from dsv3.ops.attention import AttentionMask
 from dsv3.ops.dispatch import Dispatch, dispatch_rows, dispatch_slots
 from dsv3.ops.fp8 import E4M3, Fp8Tensor, fp8_quantize
+from dsv3.ops.fp8_wire import fp8_pack
 from dsv3.ops.gemm_grouped import fp8_quantize_groups
 from dsv3.ops.latent import latent_pack
 from dsv3.ops.quantized import QuantizedWeight, quantized_encode
@@ -196,6 +197,14 @@ OPS = [
         "dsv3.ops.fp8.fp8_fake", lambda: {"x": normal(0, 3, 5)}, {"block": (2, 2)}, lambda: {"x": normal(0, 3)},
         unknown=("x",),
     ),
+    Entry(
+        "dsv3.ops.fp8_wire.fp8_pack", lambda: {"x": normal(0, 3, 5)}, wrong=lambda: {"x": normal(0, 3)}, unknown=("x",)
+    ),
+    Entry(
+        "dsv3.ops.fp8_wire.fp8_unpack", lambda: {"packed": fp8_pack(normal(0, 3, 5)).numpy()}, {"width": 5},
+        lambda: {"packed": normal(0, 3, 5)}, unknown=("packed",),
+    ),
+    Entry("dsv3.ops.fp8_wire.wire_width", static={"width": 300}, python=True),
     Entry(
         "dsv3.ops.fp8.fp8_retile", lambda: {"values": E4M3_VALUES, "scale_inv": normal(0, 1, 2) ** 2},
         {"block": (2, 2), "to": (1, 2)}, lambda: {"values": E4M3_VALUES[0], "scale_inv": normal(0, 2, 2)},

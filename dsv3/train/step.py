@@ -83,6 +83,7 @@ def train_state(
       params, router: the model, e.g. from `load_pretrained`. Parameters become float32, whatever they are: in bfloat16 most
         updates would be rounded away. The dtype of the products is the policy's.
       optimizer: see `adamw`.
+      fp8: as of `train_init`.
 
     References: DeepSeek-V3 section 3.3.3 (master weights in float32).
     """

@@ -200,6 +200,8 @@ BAD = {
     "small vocabulary": (["--vocab_size=100"], "100 ids, too few for a trained tokenizer"),
     "a tokenizer that does not fit": (["--tokenizer={large}"], "the tokenizer's largest id is 399, want below .* 300"),
     "no tokenizer": (["--tokenizer={tmp}/none"], "load_tokenizer: .*none' is no folder"),
+    "scales that a mesh does not have": (["--fp8=delayed", "--mesh=data:2"], "--fp8 delayed has delayed scales"),
+    "unknown recipe": (["--fp8=e3m4"], "flag --fp8=e3m4"),
     "two wishes": (["--fresh", "--noresume"], "--fresh and --noresume are both given"),
 }
 
