@@ -20,7 +20,9 @@ from dsv3.nn.model import (
     router_init,
 )
 from dsv3.nn.moe import moe_apply, moe_specs
+from dsv3.nn.quantized import dequantize_params, quantize_params
 from dsv3.ops.fp8 import Fp8Tensor, fp8_dequantize, fp8_quantize
+from dsv3.ops.quantized import QuantizedWeight
 from dsv3.ops.router import router_update_bias
 from dsv3.parallel.mesh import make_mesh, start_devices
 from dsv3.policy import ComputePolicy, default_policy
@@ -45,6 +47,7 @@ __all__ = [
     "ModelOutput",
     "ModelParams",
     "ParamSpec",
+    "QuantizedWeight",
     "RopeConfig",
     "RouterConfig",
     "RouterState",
@@ -57,6 +60,7 @@ __all__ = [
     "cache_specs",
     "count_params",
     "default_policy",
+    "dequantize_params",
     "fp8_dequantize",
     "fp8_quantize",
     "gather_state",
@@ -77,6 +81,7 @@ __all__ = [
     "place_state",
     "preset",
     "pretrain_loss",
+    "quantize_params",
     "router_init",
     "router_update_bias",
     "save_pretrained",

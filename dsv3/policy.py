@@ -34,6 +34,8 @@ class ComputePolicy:
       loss_chunk: tokens whose logits exist at one time in the loss.
       remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
       fp8: what linear layers compute in FP8; `None`: nothing.
+      cache: `"float8"`: attention reads latents as an FP8 cache holds them (see `ops.latent`), and its entries are such
+        bytes; `None`: as they are computed. For inference.
       loop: `"unroll"` repeats the graph for each layer, `"scan"` is a loop with recomputation: short to trace, 61 layers
         cost one.
     """
@@ -50,12 +52,14 @@ class ComputePolicy:
     remat: str = "none"
     loop: str = "unroll"
     fp8: Fp8Recipe | None = None
+    cache: str | None = None
 
     def __post_init__(self):
         check_choice("ComputePolicy", "dtype", self.dtype, (None, "float32", "bfloat16"))
         check_choice("ComputePolicy", "experts", self.experts, ("sorted", "blocks"))
         check_choice("ComputePolicy", "remat", self.remat, ("none", "block"))
         check_choice("ComputePolicy", "loop", self.loop, ("unroll", "scan"))
+        check_choice("ComputePolicy", "cache", self.cache, (None, "float8"))
         if self.fp8 is not None:
             check_type("ComputePolicy", "fp8", self.fp8, Fp8Recipe)
         check(self.attention_block > 0, f"ComputePolicy: `attention_block` is {self.attention_block}, want > 0")

@@ -20,9 +20,13 @@ from dsv3.io.reader import read_leaves
 from dsv3.io.safetensors_files import open_directory
 from dsv3.io.writer import write_checkpoint
 from dsv3.nn.model import ModelParams, RouterState, model_specs
+from dsv3.nn.quantized import matrix_of, params_dict, params_tree, scale_shape
 from dsv3.ops.fp8 import WEIGHT_BLOCK
+from dsv3.ops.quantized import QuantizedWeight
+from dsv3.spec import ParamSpec
 
 MAX_SHARD_BYTES = 5_000_000_000
+QUANTIZED = {"float8": "fp8", "int8": "int8"}  # dtype of `load_pretrained` → kind of a QuantizedWeight
 
 
 def load_pretrained(
@@ -34,13 +38,18 @@ def load_pretrained(
     unexpected, misshapen, cut off or of a wrong dtype is found before anything is allocated, and reported as one error.
     Memory: the parameters, plus some rows of one tensor (about 50 MB).
 
+    With `"float8"` and `"int8"` the matrices that the published checkpoint has in FP8 become `QuantizedWeight`s, as of
+    `quantize_params`. For `"float8"` FP8 tensors are taken bit by bit, values and scales; others are quantised strip by
+    strip, so that a full-precision matrix never exists.
+
     The repeated embedding and head of MTP modules, and a head beside tied embeddings, may be absent; where one differs from
     what it repeats there is a warning. MTP modules that are stored though the config says 0 are left out with a warning. A
     config.json of transformers 5 claims modules, but transformers saves none: a warning, and `cfg.num_mtp_layers` is 0.
 
     Args:
       directory: the directory.
-      dtype: of the parameters, float32 or bfloat16; the router's selection biases are float32 in any case.
+      dtype: of the parameters, float32 or bfloat16, or `"float8"` or `"int8"` for matrices and bfloat16 for the rest. The
+        router's selection biases are float32 in any case.
 
     Returns:
       (cfg, params, router), on the CPU.
@@ -48,8 +57,9 @@ def load_pretrained(
     Raises:
       FileNotFoundError: no directory, no config.json, no weights.
       ValueError: a bad config or index, or a checkpoint that does not hold the model of its config; all faults in one error.
+        `"float8"` for a checkpoint whose blocks are not 128×128.
     """
-    name = _dtype_name("load_pretrained", dtype, ("float32", "bfloat16"))
+    name = _dtype_name("load_pretrained", dtype, ("float32", "bfloat16", "float8", "int8"))
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"load_pretrained: there is no directory {directory}")
@@ -57,6 +67,10 @@ def load_pretrained(
         raise FileNotFoundError(f"load_pretrained: {directory} holds no config.json")
     hf = read_json(directory)
     cfg, block = ModelConfig.from_hf(hf), fp8_block(hf)
+    check(
+        name != "float8" or block == WEIGHT_BLOCK,
+        f"load_pretrained: `dtype` is 'float8', want 'bfloat16', 'float32' or 'int8' for FP8 in blocks of {block}",
+    )
     problems = Problems("load_pretrained", directory)
     stored = open_directory(directory, problems)
     cfg, stored = settle_mtp(cfg, hf, stored, problems)
@@ -64,11 +78,20 @@ def load_pretrained(
     pieces = checkpoint_pieces(specs, cfg)
     account(pieces, stored, block, problems)
     problems.raise_if_any()
-    leaves = {path: tf.TensorSpec(spec.shape, spec.dtype or name) for path, spec in tree.items(specs)}
+    leaves = {path: _leaf_spec(path, spec, name) for path, spec in tree.items(specs)}
     leaves |= {path: tf.TensorSpec(shape, tf.float32) for path, shape in _router_shapes(cfg).items()}
     read = read_leaves(leaves, pieces, stored.tensors, block=block, problems=problems)
     router = RouterState(*(read.pop(path) for path in _router_shapes(cfg)))
-    return cfg, tree.unflatten_as(specs, list(read.values())), router
+    return cfg, params_tree(specs, read), router
+
+
+def _leaf_spec(path: str, spec: ParamSpec, name: str) -> tf.TensorSpec | QuantizedWeight:
+    """How a parameter is held that is loaded as `name`."""
+    kind, of = QUANTIZED.get(name), matrix_of(path)
+    if kind is None or of is None:
+        return tf.TensorSpec(spec.shape, spec.dtype or ("bfloat16" if kind else name))
+    values = tf.TensorSpec(spec.shape, "uint8" if kind == "fp8" else "int8")
+    return QuantizedWeight(values, tf.TensorSpec(scale_shape(spec.shape, of, kind), "float32"))
 
 
 def save_pretrained(
@@ -89,10 +112,11 @@ def save_pretrained(
 
     Args:
       directory: where to. An old one must hold nothing but a checkpoint and what `extra_files` names.
-      cfg, params, router: the model; float32 or bfloat16 parameters.
+      cfg, params, router: the model; float32 or bfloat16 parameters, or quantised matrices. Those in FP8 are stored as
+        `"float8"` to the bit as they are; otherwise they are decoded.
       dtype: stored dtype, `"bfloat16"`, `"float32"` or `"float8"` (FP8 E4M3 in blocks of 128×128 with float32 scales for
-        the tensors that the published checkpoint has so, bfloat16 for the others); `None`: float32 if any parameter is that,
-        else bfloat16. Selection biases are float32 in any case.
+        the tensors that the published checkpoint has so, bfloat16 for the others); `None`: float8 if matrices are in FP8,
+        else float32 if any parameter is that, else bfloat16. Selection biases are float32 in any case.
       max_shard_bytes: tensor bytes in one file; more files get an index.
       extra_files: paths of files to put beside, such as tokenizer.json, or names of files in the old directory to keep.
 
@@ -102,13 +126,16 @@ def save_pretrained(
       FileNotFoundError: an extra file is not there.
     """
     specs = tree.to_dict(model_specs(cfg))
-    leaves = tree.to_dict(params)
+    leaves = params_dict(params)
     check_same_tree("save_pretrained", "params", leaves, specs)
     check(isinstance(router, RouterState), f"save_pretrained: `router` is a {type(router).__name__}, want RouterState")
     leaves |= {f"router.{field}": leaf for field, leaf in router._asdict().items()}
     wanted = {path: tuple(spec.shape) for path, spec in specs.items()} | _router_shapes(cfg)
     for path, want in wanted.items():
         leaf = leaves[path]
+        if isinstance(leaf, QuantizedWeight):
+            _check_quantized(path, leaf, want)
+            continue
         got, kind = tuple(leaf.shape), tf.as_dtype(leaf.dtype).name
         check(got == want, f"save_pretrained: `{path}` has shape {got}, want {want}")
         check(kind in ("float32", "bfloat16"), f"save_pretrained: `{path}` has dtype {kind}, want float32 or bfloat16")
@@ -117,7 +144,7 @@ def save_pretrained(
         f"save_pretrained: `max_shard_bytes` is {max_shard_bytes!r}, want a positive integer",
     )
     if dtype is None:
-        dtype = "float32" if any(tf.as_dtype(leaves[path].dtype) == tf.float32 for path in specs) else "bfloat16"
+        dtype = _default_dtype([leaves[path] for path in specs])
     name = _dtype_name("save_pretrained", dtype, FORMS)
     config = cfg.to_hf() | {"torch_dtype": "float32" if name == "float32" else "bfloat16"}
     if name == "float8":
@@ -130,6 +157,23 @@ def save_pretrained(
     write_checkpoint(
         directory, config, pieces, leaves, dtype=name, max_shard_bytes=max_shard_bytes, extra_files=extra_files
     )
+
+
+def _check_quantized(path: str, leaf: QuantizedWeight, shape: tuple[int, ...]) -> None:
+    """Raises `ValueError` unless a quantised matrix is that of its parameter."""
+    of, got, kind = matrix_of(path), tuple(leaf.shape), tf.as_dtype(leaf.values.dtype).name
+    check(of is not None, f"save_pretrained: `{path}` is quantised, want float32 or bfloat16")
+    check(got == shape, f"save_pretrained: `{path}` has shape {got}, want {shape}")
+    check(kind in ("uint8", "int8"), f"save_pretrained: `{path}` has values of dtype {kind}, want uint8 or int8")
+    got, want = tuple(leaf.scale_inv.shape), scale_shape(shape, of, leaf.kind)
+    check(got == want, f"save_pretrained: `{path}` has scales of shape {got}, want {want}")
+
+
+def _default_dtype(leaves: Sequence[tf.Tensor | QuantizedWeight]) -> str:
+    kinds = {leaf.kind for leaf in leaves if isinstance(leaf, QuantizedWeight)}
+    if kinds:
+        return "float8" if "fp8" in kinds else "bfloat16"
+    return "float32" if any(tf.as_dtype(leaf.dtype) == tf.float32 for leaf in leaves) else "bfloat16"
 
 
 def _dtype_name(function: str, dtype: tf.DType | str, allowed: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ Examples:
   python examples/generate.py runs/demo/export --prompt 'for i in' --speculative 1      # draft with the MTP module
   python examples/generate.py runs/demo/export --prompt 'for i in' --speculative 1 --compare    # and time it without
   python examples/generate.py runs/demo/export --prompt 'for i in' --stop '\\n\\n' --logprobs 3
+  python examples/generate.py model --prompt 'for i in' --weights float8 --cache float8 # less memory: see compression.py
   cat notes.txt | python examples/generate.py model --dtype bfloat16 --temperature 0.6 --top_k 40 --seed 7
 
 Greedy text is the same with and without --speculative; sampled text has the same distribution. In bfloat16 two tokens that
@@ -37,6 +38,7 @@ from command import flag_parser
 from dsv3.checks import check
 from dsv3.config import ModelConfig
 from dsv3.data import check_tokenizer, load_tokenizer
+from dsv3.policy import default_policy
 from dsv3.pretrained import load_pretrained
 from dsv3.serve import Completion, Engine, Request, check_requests
 from dsv3.serve.engine import check_engine
@@ -57,6 +59,8 @@ flags.DEFINE_bool("compare", False, "After --speculative, generate again with an
 flags.DEFINE_integer("logprobs", None, "List each token's log-probability, and those of so many best tokens.", 0)
 flags.DEFINE_bool("stream", False, "Print text as it comes.")
 flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of parameters and products.")
+flags.DEFINE_enum("weights", None, ["float8", "int8"], "Keep matrices in this in memory. Default: as --dtype.")
+flags.DEFINE_enum("cache", None, ["float8"], "Keep the latent cache in this. Default: as --dtype.")
 flags.DEFINE_integer("max_length", None, "Tokens of prompt and text together at most. Default: the model's.", 1)
 flags.DEFINE_integer("max_batch", 8, "Prompts that run together at most.", 1)
 
@@ -115,8 +119,9 @@ def load_engines(directory: Path, requests: list[Request]) -> tuple[Engine, Engi
     check_engine(cfg, speculative=FLAGS.speculative, max_length=max_length)
     check_requests(requests, cfg=cfg, tokenizer=tokenizer, max_length=max_length)
     start = time.monotonic()
-    cfg, params, router = load_pretrained(directory, dtype=FLAGS.dtype)
-    how = {"tokenizer": tokenizer, "max_batch": FLAGS.max_batch, "max_length": max_length}
+    cfg, params, router = load_pretrained(directory, dtype=FLAGS.weights or FLAGS.dtype)
+    policy = default_policy().replace(dtype=FLAGS.dtype, cache=FLAGS.cache)
+    how = {"policy": policy, "tokenizer": tokenizer, "max_batch": FLAGS.max_batch, "max_length": max_length}
     engine = Engine(cfg, params, router, speculative=FLAGS.speculative, **how)
     note(f"loaded {directory} in {time.monotonic() - start:.1f} s")
     return engine, Engine(cfg, params, router, **how) if FLAGS.compare else None

@@ -20,6 +20,7 @@ Examples:
   python examples/pretrain.py --corpus rows.jsonl --config model/config.json --tokenizer model --out runs/mine
   python examples/pretrain.py --corpus texts --preset small --out runs/small --steps 20000 --batch_size 32 \\
       --accumulate 8 --seq_len 1024 --lr 1e-3 --dtype bfloat16 --remat block
+  python examples/pretrain.py --fp8 paper --out runs/fp8
   python examples/pretrain.py --mesh data:2,expert:2
   python examples/pretrain.py --mesh pipe:2,expert:2 --accumulate 4 --schedule dualpipe
   python examples/launch.py --num_clients=2 examples/pretrain.py --mesh data:2,expert:2
@@ -41,7 +42,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 from command import flag_parser
 from pretrain_report import on_host, report
-from pretrain_setup import Setup, agreed, prepare, say, warmup_steps
+from pretrain_setup import Setup, agreed, compute_dtype, prepare, say, warmup_steps
 
 import dsv3
 from dsv3 import pipeline
@@ -51,6 +52,7 @@ from dsv3.eval import make_evaluator
 from dsv3.layout import make_layouts, zero_layouts
 from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy, default_policy
+from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints, restore_checkpoint, save_checkpoint
 from dsv3.train.loop import LoopResult, train_loop
 from dsv3.train.mesh_params import state_layouts
@@ -91,7 +93,12 @@ flags.DEFINE_float("bias_rate", 1e-3, "How far a step moves the router's selecti
 flags.DEFINE_integer("eval_every", None, "Steps between held-out losses; 0: none. Default: a tenth of --steps.", 0)
 flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0: only at the end and when interrupted.", 0)
 flags.DEFINE_integer("keep", 2, "Checkpoints that stay.", 1)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters are float32.")
+flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Compute dtype; parameters are float32. Default: float32, with --fp8 bfloat16."
+)
+flags.DEFINE_enum(
+    "fp8", "none", ["none", *RECIPES], "Recipe by which linear layers and experts compute in FP8; moments are then bfloat16."
+)
 flags.DEFINE_enum("remat", "none", ["none", "block"], "Recompute each block in the backward pass: less memory.")
 flags.DEFINE_string("mesh", None, "Devices by axis, as data:2,expert:4: rows over both, experts over expert. Default: one.")
 flags.DEFINE_enum(
@@ -125,15 +132,14 @@ def main(argv: list[str]) -> int:
 
 def run(setup: Setup, again: str) -> int:
     """Trains and reports; returns the exit code."""
-    policy = default_policy().replace(
-        dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat, loop=FLAGS.loop
-    )
+    dtype = compute_dtype()
+    plain = default_policy().replace(dtype=None if dtype == "float32" else dtype, remat=FLAGS.remat, loop=FLAGS.loop)
     try:
-        result = train(setup, policy)
+        result = train(setup, plain)
         if result.step < FLAGS.steps:
             say(f"{result.stopped.name}: saved at step {result.step} of {FLAGS.steps}; to go on, {again}")
             return 128 + result.stopped
-        report(setup, result.state, policy)
+        report(setup, result.state, plain)
     except FloatingPointError as error:
         return fail(f"{error}; {last_checkpoint(setup)}; a lower --lr may help, with --fresh or another --out", 1)
     except (ValueError, OSError) as error:
@@ -172,14 +178,17 @@ def last_checkpoint(setup: Setup) -> str:
     return f"the last checkpoint is of step {checkpoint_step(found[-1])}" if found else "no checkpoint was saved before it"
 
 
-def train(setup: Setup, policy: ComputePolicy) -> LoopResult:
-    """Trains from the latest checkpoint, or from the start, to the last step or to a signal."""
+def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
+    """Trains from the latest checkpoint, or from the start, to the last step or to a signal.
+
+    Held-out losses are those of the compute dtype, as `plain` has it: they tell what FP8 did to the parameters.
+    """
     cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
     optimizer, layouts = make_optimizer(), make_mesh_layouts(setup)
     step = make_train_step(
         cfg, optimizer, layouts, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
-        bias_rate=FLAGS.bias_rate, policy=policy, schedule=pipeline.SCHEDULES[FLAGS.schedule],
-        expert_nodes=FLAGS.expert_nodes,
+        bias_rate=FLAGS.bias_rate, policy=plain.replace(fp8=RECIPES.get(FLAGS.fp8)),
+        schedule=pipeline.SCHEDULES[FLAGS.schedule], expert_nodes=FLAGS.expert_nodes,
     )  # fmt: skip
     state = start_state(setup, optimizer, layouts)
     start = int(whole(state.step))
@@ -201,7 +210,7 @@ def train(setup: Setup, policy: ComputePolicy) -> LoopResult:
         writers = {"write": log.write, "progress": progress.update} if log is not None else {}
         return train_loop(
             step, state, lambda done: micro_batches(setup, done), steps=FLAGS.steps,
-            evaluate=make_evaluate(setup, policy), eval_every=eval_every, save=save, save_every=FLAGS.save_every,
+            evaluate=make_evaluate(setup, plain), eval_every=eval_every, save=save, save_every=FLAGS.save_every,
             load_every=max(1, FLAGS.steps // 50), stop=stop_together, **writers,
         )  # fmt: skip
 
@@ -218,14 +227,14 @@ def make_mesh_layouts(setup: Setup):
 def start_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
     """The state of the latest checkpoint, wherever that was written, or of a new model."""
     cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
-    like = train_specs(cfg, optimizer)
+    like = train_specs(cfg, optimizer, fp8=RECIPES.get(FLAGS.fp8))
     placed = None if layouts is None else state_layouts(like, layouts)
     try:
         found = restore_checkpoint(checkpoints, like, layouts=placed, settings=setup.settings, on_skip=say)
     except ValueError as error:
         raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
     if found is None:
-        state = train_init([0, FLAGS.seed], cfg, optimizer, layouts)
+        state = train_init([0, FLAGS.seed], cfg, optimizer, layouts, fp8=RECIPES.get(FLAGS.fp8))
     else:
         state = found.state
         say(f"going on from step {int(whole(state.step))} ({found.path})")
@@ -238,7 +247,8 @@ def make_optimizer() -> Optimizer:
     schedule = warmup_cosine(
         FLAGS.lr, warmup_tokens=warmup_steps() * a_step, total_tokens=FLAGS.steps * a_step, final=FINAL_LR * FLAGS.lr
     )
-    return adamw(schedule, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None)
+    moments = RECIPES[FLAGS.fp8].moments if FLAGS.fp8 in RECIPES else "float32"
+    return adamw(schedule, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None, moment_dtype=moments)
 
 
 def micro_batches(setup: Setup, done: int):

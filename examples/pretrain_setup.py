@@ -48,7 +48,7 @@ RUN_FILE = "run.json"
 # Flags that decide the numbers of a run; the others may change from one part of it to the next.
 DECIDING = (
     "seed steps batch_size accumulate seq_len lr warmup_steps weight_decay clip mtp_weight balance_weight bias_rate "
-    "heldout dtype"
+    "heldout dtype fp8"
 ).split()
 PARTS = ("checkpoints", "tensorboard", "tokenizer", "plots", "export", "log.jsonl", "results.json", "samples.txt", RUN_FILE)
 TOKENIZER_CHARS = 20_000_000  # text that a tokenizer is trained on, at most
@@ -109,7 +109,7 @@ def prepare(argv: Sequence[str]) -> Setup:
         check_tokenizer(load_tokenizer(FLAGS.tokenizer), cfg.vocab_size)
     out = Path(FLAGS.out)
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf()}
-    settings["warmup_steps"] = warmup_steps()
+    settings |= {"warmup_steps": warmup_steps(), "dtype": compute_dtype()}
     clients, mesh = start_mesh(settings)
     _silent = clients.index > 0
     if _silent:
@@ -169,6 +169,11 @@ def agreed(number: int, mesh: dtensor.Mesh | None) -> int:
 def warmup_steps() -> int:
     """Steps of warm-up: as given, or a twentieth of the run."""
     return FLAGS.steps // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+
+
+def compute_dtype() -> str:
+    """The compute dtype: as given, or what goes with --fp8."""
+    return FLAGS.dtype or ("float32" if FLAGS.fp8 == "none" else "bfloat16")
 
 
 def read_config() -> dsv3.ModelConfig:

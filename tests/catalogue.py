@@ -40,6 +40,9 @@ EXEMPT = {
     "dsv3.ops.fp8_tiles.tile": "the same",
     "dsv3.ops.fp8_tiles.untile": "the same",
     "dsv3.ops.accumulator.check_accumulator": "checks of the FP8 products, tested through them",
+    "dsv3.ops.fp8_bits.half_bits": "`fp8_decode` before the scale, tested through it and `quantized_decode`",
+    "dsv3.ops.quantized.check_quantized": "checks of the quantised products, tested through them",
+    "dsv3.ops.quantized.column_scales": "a part of `quantized_decode` and `mla_absorb`, tested through them",
     "dsv3.ops.gemm.fp8_expand": "the operands of `fp8_gemm` in float32, tested through it",
     "dsv3.ops.gemm.fp8_operand": "checks of the FP8 products, tested through them",
     "dsv3.ops.grouped.grouped_matmul": "the products of `experts_apply` and `fp8_grouped_gemm`, tested through them",
@@ -106,6 +109,15 @@ def cache_inputs() -> dict[str, Any]:
     return {"cache": cache, "entries": normal(1, 2, 2, 2, 8), "counts": np.array([1, 2], np.int32)}
 
 
+def quantized_inputs() -> dict[str, Any]:
+    return {"params": arrays(dsv3.quantize_params(model_params(TRAINED), TRAINED, fuse=False))}
+
+
+# One mixture alone: the smallest model with a router, as its step is compiled with XLA.
+TRAINED = model_config(
+    num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, n_routed_experts=4, n_group=1, topk_group=1
+)
+
 MODEL = [
     Entry("dsv3.nn.mla.mla_specs", static={"cfg": MLA, "std": 0.1}, python=True),
     Entry(
@@ -130,6 +142,14 @@ MODEL = [
         "dsv3.nn.model.mtp_chain", chain_inputs, {"cfg": CFG, "policy": PLAIN},
         lambda: {"next_tokens": random_tokens(CFG, 2, 2)}, ROUTED, tolerance=1e-5,
     ),
+    Entry(
+        "dsv3.nn.quantized.quantize_params", lambda: {"params": arrays(model_params(TRAINED))},
+        {"cfg": TRAINED, "fuse": False}, any_shape=True,
+    ),
+    Entry(
+        "dsv3.nn.quantized.dequantize_params", quantized_inputs, {"cfg": TRAINED, "dtype": "float32", "fuse": False},
+        any_shape=True,
+    ),
     Entry("dsv3.nn.model.output_specs", static={"cfg": CFG, "batch": 2, "length": 3}, python=True),
     Entry("dsv3.nn.cache.cache_specs", static={"cfg": CFG, "batch": 2, "size": 3}, python=True),
     Entry("dsv3.nn.cache.cache_init", static={"cfg": CFG, "batch": 2, "size": 3}, python=True),
@@ -141,10 +161,6 @@ MODEL = [
 
 # Training
 
-# One mixture alone: the smallest model with a router, as its step is compiled with XLA.
-TRAINED = model_config(
-    num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, n_routed_experts=4, n_group=1, topk_group=1
-)
 OPTIMIZER = dsv3.adamw(0.1, fuse=False)
 
 

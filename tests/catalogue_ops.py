@@ -10,6 +10,8 @@ from dsv3.ops.attention import AttentionMask
 from dsv3.ops.dispatch import Dispatch, dispatch_rows, dispatch_slots
 from dsv3.ops.fp8 import E4M3, Fp8Tensor, fp8_quantize
 from dsv3.ops.gemm_grouped import fp8_quantize_groups
+from dsv3.ops.latent import latent_pack
+from dsv3.ops.quantized import QuantizedWeight, quantized_encode
 from dsv3.ops.rope import RopeTable
 from tests.catalogue_entry import Entry, arrays
 from tests.compare import normal
@@ -76,7 +78,52 @@ def grouped(seed: int, *shape: int) -> Fp8Tensor:
     return arrays(fp8_quantize_groups(normal(seed, *shape), ROWS))
 
 
+def quantized(seed: int, *shape: int, kind: str = "fp8", parts: int = 1) -> QuantizedWeight:
+    return arrays(quantized_encode(normal(seed, *shape), kind=kind, parts=parts))
+
+
+def quantized_expert_inputs() -> dict[str, Any]:
+    stacks = {"gate_up": quantized(2, 4, 4, 6, parts=2), "down": quantized(3, 4, 3, 4)}
+    return {"x": normal(0, 3, 4), "weights": normal(1, 3, 2), "experts": EXPERTS} | stacks
+
+
+BITS = np.arange(0, 240, 7, dtype=np.uint8)
+
+COMPRESSED = [
+    Entry("dsv3.ops.fp8_bits.fp8_encode", lambda: {"x": normal(0, 3, 5, scale=100.0)}, any_shape=True),
+    Entry("dsv3.ops.fp8_bits.fp8_decode", lambda: {"bits": BITS}, any_shape=True, unknown=("bits",)),
+    Entry(
+        "dsv3.ops.quantized.quantized_encode", lambda: {"weight": normal(0, 2, 130, 6)}, {"parts": 2},
+        lambda: {"weight": normal(0, 5)},
+    ),
+    Entry(
+        "dsv3.ops.quantized.quantized_decode", lambda: {"weight": quantized(0, 2, 130, 6, kind="int8")},
+        wrong=lambda: {"weight": QuantizedWeight(BITS, HALVES)},
+    ),
+    Entry(
+        "dsv3.ops.quantized.quantized_matmul", lambda: {"x": normal(0, 3, 130), "weight": quantized(1, 130, 6, parts=2)},
+        {"strip": 400, "fuse": False},
+        lambda: {"x": normal(0, 3, 129), "weight": quantized(1, 130, 6)._replace(scale_inv=np.zeros((1, 1, 1), np.float32))},
+        unknown=("x",),
+    ),
+    Entry(
+        "dsv3.ops.quantized_experts.quantized_experts", quantized_expert_inputs, {"multiple": 2, "fuse": False},
+        lambda: {"x": normal(0, 3), "weights": normal(1, 2, 2)}, {"kernel": "blocks"},
+    ),
+    Entry("dsv3.ops.latent.latent_bytes", static={"latent": 6, "rope": 2}, python=True),
+    Entry(
+        "dsv3.ops.latent.latent_pack", lambda: {"entries": normal(0, 2, 3, 132)}, {"rope": 2},
+        lambda: {"entries": normal(0, 3, 2)},
+    ),
+    Entry(
+        "dsv3.ops.latent.latent_unpack", lambda: {"packed": latent_pack(normal(0, 2, 3, 132), rope=2).numpy()},
+        {"latent": 130, "rope": 2, "dtype": "float32"}, lambda: {"packed": np.zeros((2, 3, 9), np.uint8)},
+        unknown=("packed",),
+    ),
+]  # fmt: skip
+
 OPS = [
+    *COMPRESSED,
     Entry(
         "dsv3.ops.accumulator.tensor_core_matmul",
         lambda: {"a": int32(2, 3).astype(np.float32), "b": normal(1, 3, 4), "scale_a": HALVES, "scale_b": HALVES},

@@ -33,7 +33,7 @@ LAYERS = {
     "ops": "typing graph checks",
     "data": BOTTOM,
     "pipeline": "typing checks",
-    "io": f"{BOTTOM} ops.fp8",
+    "io": f"{BOTTOM} ops.fp8 ops.quantized",
     "nn": f"{BOTTOM} layout ops",
     "pretrained": f"{BOTTOM} ops nn io",
     "export": "typing checks tree io",

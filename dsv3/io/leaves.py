@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
 from dsv3.io.names import Piece
+from dsv3.ops.quantized import GROUP, QuantizedWeight
 from dsv3.typing import TensorLike
 
 ALIGNMENT = 64  # bytes; TensorFlow's kernels abort on less
@@ -38,6 +40,42 @@ def to_tensor(array: np.ndarray) -> tf.Tensor:
 def to_array(leaf: TensorLike) -> np.ndarray:
     """Returns a tensor's or variable's values as an array: the tensor's own memory if it lies on the CPU."""
     return np.ascontiguousarray(leaf if isinstance(leaf, np.ndarray) else np.asarray(tf.convert_to_tensor(leaf)))
+
+
+class QuantizedArrays(NamedTuple):
+    """A `QuantizedWeight` as host arrays."""
+
+    values: np.ndarray
+    scale_inv: np.ndarray
+
+    @property
+    def kind(self) -> str:
+        """`"fp8"` or `"int8"`."""
+        return "fp8" if self.values.dtype == np.uint8 else "int8"
+
+
+def leaf_array(leaf: TensorLike | QuantizedWeight) -> np.ndarray | QuantizedArrays:
+    """Returns a parameter's values as `to_array` does, a quantised one's as two arrays."""
+    return QuantizedArrays(*map(to_array, leaf)) if isinstance(leaf, QuantizedWeight) else to_array(leaf)
+
+
+def part_scales(leaf: QuantizedArrays, piece: Piece) -> np.ndarray:
+    """Returns a view of the scales that belong to a tensor, as it would be stored: `[outputs, inputs]` in blocks."""
+    scale = leaf.scale_inv[piece.index]  # [m, P, n]
+    if leaf.kind == "int8":
+        return scale[:, 0, slice(*piece.columns) if piece.columns else slice(None)].T
+    return scale[:, 1 if piece.columns and piece.columns[0] else 0].T
+
+
+def decode_rows(leaf: QuantizedArrays, piece: Piece, first: int, end: int) -> np.ndarray:
+    """Returns rows `[first, end)` of a tensor, float32, from a quantised leaf; `first` is a multiple of 128."""
+    bits, scale = part(leaf.values, piece)[first:end], part_scales(leaf, piece)
+    if leaf.kind == "fp8":
+        scale = np.repeat(scale[first // GROUP : -(-end // GROUP)], GROUP, 0)[: end - first]
+        bits = np.ascontiguousarray(bits).view(ml_dtypes.float8_e4m3fn)
+    else:
+        scale = scale[first:end]
+    return bits.astype(np.float32) * np.repeat(scale, GROUP, 1)[:, : bits.shape[1]]
 
 
 def part(leaf: np.ndarray, piece: Piece) -> np.ndarray:

@@ -11,27 +11,29 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from dsv3.io.leaves import all_finite, allocate, part, strips, to_tensor
+from dsv3.io.leaves import QuantizedArrays, all_finite, allocate, part, part_scales, strips, to_tensor
 from dsv3.io.names import Piece
 from dsv3.io.problems import Problems
 from dsv3.io.safetensors_files import DTYPES, Stored
 from dsv3.ops.fp8 import fp8_dequantize
+from dsv3.ops.quantized import GROUP, QuantizedWeight, quantized_encode
 
 
 def read_leaves(
-    leaves: Mapping[str, tf.TensorSpec],
+    leaves: Mapping[str, tf.TensorSpec | QuantizedWeight],
     pieces: Sequence[Piece],
     tensors: Mapping[str, Stored],
     *,
     block: tuple[int, int],
     problems: Problems,
-) -> dict[str, tf.Tensor]:
+) -> dict[str, tf.Tensor | QuantizedWeight]:
     """Reads all leaves of a model. The tensors have been accounted for.
 
     It holds the leaves and at any time about 2²⁰ values more (FP8: at least a block's rows), however large a tensor is.
 
     Args:
-      leaves: path → shape and dtype of every leaf, float32 or bfloat16.
+      leaves: path → shape and dtype of every leaf, float32 or bfloat16; for one that is to be quantised a `QuantizedWeight`
+        of them. FP8 in blocks of 128×128 is then taken as it is stored, anything else is quantised.
       pieces: what each tensor holds. Copies are compared with what they repeat; a difference is a warning.
       tensors: the tensors by name.
       block: rows and columns of an FP8 block.
@@ -40,12 +42,16 @@ def read_leaves(
     Returns:
       Path → tensor, on the CPU.
     """
-    arrays = {path: allocate(tuple(leaf.shape), np.dtype(leaf.dtype.as_numpy_dtype)) for path, leaf in leaves.items()}
+    arrays = {path: _arrays(leaf) for path, leaf in leaves.items()}
     present = [piece for piece in pieces if piece.name in tensors]
     present.sort(key=lambda piece: (piece.copy, tensors[piece.name].file, tensors[piece.name].start))
     with contextlib.closing(_Files()) as files:
         for piece in present:
             leaf = arrays[piece.leaf]
+            if isinstance(leaf, QuantizedArrays):
+                if not _read_quantized(files, piece, tensors, leaf, block):
+                    problems.add("non-finite", f"{piece.name} holds NaN or infinity")
+                continue
             finite, same = True, True
             for first, values in _read_strips(files, piece, tensors, leaf.dtype, block):
                 here = part(leaf, piece)[first : first + len(values)]
@@ -61,14 +67,52 @@ def read_leaves(
                 message = f"load_pretrained: {piece.name} differs from the tensor that it should repeat; it is not used"
                 warnings.warn(message, stacklevel=3)
     problems.raise_if_any()
-    return {path: to_tensor(leaf) for path, leaf in arrays.items()}
+    return {path: _tensors(leaf) for path, leaf in arrays.items()}
 
 
-def _read_strips(files: _Files, piece: Piece, tensors: Mapping[str, Stored], dtype: np.dtype, block: tuple[int, int]):
-    """Yields (first row, rows of the tensor in `dtype`)."""
+def _arrays(leaf: tf.TensorSpec | QuantizedWeight) -> np.ndarray | QuantizedArrays:
+    if isinstance(leaf, QuantizedWeight):
+        return QuantizedArrays(*map(_arrays, leaf))
+    return allocate(tuple(leaf.shape), np.dtype(leaf.dtype.as_numpy_dtype))
+
+
+def _tensors(leaf: np.ndarray | QuantizedArrays) -> tf.Tensor | QuantizedWeight:
+    return QuantizedWeight(*map(to_tensor, leaf)) if isinstance(leaf, QuantizedArrays) else to_tensor(leaf)
+
+
+def _read_quantized(
+    files: _Files, piece: Piece, tensors: Mapping[str, Stored], leaf: QuantizedArrays, block: tuple[int, int]
+) -> bool:
+    """Fills a tensor's part of a quantised leaf; returns whether all of it is finite."""
+    stored, values, scales = tensors[piece.name], part(leaf.values, piece), part_scales(leaf, piece)
+    if leaf.kind == "fp8" and stored.dtype == "F8_E4M3":
+        scale = files.rows(tensors[piece.scale_name], 0, scales.shape[0]).astype(np.float32)
+        scales[...] = scale
+        finite = all_finite(scale)
+        for first, end in strips(stored.shape):
+            bits = files.rows(stored, first, end).view(np.uint8)
+            values[first:end] = bits
+            finite = finite and not bool(((bits & 0x7F) == 0x7F).any())
+        return finite
+    finite = True
+    for first, rows in _read_strips(files, piece, tensors, np.dtype(np.float32), block, multiple=GROUP):
+        with tf.device("CPU:0"):
+            q = quantized_encode(rows.T, kind=leaf.kind)
+        found = np.asarray(q.scale_inv)[:, 0].T
+        values[first : first + len(rows)] = np.asarray(q.values).T
+        at = first // GROUP if leaf.kind == "fp8" else first
+        scales[at : at + len(found)] = found
+        finite = finite and all_finite(rows)
+    return finite
+
+
+def _read_strips(
+    files: _Files, piece: Piece, tensors: Mapping[str, Stored], dtype: np.dtype, block: tuple[int, int], multiple: int = 1
+):
+    """Yields (first row, rows of the tensor in `dtype`), of a tensor that is not FP8 a `multiple` of rows each."""
     stored = tensors[piece.name]
     if stored.dtype != "F8_E4M3":
-        for first, end in strips(stored.shape):
+        for first, end in strips(stored.shape, multiple):
             yield first, files.rows(stored, first, end).astype(dtype, copy=False)
         return
     scales = tensors[piece.scale_name]

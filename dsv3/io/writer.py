@@ -16,11 +16,12 @@ import tensorflow as tf
 
 from dsv3.checks import check
 from dsv3.io.atomic import replace_directory, write_synced
-from dsv3.io.leaves import all_finite, part, strips, to_array
+from dsv3.io.leaves import QuantizedArrays, all_finite, decode_rows, leaf_array, part, part_scales, strips
 from dsv3.io.names import Piece, stored_dtype
 from dsv3.io.problems import Problems
 from dsv3.io.safetensors_files import DTYPES, INDEX, SINGLE, encode_header
 from dsv3.ops.fp8 import WEIGHT_BLOCK, fp8_quantize
+from dsv3.ops.quantized import QuantizedWeight
 from dsv3.typing import TensorLike
 
 CONFIG = "config.json"
@@ -44,7 +45,7 @@ def write_checkpoint(
     directory: str | os.PathLike[str],
     config: Mapping[str, Any],
     pieces: Sequence[Piece],
-    leaves: Mapping[str, TensorLike],
+    leaves: Mapping[str, TensorLike | QuantizedWeight],
     *,
     dtype: str,
     max_shard_bytes: int,
@@ -56,7 +57,8 @@ def write_checkpoint(
       directory: where to. It may exist if it holds nothing but a checkpoint and what `extra_files` names.
       config: the contents of `config.json`.
       pieces: the tensors; those with `written` are.
-      leaves: path → values, float32 or bfloat16.
+      leaves: path → values, float32 or bfloat16, or a `QuantizedWeight`. One in FP8 is written to the bit as it is where the
+        stored dtype is FP8.
       dtype: `"bfloat16"`, `"float32"` or `"float8"`.
       max_shard_bytes: the tensors' bytes in one file. A larger tensor gets a file of its own.
       extra_files: paths of files to put beside, or names of files in the old directory to keep.
@@ -71,7 +73,7 @@ def write_checkpoint(
     _check_replaceable(directory, extras)
     shards = _plan([piece for piece in pieces if piece.written], dtype, max_shard_bytes)
     total = sum(entry.size for shard in shards for piece in shard for entry in _entries(piece, dtype))
-    arrays = {path: to_array(leaf) for path, leaf in leaves.items()}
+    arrays = {path: leaf_array(leaf) for path, leaf in leaves.items()}
     problems = Problems("save_pretrained", directory)
     with replace_directory(directory) as fresh:
         free = shutil.disk_usage(fresh).free
@@ -143,8 +145,9 @@ def _plan(pieces: Sequence[Piece], dtype: str, max_shard_bytes: int) -> list[lis
 
 
 def _write_shard(
-    path: pathlib.Path, pieces: Sequence[Piece], arrays: Mapping[str, np.ndarray], dtype: str, problems: Problems
-) -> list[str]:
+    path: pathlib.Path, pieces: Sequence[Piece], arrays: Mapping[str, np.ndarray | QuantizedArrays], dtype: str,
+    problems: Problems,
+) -> list[str]:  # fmt: skip
     """Writes one file, a few rows at a time, and returns the names of its tensors."""
     entries = [entry for piece in pieces for entry in _entries(piece, dtype)]
     entries.sort(key=lambda entry: -DTYPES[entry.dtype].itemsize)  # so that every tensor starts aligned
@@ -160,12 +163,20 @@ def _write_shard(
 
 
 def _encode(
-    piece: Piece, leaf: np.ndarray, dtype: str, problems: Problems
+    piece: Piece, leaf: np.ndarray | QuantizedArrays, dtype: str, problems: Problems
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     """Yields (tensor, first byte in it, bytes) for a piece and its scales."""
-    view, stored, finite = part(leaf, piece), stored_dtype(piece, dtype), True
+    stored, finite = stored_dtype(piece, dtype), True
+    quantized = isinstance(leaf, QuantizedArrays)
+    if quantized and leaf.kind == "fp8" and stored == "F8_E4M3":
+        yield from _encode_stored(piece, leaf, problems)
+        return
+    view = None if quantized else part(leaf, piece)
     for first, end in strips(piece.shape, WEIGHT_BLOCK[0]):
-        rows = np.ascontiguousarray(view[first:end]).view(leaf.dtype)
+        if quantized:
+            rows = decode_rows(leaf, piece, first, end)
+        else:
+            rows = np.ascontiguousarray(view[first:end]).view(leaf.dtype)
         if stored == "F8_E4M3":
             finite = finite and all_finite(rows)
             with tf.device("CPU:0"):
@@ -179,6 +190,21 @@ def _encode(
         yield piece.name, first * rows[0].nbytes, rows
     if not finite:
         problems.add("non-finite", f"{piece.name} would hold NaN or infinity in {stored}")
+
+
+def _encode_stored(
+    piece: Piece, leaf: QuantizedArrays, problems: Problems
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """The same for what is in the checkpoint's own FP8 already: nothing is rounded."""
+    scales, view = np.ascontiguousarray(part_scales(leaf, piece)), part(leaf.values, piece)
+    finite = all_finite(scales)
+    yield piece.scale_name, 0, scales
+    for first, end in strips(piece.shape):
+        rows = np.ascontiguousarray(view[first:end])
+        finite = finite and not bool(((rows & 0x7F) == 0x7F).any())
+        yield piece.name, first * rows[0].nbytes, rows
+    if not finite:
+        problems.add("non-finite", f"{piece.name} would hold NaN or infinity in F8_E4M3")
 
 
 def _write_at(fd: int, data: bytes | np.ndarray, start: int) -> None:

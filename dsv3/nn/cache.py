@@ -9,6 +9,7 @@ import tensorflow as tf
 from dsv3.checks import Dims, check
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
+from dsv3.ops.latent import latent_bytes
 from dsv3.spec import ParamSpec
 from dsv3.typing import TensorLike
 
@@ -17,7 +18,8 @@ class Cache(NamedTuple):
     """The past of a batch of sequences in all layers.
 
     Attributes:
-      kv: `[X, B, S, L+R]`, normalised latents and rotated keys; slots from `length` on are undefined.
+      kv: `[X, B, S, L+R]`, normalised latents and rotated keys; slots from `length` on are undefined. In FP8
+        `[X, B, S, bytes]` `uint8`, see `ops.latent`.
       length: `[B]` int32, tokens that a row holds.
     """
 
@@ -37,9 +39,10 @@ def cache_specs(
       `Cache` of `ParamSpec`s with the logical axes `"layer"`, `"batch"`, `"time"` and `"latent"`.
     """
     check(batch > 0 and size > 0, f"cache_specs: batch={batch} and size={size}, want both > 0")
-    shape = (cfg.num_layers if layers is None else layers, batch, size, cfg.mla.cache_width)
+    width, dtype = entry_format(cfg, dtype)
+    shape = (cfg.num_layers if layers is None else layers, batch, size, width)
     return Cache(
-        ParamSpec(shape, ("layer", "batch", "time", "latent"), init="zeros", dtype=tf.as_dtype(dtype).name),
+        ParamSpec(shape, ("layer", "batch", "time", "latent"), init="zeros", dtype=dtype.name),
         ParamSpec((batch,), ("batch",), init="zeros", dtype="int32"),
     )
 
@@ -52,11 +55,11 @@ def cache_init(
     Args:
       cfg: the model's configuration.
       batch: B, rows. size: S, tokens that a row can hold.
-      dtype: of the entries.
+      dtype: of the entries; `"float8"` for latents in E4M3 with a scale for each 128, and rotary keys in bfloat16.
       layers: X; default: the trunk's layers. An MTP module's cache has one layer.
 
     Returns:
-      `Cache` of `[X, B, S, L+R]` zeros.
+      `Cache` of `[X, B, S, L+R]` zeros, `[X, B, S, bytes]` in FP8.
     """
     check(batch > 0 and size > 0, f"cache_init: batch={batch} and size={size}, want both > 0")
     specs = cache_specs(cfg, batch, size, dtype=dtype, layers=layers)
@@ -69,13 +72,20 @@ def cache_append(cache: Cache, entries: TensorLike, counts: TensorLike | None = 
 
     Args:
       cache: see `Cache`.
-      entries: `[X, B, T, L+R]`, from `ModelOutput.entries`.
+      entries: `[X, B, T, L+R]`, from `ModelOutput.entries`; for a cache in FP8 bytes, as a model with such a cache computes
+        them.
       counts: `[B]` int: how many of the T tokens of a row are real (its rest is padding on the right); default: all T.
 
     Returns:
       The new cache. Rows are written where their length says; writing beyond S is the caller's error and is refused when
       the lengths can be looked at.
     """
+    entries, kv = tf.convert_to_tensor(entries), tf.convert_to_tensor(cache.kv)
+    packed = [t.dtype == tf.uint8 for t in (entries, kv)]
+    check(
+        packed[0] == packed[1],
+        f"cache_append: `entries` has dtype {entries.dtype.name}, want {kv.dtype.name}, as `cache.kv` has",
+    )
     dims = Dims("cache_append")
     dims("cache.kv", cache.kv, "X B S W")
     dims("cache.length", cache.length, "B")
@@ -106,4 +116,12 @@ def cache_bytes(cfg: ModelConfig, tokens: int, *, dtype: tf.DType | str = tf.bfl
     >>> cache_bytes(dsv3.preset("deepseek-v3"), 1) // 61 // 2
     576
     """
-    return cfg.num_layers * tokens * cfg.mla.cache_width * tf.as_dtype(dtype).size
+    width, dtype = entry_format(cfg, dtype)
+    return cfg.num_layers * tokens * width * dtype.size
+
+
+def entry_format(cfg: ModelConfig, dtype: tf.DType | str) -> tuple[int, tf.DType]:
+    """Returns the last dim and dtype of a cache that `cache_init` calls `dtype`: bytes for `"float8"`."""
+    if dtype == "float8":
+        return latent_bytes(cfg.mla.kv_latent, cfg.mla.rope_dim), tf.uint8
+    return cfg.mla.cache_width, tf.as_dtype(dtype)

@@ -45,14 +45,16 @@ def fp8_linear(
     def apply(x, weight):
         q, w = quantize_rows(x, recipe, fuse=fuse), quantize_weight(weight, recipe, fuse=fuse)
         kept = q
-        if kept_format is not None:
+        if not recipe.retile:
+            kept = fp8_quantize(x, block=_block(recipe, COLUMN_BLOCK), **quantize_options(recipe), fuse=fuse)
+        elif kept_format is not None:
             block = _block(recipe, ROW_BLOCK)
             kept = fp8_quantize(x, block=block, fmt=kept_format, scale_kind="power_of_two", fuse=fuse)
 
         def grad(dy):
             d = quantize_rows(dy, recipe, backward=True, fuse=fuse)
             dx = fp8_gemm(d, w, transpose_b=True, dtype=x.dtype, **_blocks(recipe, ROW_BLOCK, WEIGHT_BLOCK, fuse))
-            over_tokens = _over_tokens(kept, recipe, fuse=fuse)
+            over_tokens = _over_tokens(kept, recipe, fuse=fuse) if recipe.retile else kept
             d = fp8_quantize(dy, block=_block(recipe, COLUMN_BLOCK), **quantize_options(recipe, backward=True), fuse=fuse)
             blocks = _blocks(recipe, COLUMN_BLOCK, COLUMN_BLOCK, fuse)
             return dx, fp8_gemm(over_tokens, d, transpose_a=True, dtype=weight.dtype, **blocks)
@@ -90,9 +92,12 @@ def fp8_swiglu(h: tf.Tensor, *, recipe: Fp8Recipe, fuse: bool = False) -> tf.Ten
     return tf.ensure_shape(tf.reshape(apply(flat), shape), [*h.shape[:-1], width])
 
 
-def quantize_rows(x: tf.Tensor, recipe: Fp8Recipe, *, backward: bool = False, fuse: bool = False) -> Fp8Tensor:
-    """Quantises `[..., N, D]`, an activation or, with `backward`, a gradient, in tiles along D."""
-    return fp8_quantize(x, block=_block(recipe, ROW_BLOCK), **quantize_options(recipe, backward=backward), fuse=fuse)
+def quantize_rows(
+    x: tf.Tensor, recipe: Fp8Recipe, *, backward: bool = False, sent: bool = False, fuse: bool = False
+) -> Fp8Tensor:
+    """Quantises `[..., N, D]`, an activation or, with `backward`, a gradient, in tiles along D; `sent`: as rows travel."""
+    options = quantize_options(recipe, backward=backward) | ({"scale_kind": "power_of_two"} if sent else {})
+    return fp8_quantize(x, block=_block(recipe, ROW_BLOCK), **options, fuse=fuse)
 
 
 def quantize_weight(weight: tf.Tensor, recipe: Fp8Recipe, *, fuse: bool = False) -> Fp8Tensor:

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from dsv3.checks import Dims
+from dsv3.checks import Dims, check
 from dsv3.graph import plain
 from dsv3.nn.fp8 import fp8_linear, fp8_swiglu
+from dsv3.nn.fp8_delayed import DelayedWeight, check_attached, delayed_linear
 from dsv3.ops.activation import swiglu
+from dsv3.ops.quantized import QuantizedWeight, quantized_matmul
 from dsv3.recipe import Fp8Recipe
 from dsv3.spec import ParamSpec
 from dsv3.typing import TensorLike
@@ -18,7 +20,7 @@ from dsv3.typing import TensorLike
 @plain
 def linear_apply(
     x: TensorLike,
-    weight: TensorLike,
+    weight: TensorLike | QuantizedWeight | DelayedWeight,
     bias: TensorLike | tuple = (),
     *,
     fp8: Fp8Recipe | None = None,
@@ -29,7 +31,8 @@ def linear_apply(
 
     Args:
       x: `[..., D]`.
-      weight: `[D, F]`, or `[D, H, F]` for one matrix per head; cast to `x`'s dtype.
+      weight: `[D, F]`, or `[D, H, F]` for one matrix per head; cast to `x`'s dtype. A `QuantizedWeight` is decoded strip by
+        strip, and not with `fp8`; a `DelayedWeight` is what `fp8` with delayed scaling wants.
       bias: `[F]`, or `()` for none.
       fp8: compute it, and its gradients, in FP8: see `nn.fp8.fp8_linear`. The weight is then quantised as it is.
       after_attention, fuse: see there.
@@ -40,15 +43,33 @@ def linear_apply(
     x = tf.convert_to_tensor(x)
     width = x.shape[-1]
     Dims("linear_apply", D=width)("weight", weight, "D F" if len(weight.shape) == 2 else "D H F")
-    rows, weight = tf.reshape(x, [-1, width]), tf.reshape(weight, [width, -1])
-    if fp8 is None:
+    rows, weight = tf.reshape(x, [-1, width]), weight_matrix(weight, width)
+    if isinstance(weight, QuantizedWeight):
+        check(fp8 is None, "linear_apply: `weight` is quantised, want fp8=None: FP8 products quantise weights of training")
+        y = quantized_matmul(rows, weight)
+    elif fp8 is None:
         y = tf.matmul(rows, tf.cast(weight, x.dtype))
     else:
-        y = fp8_linear(rows, weight, recipe=fp8, after_attention=after_attention, fuse=fuse)
+        check_attached("linear_apply", weight, fp8)
+        if isinstance(weight, DelayedWeight):
+            y = delayed_linear(rows, weight, recipe=fp8, fuse=fuse)
+        else:
+            y = fp8_linear(rows, weight, recipe=fp8, after_attention=after_attention, fuse=fuse)
     if not isinstance(bias, tuple):
         y += tf.cast(bias, x.dtype)
     shape = tf.concat([tf.shape(x)[:-1], [weight.shape[1]]], 0)
     return tf.ensure_shape(tf.reshape(y, shape), [*x.shape[:-1], weight.shape[1]])
+
+
+def weight_matrix(
+    weight: TensorLike | QuantizedWeight | DelayedWeight, inputs: int
+) -> tf.Tensor | QuantizedWeight | DelayedWeight:
+    """Returns a weight of any kind whose first dims make up `inputs`, as the matrix `[inputs, outputs]`."""
+    if isinstance(weight, DelayedWeight):
+        return weight._replace(weight=tf.reshape(weight.weight, [inputs, -1]))
+    if isinstance(weight, QuantizedWeight):
+        return weight._replace(values=tf.reshape(weight.values, [inputs, -1]))
+    return tf.reshape(weight, [inputs, -1])
 
 
 class MLPParams(NamedTuple):

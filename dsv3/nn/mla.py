@@ -14,10 +14,13 @@ import tensorflow as tf
 from dsv3.checks import Dims, check, check_choice, check_type
 from dsv3.config import LATENT_NORM_EPS, MLAConfig
 from dsv3.graph import plain
-from dsv3.nn.linear import linear_apply
+from dsv3.nn.fp8_delayed import DelayedWeight
+from dsv3.nn.linear import linear_apply, weight_matrix
 from dsv3.ops.attention import MASKED, NEVER, AttentionMask, attention, attention_naive, causal_mask
 from dsv3.ops.fuse import fused
+from dsv3.ops.latent import latent_bytes, latent_pack, latent_unpack
 from dsv3.ops.norm import rms_norm
+from dsv3.ops.quantized import QuantizedWeight, column_scales, quantized_matmul
 from dsv3.ops.rope import RopeTable, rope_apply, rope_frequencies, rope_table, yarn_mscale
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.spec import ParamSpec
@@ -37,6 +40,8 @@ class MLAParams(NamedTuple):
       o: `[H, U, D]`.
       q_a_bias `[Q]`, kv_a_bias `[L+R]`, o_bias `[D]`: with `MLAConfig.bias`.
       k_up: `[H, P, L]`, v_up: `[H, L, U]`: kv_b again, as the absorbed form reads it; `()` unless `mla_absorb` made them.
+
+    q_a, q_b, kv_a, kv_b and o may each be a `QuantizedWeight`. If kv_b is one, so are k_up, then `[H, L, P]`, and v_up.
     """
 
     q_a: tf.Tensor
@@ -54,14 +59,17 @@ class MLAParams(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """One layer's past: `kv` `[B, S, L+R]` (normalised latent, rotated key) and `length` `[B]` int32, tokens in it."""
+    """One layer's past: `kv` `[B, S, L+R]` (normalised latent, rotated key) and `length` `[B]` int32, tokens in it.
+
+    In FP8 `kv` is `[B, S, bytes]` `uint8`, see `ops.latent`.
+    """
 
     kv: tf.Tensor
     length: tf.Tensor
 
 
 class MLAOutput(NamedTuple):
-    """`out` `[B, T, D]`, and `entry` `[B, T, L+R]`: what a cache must keep of these tokens."""
+    """`out` `[B, T, D]`, and `entry` `[B, T, L+R]`: what a cache must keep of these tokens; bytes if that is in FP8."""
 
     out: tf.Tensor
     entry: tf.Tensor
@@ -109,12 +117,29 @@ def mla_absorb(params: MLAParams, *, cfg: MLAConfig) -> MLAParams:
     Returns:
       The parameters with `k_up` and `v_up`. They are for decoding: nothing else keeps them in step with kv_b.
     """
+    if isinstance(params.kv_b, QuantizedWeight):
+        return _absorb_quantized(params, cfg)
     lead = list(range(len(params.kv_b.shape) - 3))
     latent, head, dim = (len(lead) + i for i in range(3))
     keys, values = tf.split(params.kv_b, [cfg.nope_dim, cfg.v_dim], axis=-1)
     return params._replace(
         k_up=tf.transpose(keys, [*lead, head, dim, latent]), v_up=tf.transpose(values, [*lead, head, latent, dim])
     )
+
+
+def _absorb_quantized(params: MLAParams, cfg: MLAConfig) -> MLAParams:
+    """kv_b with heads first, every head's columns with scales of their own: products then read either side of it."""
+    values, scale = params.kv_b
+    *lead, latent, heads, width = values.shape
+    scale = column_scales(scale, heads * width)
+    groups = scale.shape[-2]
+    first = list(range(len(lead)))
+    order = [len(lead) + i for i in (1, 0, 2)]
+    values = tf.transpose(values, [*first, *order])
+    scale = tf.expand_dims(tf.transpose(tf.reshape(scale, [*lead, groups, heads, width]), [*first, *order]), -2)
+    pairs = [tf.split(t, [cfg.nope_dim, cfg.v_dim], axis=-1) for t in (values, scale)]
+    keys, outputs = (QuantizedWeight(*pair) for pair in zip(*pairs))
+    return params._replace(k_up=keys, v_up=outputs)
 
 
 @plain
@@ -173,7 +198,9 @@ def mla_apply(
     check_type("mla_apply", "cfg", cfg, MLAConfig)
     check_type("mla_apply", "params", params, MLAParams)
     policy = policy or default_policy()
-    dims = Dims("mla_apply", D=cfg.hidden_size, W=cfg.cache_width)
+    packed = policy.cache == "float8" or (cache is not None and cache.kv.dtype == tf.uint8)
+    width = cfg.cache_width if cache is None or cache.kv.dtype != tf.uint8 else latent_bytes(cfg.kv_latent, cfg.rope_dim)
+    dims = Dims("mla_apply", D=cfg.hidden_size, W=width)
     dims("x", x, "B T D")
     if segments is not None:
         dims("segments", segments, "B T")
@@ -185,7 +212,12 @@ def mla_apply(
     if table is None:
         steps = tf.range(tf.shape(x)[1])
         table = mla_rope(cfg, steps if cache is None else tf.expand_dims(cache.length, -1) + steps)
-    entry = _latents(params, x, table, cfg=cfg, policy=policy)
+    entry = kept = _latents(params, x, table, cfg=cfg, policy=policy)
+    if packed:  # attention reads what the cache will hold, so that it sees the same however a text is cut into steps
+        kept = latent_pack(entry, rope=cfg.rope_dim, fuse=policy.fuse)
+        entry = _read(kept, cfg, entry.dtype, fuse=policy.fuse)
+    if cache is not None:
+        cache = cache._replace(kv=_read(cache.kv, cfg, entry.dtype, fuse=policy.fuse))
     if form == "auto":
         form = "absorbed" if cache is not None and _absorbing_is_cheaper(cfg, x.shape[1]) else "expanded"
     if form == "absorbed":
@@ -194,9 +226,16 @@ def mla_apply(
     else:
         q = _queries(params, x, cfg=cfg, policy=policy, halves=True)
         heads = _expanded(params, q, entry, table, cache, segments, cfg=cfg, policy=policy, naive=form == "naive")
-    o = tf.reshape(params.o, [cfg.num_heads * cfg.v_dim, cfg.hidden_size])
+    o = weight_matrix(params.o, cfg.num_heads * cfg.v_dim)
     out = linear_apply(heads, o, params.o_bias, fp8=policy.fp8, after_attention=True, fuse=policy.fuse)
-    return MLAOutput(out, entry)
+    return MLAOutput(out, kept)
+
+
+def _read(kv: tf.Tensor, cfg: MLAConfig, dtype: tf.DType, *, fuse: bool) -> tf.Tensor:
+    """Entries `[B, S, L+R]` in a dtype, as attention reads them."""
+    if kv.dtype != tf.uint8:
+        return tf.cast(kv, dtype)
+    return latent_unpack(kv, latent=cfg.kv_latent, rope=cfg.rope_dim, dtype=dtype, fuse=fuse)
 
 
 def _absorbing_is_cheaper(cfg: MLAConfig, new_tokens: int | None) -> bool:
@@ -215,7 +254,14 @@ def _queries(params: MLAParams, x, *, cfg: MLAConfig, policy: ComputePolicy, hal
         x = rms_norm(x, params.q_norm, eps=LATENT_NORM_EPS, rounding=cfg.norm_rounding, fuse=policy.fuse)
     weight = params.q_b
     if halves and cfg.rope.pairs == "interleaved":  # on the weights: on the queries it costs more than the rotation
-        weight = _rope_halves(weight, cfg.rope_dim)
+        if isinstance(weight, QuantizedWeight):  # its columns have scales in blocks: there it must be the queries
+            q = linear_apply(x, weight, **how)
+            q = _rope_halves(tf.reshape(q, [*_lead(q), cfg.num_heads, cfg.qk_dim]), cfg.rope_dim)
+            return tf.reshape(q, [*_lead(q), cfg.num_heads * cfg.qk_dim])
+        if isinstance(weight, DelayedWeight):
+            weight = weight._replace(weight=_rope_halves(weight.weight, cfg.rope_dim))
+        else:
+            weight = _rope_halves(weight, cfg.rope_dim)
     return linear_apply(x, weight, **how)
 
 
@@ -310,7 +356,7 @@ def _with_past(entry: tf.Tensor, cache: LayerCache) -> tuple[tf.Tensor, Attentio
     q_index = length + steps
     k_index = tf.concat([tf.where(slots < length, slots, NEVER), q_index], 1)
     mask = AttentionMask(q_index, k_index, tf.zeros_like(q_index), tf.zeros_like(k_index))
-    return tf.concat([tf.cast(cache.kv, entry.dtype), entry], 1), mask
+    return tf.concat([cache.kv, entry], 1), mask
 
 
 def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf.Tensor:
@@ -320,7 +366,7 @@ def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf
         params = mla_absorb(params, cfg=cfg)
     q = tf.reshape(q, [*_lead(q), h, cfg.qk_dim])
     rot = rope_apply(q[..., p:], table, pairs=cfg.rope.pairs, output=cfg.rope.output)
-    wide = tf.concat([_per_head(q[..., :p], params.k_up), rot], -1)
+    wide = tf.concat([_per_head(q[..., :p], params.k_up, transpose=True), rot], -1)
     b, t = _lead(wide)
     wide = tf.reshape(wide, [b, t * h, cfg.cache_width])
     new_mask = _new_token_mask(t, segments)
@@ -329,7 +375,7 @@ def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf
         probs = tf.nn.softmax(tf.cast(new_scores, tf.float32) * cfg.softmax_scale, -1)
         latent = tf.matmul(tf.cast(probs, q.dtype), entry[..., : cfg.kv_latent])
     else:
-        past = tf.cast(cache.kv, q.dtype)
+        past = cache.kv
         slots = past.shape[1] if past.shape[1] is not None else tf.shape(past)[1]
         filled = tf.expand_dims(tf.range(slots), 0) < tf.expand_dims(cache.length, -1)
         past_scores = tf.where(
@@ -344,12 +390,18 @@ def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf
     return tf.reshape(_per_head(latent, params.v_up), [b, t, h * cfg.v_dim])
 
 
-def _per_head(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-    """Multiplies `[B, T, H, P]` by each head's `[P, L]` of `[H, P, L]`: `[B, T, H, L]`."""
+def _per_head(x: tf.Tensor, weight: tf.Tensor | QuantizedWeight, *, transpose: bool = False) -> tf.Tensor:
+    """Multiplies `[B, T, H, P]` by each head's `[P, L]` of `[H, P, L]`: `[B, T, H, L]`.
+
+    With `transpose` a quantised weight is `[H, L, P]`.
+    """
     b, t = _lead(x)
     rows = tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [x.shape[2], b * t, x.shape[3]])
-    y = tf.matmul(rows, tf.cast(weight, x.dtype))
-    return tf.transpose(tf.reshape(y, [x.shape[2], b, t, weight.shape[2]]), [1, 2, 0, 3])
+    if isinstance(weight, QuantizedWeight):
+        y = quantized_matmul(rows, weight, transpose=transpose)
+    else:
+        y = tf.matmul(rows, tf.cast(weight, x.dtype))
+    return tf.transpose(tf.reshape(y, [x.shape[2], b, t, y.shape[2]]), [1, 2, 0, 3])
 
 
 def _new_token_mask(t, segments) -> tf.Tensor:

@@ -18,6 +18,7 @@ from dsv3.nn.moe import RouterStats
 from dsv3.nn.mtp import MTPParams, mtp_apply, mtp_next_hidden, mtp_specs
 from dsv3.nn.stack import stack_apply
 from dsv3.ops.norm import rms_norm
+from dsv3.ops.quantized import QuantizedWeight
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.spec import ParamSpec
 from dsv3.typing import TensorLike
@@ -57,7 +58,7 @@ class ModelOutput(NamedTuple):
       hidden: `[B, T, D]`, after the final norm.
       raw_hidden: `[B, T, D]`, before it.
       stats: `RouterStats` of the mixture layers, stacked: load `[X, E]`, balance `[X]`, experts `[X, B, T, K]`.
-      entries: `[layers, B, T, L+R]`, what a cache must keep.
+      entries: `[layers, B, T, L+R]`, what a cache must keep; `[layers, B, T, bytes]` `uint8` for one in FP8.
     """
 
     logits: tf.Tensor
@@ -157,14 +158,15 @@ def head_weight(params: ModelParams) -> tf.Tensor:
 
 
 def cast_params(params: ModelParams, policy: ComputePolicy) -> ModelParams:
-    """Casts what enters products to the compute dtype, once. Norms, routers and weights of FP8 products keep theirs."""
+    """Casts what enters products to the compute dtype, once. Norms, routers, quantised weights, and weights of FP8 products
+    keep theirs."""
     dtype = policy.compute_dtype
     if dtype is None:
         return params
 
     def cast(path: str, leaf: tf.Tensor) -> tf.Tensor:
         name = path.rsplit(".", 1)[-1]
-        kept = name.endswith("norm") or name in ("router", "embed")
+        kept = name.endswith("norm") or name in ("router", "embed", *QuantizedWeight._fields)
         quantized = policy.fp8 is not None and name not in ("head", "proj")
         return leaf if kept or quantized else tf.cast(leaf, dtype)
 

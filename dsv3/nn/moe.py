@@ -12,6 +12,8 @@ from dsv3.graph import plain
 from dsv3.nn.fp8_experts import fp8_experts
 from dsv3.nn.linear import MLPParams, mlp_apply, mlp_specs
 from dsv3.ops.experts import experts_apply
+from dsv3.ops.quantized import QuantizedWeight
+from dsv3.ops.quantized_experts import quantized_experts
 from dsv3.ops.router import (
     Routing,
     expert_load,
@@ -30,7 +32,7 @@ class MoEParams(NamedTuple):
 
     Attributes:
       router: `[D, E]`.
-      gate_up: `[E, D, 2F]`, gate then up. down: `[E, F, D]`.
+      gate_up: `[E, D, 2F]`, gate then up. down: `[E, F, D]`. Both may be a `QuantizedWeight`.
       shared: the shared experts as one feed-forward layer of width `num_shared·F`, or `()`.
     """
 
@@ -175,7 +177,11 @@ def experts_compute(
     x: tf.Tensor, weights: tf.Tensor, experts: tf.Tensor, gate_up: TensorLike, down: TensorLike, *, kernel: str,
     multiple: int, policy: ComputePolicy,
 ) -> tf.Tensor:  # fmt: skip
-    """`ops.experts.experts_apply`, or `nn.fp8_experts.fp8_experts` if the policy computes in FP8; arguments as there."""
+    """`ops.experts.experts_apply`, `ops.quantized_experts.quantized_experts` for quantised weights, or
+    `nn.fp8_experts.fp8_experts` if the policy computes in FP8; arguments as there."""
+    if isinstance(gate_up, QuantizedWeight):
+        check(policy.fp8 is None, "moe_apply: `params` are quantised, want a policy with fp8=None")
+        return quantized_experts(x, weights, experts, gate_up, down, kernel=kernel, multiple=multiple)
     how = {"kernel": kernel, "multiple": multiple, "fuse": policy.fuse}
     if policy.fp8 is not None:
         return fp8_experts(x, weights, experts, gate_up, down, recipe=policy.fp8, **how)

@@ -31,11 +31,14 @@ class Value:
 class Exchange:
     """A request: part i's row g goes to device g of its node, or over `"node"` to that at the same place of node g.
 
-    It is its own inverse and its own gradient.
+    It is its own inverse and its own gradient. With `backward` it is that of a gradient. `compact`: rows may be rounded to a
+    narrow format for the way; what is differentiated is the exchange of unrounded ones.
     """
 
     value: Value
     over: str = "expert"
+    compact: bool = False
+    backward: bool = False
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
@@ -95,6 +98,7 @@ class _Swap:
     source: object
     result: object
     over: str
+    compact: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +141,12 @@ class Tape:
         self.records.append(_Call(vjp, leaves, kept, residuals, names, [v.key for v in inputs], results))
         return tree.unflatten_as(vjp.outputs, values)
 
-    def swap(self, value: Value, over: str = "expert") -> Generator[Exchange, Value, Value]:
-        """Yields an exchange of `value` (see `Exchange`) and returns its result."""
-        result = yield Exchange(value, over)
-        self.records.append(_Swap(value.key, result.key, over))
+    def swap(
+        self, value: Value, over: str = "expert", *, compact: bool = False, compact_back: bool = False
+    ) -> Generator[Exchange, Value, Value]:
+        """Yields an exchange of `value` (see `Exchange`), returns its result; `compact_back`: `compact` of its gradient."""
+        result = yield Exchange(value, over, compact)
+        self.records.append(_Swap(value.key, result.key, over, compact_back))
         return result
 
     def mark(self, *, turn: bool) -> None:
@@ -185,7 +191,7 @@ def backward(
         if isinstance(record, _Swap):
             d = cotangents.pop(record.result, None)
             if d is not None:
-                back = yield Exchange(Value(tuple(d)), record.over)
+                back = yield Exchange(Value(tuple(d)), record.over, record.compact, backward=True)
                 _accumulate(tape.devices, cotangents, record.source, list(back.parts))
             continue
         d_outputs = [cotangents.pop(key, None) for key in record.results]

@@ -56,10 +56,10 @@ class Engine:
         done = engine.generate([Request("def main():", max_new_tokens=64)])
 
     Args:
-      cfg, params, router: the model.
+      cfg, params, router: the model; matrices may be quantised (`dsv3.quantize_params`).
       tokenizer: for prompts given as text, for text of completions, and for stop strings.
       policy: how to compute; default: the device's. On a CPU decoding leaves element-wise chains unfused, which is faster
-        for a few rows.
+        for a few rows. With `cache="float8"` the caches are in FP8.
       speculative: tokens to draft with the MTP modules in each step; 0 decodes plainly. Greedy output is the same, sampled
         output has the same distribution.
       max_batch: rows that run together at most.
@@ -176,7 +176,7 @@ class Engine:
             tokens[i, : len(prompt)] = prompt
         size = self._slots(max(sum(plan), int(lengths.max()) + self._margin))
         caches, rows = state_init(
-            self.cfg, count, size, dtype=self._dtype, modules=self._modules, depth=self.depth
+            self.cfg, count, size, dtype=self._dtype, cache=self._policy.cache, modules=self._modules, depth=self.depth
         )
         at = 0
         for chunk in plan:

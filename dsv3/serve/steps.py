@@ -15,7 +15,7 @@ from dsv3 import tree
 from dsv3.compiled import RowWrite
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
-from dsv3.nn.cache import Cache
+from dsv3.nn.cache import Cache, entry_format
 from dsv3.nn.model import ModelOutput, ModelParams, RouterState, model_apply
 from dsv3.ops.random import key_fold
 from dsv3.ops.sampling import greedy_accept, sample, sampling_probs, speculative_accept
@@ -25,7 +25,10 @@ from dsv3.typing import TensorLike
 
 
 class Caches(NamedTuple):
-    """The donated state: `trunk` `[layers, B, S, W]` and `mtp` `[modules, B, S, W]`, or `()` without drafts."""
+    """The donated state: `trunk` `[layers, B, S, W]` and `mtp` `[modules, B, S, W]`, or `()` without drafts.
+
+    With `ComputePolicy.cache` the last dim is bytes, see `ops.latent`.
+    """
 
     trunk: tf.Tensor
     mtp: tf.Tensor
@@ -74,12 +77,19 @@ class Drawn(NamedTuple):
 
 
 def state_init(
-    cfg: ModelConfig, batch: int, size: int, *, dtype: tf.DType, modules: int = 0, depth: int = 0
+    cfg: ModelConfig, batch: int, size: int, *, dtype: tf.DType, cache: str | None = None, modules: int = 0, depth: int = 0
 ) -> tuple[Caches, Rows]:
-    """Returns empty caches of `size` tokens for `batch` rows, and rows at their beginning."""
-    width = cfg.mla.cache_width
-    trunk = tf.zeros([cfg.num_layers, batch, size, width], dtype)
-    mtp = tf.zeros([modules, batch, size, width], dtype) if modules else ()
+    """Returns empty caches of `size` tokens for `batch` rows, and rows at their beginning.
+
+    Args:
+      cfg, batch, size: the model's configuration, rows, and tokens that a row can hold.
+      dtype: the compute dtype.
+      cache: `"float8"` for caches in FP8, as of `ComputePolicy`.
+      modules, depth: see `speculative_step`; 0 without drafts.
+    """
+    width, kept = entry_format(cfg, cache or dtype)
+    trunk = tf.zeros([cfg.num_layers, batch, size, width], kept)
+    mtp = tf.zeros([modules, batch, size, width], kept) if modules else ()
     zero = tf.zeros([batch], tf.int32)
     window = window_init(batch, depth + modules, cfg.hidden_size, dtype) if modules else ()
     return Caches(trunk, mtp), Rows(zero, zero, zero, window)

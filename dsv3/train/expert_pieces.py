@@ -182,10 +182,10 @@ def route(
     first, capacity = yield Capacity(mixed.load, mixed.to_nodes)
     there = tape.call(pieces.to_nodes(first), {}, params, mixed.rows, mixed.weights, mixed.experts)
     arrived = []
-    for value in there[:3]:
-        arrived.append((yield from tape.swap(value, "node")))
+    for value, compact in zip(there[:3], (True, False, False)):
+        arrived.append((yield from tape.swap(value, "node", compact=compact)))
     rows, slots, tokens = yield from _experts(tape, pieces, capacity, path, params, *arrived)
-    rows = yield from tape.swap(tape.call(pieces.combine, {}, params, rows, slots, tokens), "node")
+    rows = yield from tape.swap(tape.call(pieces.combine, {}, params, rows, slots, tokens), "node", compact_back=True)
     out = tape.call(pieces.from_nodes, {}, params, mixed.x, rows, *there[3:], *shared)
     return (yield from _end(tape, out))
 
@@ -202,10 +202,10 @@ def _experts(
 ) -> Generator[Any, Any, tuple[Value, Value, Value]]:  # fmt: skip
     """To the experts and back: their outputs where the rows came from, and `dispatch_slots`' slots and tokens."""
     rows, gates, slots, tokens = tape.call(pieces.dispatch(capacity), {}, params, rows, weights, experts)
-    rows = yield from tape.swap(rows)
+    rows = yield from tape.swap(rows, compact=True)
     gates = yield from tape.swap(gates)
     yield Turn()
     out = tape.call(pieces.experts, {"ffn": path}, params, rows, gates)
     tape.mark(turn=True)
-    rows = yield from tape.swap(out)
+    rows = yield from tape.swap(out, compact_back=True)
     return rows, slots, tokens

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,14 +20,18 @@ from tensorflow.experimental import dtensor
 from dsv3.checks import check
 from dsv3.config import ModelConfig
 from dsv3.layout import mesh_of
+from dsv3.nn.fp8 import MIN_GRADIENT
 from dsv3.nn.model import RouterState, model_specs
 from dsv3.ops.dispatch import dispatch_capacity
+from dsv3.ops.fp8_tiles import MIN_AMAX
+from dsv3.ops.fp8_wire import fp8_pack, fp8_unpack
 from dsv3.parallel.collectives import Mail, all_to_all, gather_mesh, gather_parts
-from dsv3.parallel.groups import mesh_groups
+from dsv3.parallel.groups import Group, mesh_groups
 from dsv3.parallel.mesh import axis_size, local_places, on_device
-from dsv3.parallel.tape import Capacity, Value
+from dsv3.parallel.tape import Capacity, Exchange, Value
 from dsv3.pipeline import Schedule, schedule_check
 from dsv3.policy import ComputePolicy
+from dsv3.recipe import sends_fp8
 from dsv3.train.executor import Rank, RankResult, Seeds, run_schedule
 from dsv3.train.loss import LossParts, shift_left
 from dsv3.train.mesh_params import (
@@ -123,7 +128,8 @@ def make_mesh_update(
         stack_rows, gather, reduce = programs_for(schedule, cut)
         stats = [_Counter() for _ in range(ranks)]
         batch = _Batch(tokens, weights, cfg, mesh)
-        made = _make_ranks(gather(state.params), state.router, batch, mesh, plan.nodes, stats)
+        exchange = functools.partial(_exchange, policy)
+        made = _make_ranks(gather(state.params), state.router, batch, mesh, plan.nodes, stats, exchange)
         spec = tf.TensorSpec([rows // shards, tokens.shape[2] - 1, cfg.hidden_size], policy.compute_dtype or tf.float32)
         found = run_schedule(
             schedule, cut, pieces, made, Mail(mesh, spec),
@@ -185,8 +191,9 @@ def _mesh_stats(stats: Sequence[_Counter], found: Sequence[RankResult], mesh: dt
 
 
 def _make_ranks(
-    params, router: RouterState, batch: _Batch, mesh: dtensor.Mesh, nodes: int, stats: Sequence[_Counter]
-) -> list[Rank | None]:
+    params, router: RouterState, batch: _Batch, mesh: dtensor.Mesh, nodes: int, stats: Sequence[_Counter],
+    exchange: Callable[..., tuple[Value, int]],
+) -> list[Rank | None]:  # fmt: skip
     """The pipeline's ranks: their local devices, with parameters and biases; `None` for ranks without any."""
     places, devices = local_places(mesh), mesh.local_devices()
     biases = [dtensor.unpack(leaf) for leaf in router]
@@ -201,7 +208,7 @@ def _make_ranks(
             layers = [tf.unstack(parts[i]) if parts[i].shape[0] else [] for i in here]
             return [Value(tuple(layer)) for layer in zip(*layers)]
 
-        answer = _answers(mesh, number, nodes, batch.tokens_a_device, counter)
+        answer = _answers(mesh, number, nodes, batch.tokens_a_device, counter, exchange)
         ranks.append(
             Rank(
                 tuple(devices[i] for i in here), [[trees[i] for i in here] for trees in params],
@@ -211,7 +218,9 @@ def _make_ranks(
     return ranks
 
 
-def _answers(mesh: dtensor.Mesh, pipe: int, nodes: int, tokens: int, stats: _Counter) -> Callable[[Any], Any]:
+def _answers(
+    mesh: dtensor.Mesh, pipe: int, nodes: int, tokens: int, stats: _Counter, exchange: Callable[..., tuple[Value, int]]
+) -> Callable[[Any], Any]:
     """Answers the requests of a rank's programs by exchanges among its devices."""
     axes = {axis: mesh_groups(mesh, (axis,), pipe=pipe, nodes=nodes) for axis in ("expert", "node")}
     (everyone,) = mesh_groups(mesh, ("data", "node", "expert"), pipe=pipe, nodes=nodes)
@@ -234,13 +243,36 @@ def _answers(mesh: dtensor.Mesh, pipe: int, nodes: int, tokens: int, stats: _Cou
     def answer(request):
         if isinstance(request, Capacity):
             return capacities(request)
-        part, groups = request.value.parts[0], axes[request.over]
-        ways = len(groups[0].devices)
-        moved = int(np.prod(part.shape)) * part.dtype.size // ways * (ways - 1)
+        value, moved = exchange(request, axes[request.over])
         stats.add(bytes=moved, node_bytes=moved if request.over == "node" else 0)
-        return Value(tuple(all_to_all(request.value.parts, groups)))
+        return value
 
     return answer
+
+
+def _exchange(policy: ComputePolicy, request: Exchange, groups: Sequence[Group]) -> tuple[Value, int]:
+    """Makes an exchange; returns its result and the bytes that a device has sent to others."""
+    parts, ways = request.value.parts, len(groups[0].devices)
+    like = parts[0]
+    compact = request.compact and sends_fp8(policy.fp8)
+    if compact:
+        fmt = {"fmt": policy.fp8.backward if request.backward else policy.fp8.forward, "fuse": policy.fuse}
+        floor = MIN_GRADIENT if request.backward else MIN_AMAX
+        parts = _each(lambda part: fp8_pack(part, min_amax=floor, **fmt), parts)
+    moved = int(np.prod(parts[0].shape)) * parts[0].dtype.size // ways * (ways - 1)
+    found = all_to_all(parts, groups)
+    if compact:
+        found = _each(lambda part: fp8_unpack(part, like.shape[-1], dtype=like.dtype, **fmt), found)
+    return Value(tuple(found)), moved
+
+
+def _each(fn: Callable[[tf.Tensor], tf.Tensor], parts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """A function of each device's part, on its device."""
+    found = []
+    for part in parts:
+        with on_device(part.device):
+            found.append(fn(part))
+    return found
 
 
 class _Batch:

@@ -19,6 +19,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int64 scalar, optimiser steps done. tokens: int64 scalar, tokens seen.
       params: `ModelParams`. router: `RouterState`. opt: the optimiser's state.
+      amax: with delayed FP8 scales the largest values of recent steps, see `nn.fp8_delayed`; else `()`.
     """
 
     step: tf.Tensor
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
     params: ModelParams
     router: RouterState
     opt: Tree
+    amax: Tree = ()
 
 
 def advance_state(
@@ -49,7 +51,7 @@ def advance_state(
     router = RouterState(
         *(router_update_bias(b, n, rate=rate) if b.shape[0] else b for b, n in zip(state.router, load))
     )
-    return TrainState(state.step + 1, state.tokens + counted, params, router, opt), stats
+    return TrainState(state.step + 1, state.tokens + counted, params, router, opt, state.amax), stats
 
 
 class MeshStats(NamedTuple):

@@ -14,11 +14,14 @@ from dsv3.compiled import compile_step
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
 from dsv3.layout import mesh_of
+from dsv3.nn.fp8_delayed import delayed_attach, delayed_detach, delayed_specs, delayed_update
 from dsv3.nn.model import ModelParams, RouterState, cast_params, model_init, model_specs, router_init
+from dsv3.nn.quantized import is_quantized
 from dsv3.parallel.mesh import on_device, pack, unpack_tree, whole
 from dsv3.parallel.mesh import place as place_leaf
 from dsv3.pipeline import one_f_one_b
 from dsv3.policy import ComputePolicy, default_policy
+from dsv3.recipe import Fp8Recipe, sends_fp8
 from dsv3.spec import ParamSpec, init_params
 from dsv3.train.loss import pretrain_loss
 from dsv3.train.mesh_params import state_layouts
@@ -28,7 +31,9 @@ from dsv3.train.state import TrainMetrics, TrainState, advance_state
 from dsv3.typing import TensorLike, Tree
 
 
-def train_init(key: TensorLike, cfg: ModelConfig, optimizer: Optimizer, layouts: Tree | None = None) -> TrainState:
+def train_init(
+    key: TensorLike, cfg: ModelConfig, optimizer: Optimizer, layouts: Tree | None = None, *, fp8: Fp8Recipe | None = None
+) -> TrainState:
     """Returns the state of a new model.
 
     Args:
@@ -37,9 +42,11 @@ def train_init(key: TensorLike, cfg: ModelConfig, optimizer: Optimizer, layouts:
       optimizer: see `adamw`.
       layouts: how the parameters are stored on a mesh; each leaf is placed when it has been drawn, so that no process holds
         more than one whole. The values are those of one device. `None`: one device.
+      fp8: the recipe of the steps; one with delayed scales has a part in the state.
     """
     if layouts is None:
-        return train_state(model_init(key, cfg), router_init(cfg), optimizer)
+        return train_state(model_init(key, cfg), router_init(cfg), optimizer, fp8=fp8)
+    _check_mesh_recipe("train_init", fp8)
 
     def draw(path: str, spec: ParamSpec, layout: Any) -> tf.Tensor:
         return place_leaf(tf.cast(init_params(key, {path: spec})[path], tf.float32), layout)
@@ -56,18 +63,20 @@ def train_init(key: TensorLike, cfg: ModelConfig, optimizer: Optimizer, layouts:
     return place_state(small, layouts)._replace(params=params, opt=opt)
 
 
-def train_specs(cfg: ModelConfig, optimizer: Optimizer) -> TrainState:
+def train_specs(cfg: ModelConfig, optimizer: Optimizer, *, fp8: Fp8Recipe | None = None) -> TrainState:
     """Returns a state's shapes and dtypes, a tree of `tf.TensorSpec`, without drawing it.
 
     Args:
-      cfg, optimizer: as of `train_init`.
+      cfg, optimizer, fp8: as of `train_init`.
     """
     with tf.Graph().as_default():
-        state = train_init([0, 0], cfg, optimizer)
+        state = train_init([0, 0], cfg, optimizer, fp8=fp8)
     return tree.map_leaves(lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), state)
 
 
-def train_state(params: ModelParams, router: RouterState, optimizer: Optimizer) -> TrainState:
+def train_state(
+    params: ModelParams, router: RouterState, optimizer: Optimizer, *, fp8: Fp8Recipe | None = None
+) -> TrainState:
     """Returns the state that starts training from given parameters.
 
     Args:
@@ -78,9 +87,19 @@ def train_state(params: ModelParams, router: RouterState, optimizer: Optimizer) 
     References: DeepSeek-V3 section 3.3.3 (master weights in float32).
     """
     check_type("train_state", "optimizer", optimizer, Optimizer)
+    check(
+        not is_quantized(params),
+        "train_state: `params` hold quantised matrices, want floating ones, as of `load_pretrained(..., dtype='float32')`",
+    )
     params = tree.map_leaves(lambda p: tf.cast(p, tf.float32), params)
     zero = tf.constant(0, tf.int64)
-    return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params))
+    amax = tree.map_leaves(lambda spec: tf.zeros(spec.shape), delayed_specs(params, fp8))
+    return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params), amax)
+
+
+def _check_mesh_recipe(function: str, fp8: Fp8Recipe | None) -> None:
+    alone = fp8 is None or fp8.scaling != "delayed"
+    check(alone, f"{function}: the recipe has delayed scales, which devices do not share yet; want `layouts` None for it")
 
 
 @plain
@@ -127,7 +146,15 @@ def train_update(
     normalizer = tf.reduce_sum(weights)
     micro_batches = tokens.shape[0]
 
+    delayed = policy.fp8 is not None and policy.fp8.scaling == "delayed"
+    check(
+        bool(state.amax) == delayed,
+        f"train_update: `state.amax` is {'filled' if state.amax else 'empty'}, want it as `policy.fp8` has it: give the "
+        "same recipe to `train_init` or `train_state`",
+    )
     params = cast_params(state.params, policy)  # once; their gradients come in the compute dtype
+    if delayed:
+        params = delayed_attach(params, state.amax)
 
     def gradients(i):
         with tf.GradientTape() as tape:
@@ -145,16 +172,24 @@ def train_update(
         total = _float32((loss, parts, grads))
         _, total = tf.while_loop(
             lambda i, _: i < micro_batches,
-            lambda i, total: (i + 1, tree.map_leaves(tf.add, total, _float32(gradients(i)))),
+            lambda i, total: (i + 1, tree.map_with_path(_added, total, _float32(gradients(i)))),
             (tf.constant(1), total),
             parallel_iterations=1,
         )
         loss, parts, grads = total
         parts = parts._replace(balance=parts.balance / micro_batches)
     counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
+    if delayed:
+        grads, seen = delayed_detach(grads)
+        state = state._replace(amax=delayed_update(state.amax, seen))
     norm = global_norm(grads, fuse=policy.fuse)
     new, stats = advance_state(state, grads, norm, parts.load, counted, rate, optimizer)
     return new, TrainMetrics(loss, parts, stats)
+
+
+def _added(path: str, total: tf.Tensor, more: tf.Tensor) -> tf.Tensor:
+    """Of micro-batches gradients are added; of largest values the largest counts."""
+    return (tf.maximum if path.endswith(".amax") else tf.add)(total, more)
 
 
 def _float32(values: Tree) -> Tree:
@@ -184,7 +219,8 @@ def make_train_step(
       schedule: on a mesh with an axis `pipe`, the order of micro-batches on its ranks: a generator of `dsv3.pipeline`, such
         as `dualpipe`. The micro-batches are those of `tokens` `[A, B, T+1]`.
       stage_layers: the layers of each stage; default: as even as possible.
-      dispatch_dtype: on a mesh, the dtype of rows on their way to other devices' experts; default: the compute dtype.
+      dispatch_dtype: on a mesh, the dtype of rows on their way to other devices' experts; default: the compute dtype, or
+        FP8 where the policy's recipe says so.
       expert_nodes: into how many nodes of neighbouring devices the mesh's axis `expert` is cut: with more than one, a row
         goes to each node that has experts for it once, and is forwarded there.
 
@@ -203,8 +239,13 @@ def make_train_step(
     policy = policy or default_policy()
     rates = {"mtp_weight": mtp_weight, "balance_weight": balance_weight, "bias_rate": bias_rate}
     if layouts is not None:
+        _check_mesh_recipe("make_train_step", policy.fp8)
         dtype = None if dispatch_dtype is None else tf.as_dtype(dispatch_dtype)
         check_choice("make_train_step", "dispatch_dtype", dtype and dtype.name, (None, "float32", "bfloat16"))
+        check(
+            dtype is None or not sends_fp8(policy.fp8),
+            f"make_train_step: `dispatch_dtype` is {dtype and dtype.name!r}, but by `policy.fp8` rows travel in FP8",
+        )
         return _mesh_step(cfg, optimizer, layouts, rates, policy, MeshPlan(schedule, stage_layers, dtype, expert_nodes))
     apart = dispatch_dtype is not None or expert_nodes != 1
     check(not apart, "make_train_step: `dispatch_dtype` or `expert_nodes` is given, but no `layouts` that share out experts")
