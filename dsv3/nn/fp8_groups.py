@@ -74,16 +74,14 @@ class BlockGroups:
 class TensorGroups(BlockGroups):
     """One scale for a tensor, repeated as that of each tile, which is what products of groups take.
 
-    Only where operands stay float8 it is not repeated: there would be a product for each tile of K.
+    Expanded operands take the tiles' scales at no price. Of float8 operands there is a product for each scale along K, so
+    they keep the one that they have; but for the weights' gradients, which are sums over tiles in any case.
     """
 
     def __init__(self, plan: Dispatch, recipe: Fp8Recipe, how: dict[str, Any]):
         super().__init__(plan, recipe, how)
-        self._whole = recipe.operands == "float8"
-        self._matmul |= {"scaling": "tensor"} if self._whole else {}
-
-    def expand(self, q: Fp8Tensor, dtype: tf.DType) -> tf.Tensor:
-        return tf.cast(fp8_expand(*q, block=None if self._whole else ROW_BLOCK, fuse=self.fuse), dtype)
+        self.untiled = recipe.operands == "float8"
+        self._matmul["scaling"] = "tensor" if self.untiled else "block"
 
     def quantize(self, x: tf.Tensor, site: int, role: int) -> Fp8Tensor:
         """A tensor with one scale; `role` is what it is at its site, as of `fp8_delayed`."""
@@ -102,13 +100,16 @@ class TensorGroups(BlockGroups):
     def weight(self, weight: tf.Tensor, site: int) -> Fp8Tensor:
         return self._tiled(self.quantize(weight, site, WEIGHT), WEIGHT_BLOCK)
 
+    def expand(self, q: Fp8Tensor, dtype: tf.DType) -> tf.Tensor:
+        return tf.cast(fp8_expand(*q, block=None if self.untiled else ROW_BLOCK, fuse=self.fuse), dtype)
+
     def over_tokens(self, x: tf.Tensor, site: int, *, backward: bool = False) -> Fp8Tensor:
         q = self.quantize(x, site, GRADIENT if backward else INPUT)
         like = fp8_quantize_groups(tf.zeros_like(x), self.plan.rows).scale_inv
         return Fp8Tensor(q.values, tf.broadcast_to(q.scale_inv, like.shape))
 
     def _tiled(self, q: Fp8Tensor, block: tuple[int, int]) -> Fp8Tensor:
-        if self._whole:
+        if self.untiled:
             return q
         *lead, rows, columns = q.values.shape
         return Fp8Tensor(q.values, tf.broadcast_to(q.scale_inv, [*lead, -(-rows // block[0]), -(-columns // block[1])]))
@@ -130,8 +131,9 @@ class DelayedGroups(TensorGroups):
 class WholeSums(TensorGroups):
     """One scale for a tensor, and sums that are never promoted on their way: a product for each expert."""
 
-    def expand(self, q: Fp8Tensor, dtype: tf.DType) -> tf.Tensor:
-        return tf.cast(fp8_expand(*q, block=None, fuse=self.fuse), dtype)
+    def __init__(self, plan: Dispatch, recipe: Fp8Recipe, how: dict[str, Any]):
+        super().__init__(plan, recipe, how)
+        self.untiled = True
 
     def matmul(self, a: Fp8Tensor, b: Fp8Tensor, dtype: tf.DType, *, transpose: bool = False) -> tf.Tensor:
         *parts, tail = grouped_split(a.values, self.plan.rows)
@@ -146,9 +148,6 @@ class WholeSums(TensorGroups):
         return tf.stack([
             self._product(Fp8Tensor(p, scale_a), Fp8Tensor(q, scale_d), dtype, transpose_a=True) for p, q in pairs
         ])  # fmt: skip
-
-    def _tiled(self, q: Fp8Tensor, block: tuple[int, int]) -> Fp8Tensor:
-        return q
 
     def _product(self, a: Fp8Tensor, b: Fp8Tensor, dtype: tf.DType, **transpose: bool) -> tf.Tensor:
         options = {name: self._matmul[name] for name in ("accumulate", "interval", "bits", "fuse")}

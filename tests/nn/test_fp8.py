@@ -101,23 +101,6 @@ def test_experts(name, kernel, fuse):
     assert not tf.reduce_any(got[1][2][1] != 0), "an expert without tokens has no gradient"
 
 
-@pytest.mark.parametrize("name", ["paper", "tensor", "e5m2_gradients"])
-def test_float8_operands_give_a_layers_results(name):
-    """Only the order of float32 sums differs, and with it what is rounded to the neighbouring FP8 value afterwards."""
-    x, w = normal(0, N, D), normal(1, D, F)
-    experts, given = expert_inputs()
-
-    def run(recipe):
-        routed = lambda *a: fp8_experts(a[0], a[1], experts, *a[2:], recipe=recipe, kernel="blocks", multiple=16)  # noqa: E731
-        linear = with_gradient(lambda x, w: fp8_linear(x, w, recipe=recipe), (x, w))
-        return tf.nest.flatten((linear, with_gradient(routed, given)))
-
-    recipe = RECIPES[name].replace(operands="float8")
-    got = tf.function(lambda: run(recipe), jit_compile=True, autograph=False)()
-    for i, (a, b) in enumerate(zip(got, run(RECIPES[name]), strict=True)):
-        assert relative(a, b) < (1e-6 if i < 3 else 5e-3), i  # those of the experts are behind a second quantisation
-
-
 def test_sums_of_experts_without_promotions():
     """With all bits they are those of one scale; with few they err more than those that are promoted."""
     experts, inputs = expert_inputs()
@@ -136,6 +119,23 @@ def test_sums_of_experts_without_promotions():
     with pytest.raises(ValueError, match="fp8_experts: `kernel` is 'blocks', want 'sorted' where `recipe.interval` is None"):
         recipe = RECIPES["tensor"].replace(interval=None)
         fp8_experts(inputs[0], inputs[1], experts, *inputs[2:], recipe=recipe, kernel="blocks")
+
+
+@pytest.mark.parametrize("name", ["paper", "tensor", "e5m2_gradients"])
+def test_float8_operands_give_a_layers_results(name):
+    """Only the order of float32 sums differs, and with it what is rounded to the neighbouring FP8 value afterwards."""
+    x, w = normal(0, N, D), normal(1, D, F)
+    experts, given = expert_inputs()
+
+    def run(recipe):
+        routed = lambda *a: fp8_experts(a[0], a[1], experts, *a[2:], recipe=recipe, kernel="blocks", multiple=16)  # noqa: E731
+        linear = with_gradient(lambda x, w: fp8_linear(x, w, recipe=recipe), (x, w))
+        return tf.nest.flatten((linear, with_gradient(routed, given)))
+
+    recipe = RECIPES[name].replace(operands="float8")
+    got = tf.function(lambda: run(recipe), jit_compile=True, autograph=False)()
+    for i, (a, b) in enumerate(zip(got, run(RECIPES[name]), strict=True)):
+        assert relative(a, b) < (1e-6 if i < 3 else 5e-3), i  # those of the experts are behind a second quantisation
 
 
 def test_weights_and_gradients_keep_their_dtypes():
