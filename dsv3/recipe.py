@@ -75,6 +75,10 @@ class Fp8Recipe:
             f"Fp8Recipe: `accumulate` is {self.accumulate!r} with operands='float8', want 'float32'",
         )
         check(
+            self.operands == "expanded" or self.interval is not None,
+            "Fp8Recipe: `interval` is None with operands='float8', want a number: it is of the accumulator's model",
+        )
+        check(
             isinstance(self.history, int) and self.history >= 1,
             f"Fp8Recipe: `history` is {self.history!r}, want an integer of at least 1",
         )

@@ -99,6 +99,9 @@ def main(argv: list[str]) -> int:
         check(FLAGS.out is not None, "--out is not given, want the artifact's directory")
         recipe = None if FLAGS.fp8 == "none" else RECIPES[FLAGS.fp8].replace(operands=FLAGS.operands)
         check(recipe is None or FLAGS.what != "decode", "--fp8 wants another --what: decoding has no FP8 products")
+        delayed = recipe is not None and recipe.scaling == "delayed"
+        alone = not delayed or FLAGS.what == "train_step"
+        check(alone, f"--fp8={FLAGS.fp8} wants --what=train_step: its scales are a part of the training's state")
         unknown = sorted(set(FLAGS.platforms) - {"cpu", "cuda", "rocm", "tpu"})
         check(not unknown and FLAGS.platforms, f"--platforms has {unknown}, want some of cpu, cuda, rocm, tpu")
         logging.set_verbosity(logging.WARNING)  # JAX tells which backends it has not found
@@ -252,8 +255,16 @@ def train_step(cfg: ModelConfig, policy: ComputePolicy) -> Case:
     optimizer = dsv3.adamw(1e-3, fuse=False)
     shape = (FLAGS.batch_size, FLAGS.seq_len + 1)
     tokens = tf.random.stateless_uniform(shape, (7, 0), 0, cfg.vocab_size, tf.int32)
-    inputs = dsv3.train_init(tf.constant(KEY), cfg, optimizer), tokens
-    return Case(lambda p: lambda state, tokens: train_update(state, tokens, cfg=cfg, optimizer=optimizer, policy=p), inputs)
+    inputs = dsv3.train_init(tf.constant(KEY), cfg, optimizer, fp8=policy.fp8), tokens
+
+    def make(p: ComputePolicy) -> Callable[..., Any]:
+        def step(state: Any, tokens: tf.Tensor) -> tuple:
+            state = state if p.fp8 else state._replace(amax={})  # FLOPs are counted without FP8
+            return train_update(state, tokens, cfg=cfg, optimizer=optimizer, policy=p)
+
+        return step
+
+    return Case(make, inputs)
 
 
 def decode(cfg: ModelConfig, policy: ComputePolicy) -> Case:

@@ -184,6 +184,7 @@ def test_wrong_flags_are_one_line(tmp_path):
     cases = {
         "--what is not given": [out], "--out is not given": ["--what=gemm"],
         "--fp8 wants another --what": ["--what=decode", "--fp8=paper", out],
+        "--fp8=delayed wants --what=train_step": ["--what=moe", "--fp8=delayed", out],
         "--platforms has ['abacus']": ["--what=gemm", "--platforms=abacus", out],
         "--experts is 1, want at least 2": ["--what=moe", "--experts=1", out],
     }  # fmt: skip

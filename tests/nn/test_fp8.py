@@ -155,6 +155,10 @@ def test_weights_and_gradients_keep_their_dtypes():
             lambda: Fp8Recipe(operands="float8", accumulate="tensor_core"),
             "Fp8Recipe: `accumulate` is 'tensor_core' with operands='float8', want 'float32'",
         ),
+        (
+            lambda: Fp8Recipe(operands="float8", interval=None, scaling="tensor"),
+            "Fp8Recipe: `interval` is None with operands='float8'",
+        ),
     ],
 )
 def test_wrong_recipes_are_named(make, message):
