@@ -1,7 +1,7 @@
 """Rows on their way to another device: FP8 values and their scales as one int32 tensor, which exchanges know.
 
-TensorFlow's collectives take no float8, and it has no bitcast of it; but E5M2 is the upper half of float16, and E4M3 times
-2^-8 is a float16 of which only the sign and bits 7 to 13 are in use.
+TensorFlow's collectives take no float8, and it has no bitcast of it. E4M3's bits are made by `ops.fp8_bits`; E5M2 is the
+upper half of float16.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import tensorflow as tf
 from dsv3.checks import check, check_choice
 from dsv3.graph import plain
 from dsv3.ops.fp8 import ROW_BLOCK, fp8_quantize
+from dsv3.ops.fp8_bits import BITS_SCALE, fp8_encode, half_bits
 from dsv3.ops.fp8_tiles import MIN_AMAX
 from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
 
-_SHIFT = 2.0**-8  # from E4M3's exponents to float16's
 _WORD = 4  # values of one int32
 _WIRE_FORMATS = ("e4m3", "e5m2")
 
@@ -81,12 +81,12 @@ def fp8_unpack(
 @fused
 def _pack(x, *, fmt, min_amax):
     q = fp8_quantize(x, block=ROW_BLOCK, fmt=fmt, scale_kind="power_of_two", min_amax=min_amax)
-    half = tf.cast(tf.cast(q.values, tf.float32) * (_SHIFT if fmt == "e4m3" else 1.0), tf.float16)
-    bits = tf.cast(tf.bitcast(half, tf.uint16), tf.int32)
+    values, width = tf.cast(q.values, tf.float32), x.shape[-1]
     if fmt == "e4m3":
-        bits = tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(bits, 0x8000), tf.bitwise.bitwise_and(bits, 0x3F80) * 2)
-    width = x.shape[-1]
-    bits = tf.pad(bits // 256, [[0, 0]] * (x.shape.rank - 1) + [[0, -width % _WORD]])
+        bits = tf.cast(fp8_encode(values), tf.int32)
+    else:
+        bits = tf.cast(tf.bitcast(tf.cast(values, tf.float16), tf.uint16), tf.int32) // 256
+    bits = tf.pad(bits, [[0, 0]] * (x.shape.rank - 1) + [[0, -width % _WORD]])
     words = tf.reshape(bits, [*_sizes(x)[:-1], -(-width // _WORD), _WORD])
     first, *others = (words[..., i] for i in range(_WORD))
     for i, word in enumerate(others, 1):
@@ -100,11 +100,11 @@ def _unpack(packed, *, width, fmt, dtype):
     words, scale = tf.split(packed, [-(-width // _WORD), -(-width // ROW_BLOCK[1])], -1)
     shifts = tf.constant([8 * i for i in range(_WORD)])
     bits = tf.bitwise.bitwise_and(tf.bitwise.right_shift(tf.expand_dims(words, -1), shifts), 0xFF)
-    bits = tf.reshape(bits, [*_sizes(packed)[:-1], -1])[..., :width] * 256
+    bits = tf.reshape(bits, [*_sizes(packed)[:-1], -1])[..., :width]
     if fmt == "e4m3":
-        bits = tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(bits, 0x8000), tf.bitwise.bitwise_and(bits // 2, 0x3F80))
-    half = tf.bitcast(tf.cast(bits, tf.uint16), tf.float16)
-    values = tf.cast(half, tf.float32) * (1 / _SHIFT if fmt == "e4m3" else 1.0)
+        values = half_bits(tf.cast(bits, tf.uint8)) * BITS_SCALE
+    else:
+        values = tf.cast(tf.bitcast(tf.cast(bits * 256, tf.uint16), tf.float16), tf.float32)
     scale = tf.repeat(tf.bitcast(scale, tf.float32), ROW_BLOCK[1], axis=-1)[..., :width]
     return tf.cast(values * scale, dtype)
 
