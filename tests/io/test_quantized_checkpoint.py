@@ -78,7 +78,9 @@ def test_other_tensors_are_quantised_as_quantize_params_does(saved, monkeypatch)
          dsv3.quantize_params(model.params, model.cfg, fuse=False))  # fmt: skip
 
 
-def test_decoded_on_the_way_out(saved, tmp_path):
+def test_decoded_on_the_way_out(saved, tmp_path, monkeypatch):
+    """However few rows are written at a time."""
+    monkeypatch.setattr(leaves, "STRIP", 500)
     model, folder = saved
     for kind in ("fp8", "int8"):
         params = dsv3.quantize_params(model.params, model.cfg, kind=kind, fuse=False)
@@ -91,6 +93,15 @@ def test_decoded_on_the_way_out(saved, tmp_path):
     dsv3.save_pretrained(tmp_path / "default", model.cfg, params, model.router)
     assert json.loads((tmp_path / "default" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {str(t.dtype) for t in read_raw_directory(tmp_path / "default").values()} == {"bfloat16", "float32"}
+
+
+def test_strips_of_a_save_change_nothing(saved, tmp_path, monkeypatch):
+    """Floating parameters become the same FP8 file, however few rows are written at a time."""
+    model, folder = saved
+    monkeypatch.setattr(leaves, "STRIP", 500)
+    dsv3.save_pretrained(tmp_path / "again", *model, dtype="float8")
+    names = "model.safetensors", "config.json"
+    assert all((tmp_path / "again" / name).read_bytes() == (folder / "float8" / name).read_bytes() for name in names)
 
 
 def test_a_checkpoint_in_other_blocks_is_no_float8(saved, tmp_path):
