@@ -167,13 +167,13 @@ def _encode(
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     """Yields (tensor, first byte in it, bytes) for a piece and its scales."""
     stored, finite = stored_dtype(piece, dtype), True
-    quantized = isinstance(leaf, QuantizedArrays)
-    if quantized and leaf.kind == "fp8" and stored == "F8_E4M3":
+    held = isinstance(leaf, QuantizedArrays)
+    if held and leaf.kind == "fp8" and stored == "F8_E4M3":
         yield from _encode_stored(piece, leaf, problems)
         return
-    view = None if quantized else part(leaf, piece)
+    view = None if held else part(leaf, piece)
     for first, end in strips(piece.shape, WEIGHT_BLOCK[0]):
-        if quantized:
+        if held:
             rows = decode_rows(leaf, piece, first, end)
         else:
             rows = np.ascontiguousarray(view[first:end]).view(leaf.dtype)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import dsv3
 from dsv3 import tree
+from dsv3.io import leaves
 from dsv3.io.names import checkpoint_pieces
 from dsv3.nn.quantized import params_dict
 from dsv3.ops.quantized import QuantizedWeight
@@ -47,14 +48,15 @@ def saved(request, tmp_path_factory):
     return model, folder
 
 
-def test_fp8_is_taken_and_written_bit_by_bit(saved, tmp_path):
+def test_fp8_is_taken_and_written_bit_by_bit(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(leaves, "STRIP", 500)
     model, folder = saved
     loaded = Model(*dsv3.load_pretrained(folder / "float8", dtype="float8"))
-    tensors, leaves = read_raw_directory(folder / "float8"), params_dict(loaded.params)
+    tensors, held = read_raw_directory(folder / "float8"), params_dict(loaded.params)
     for piece in checkpoint_pieces(dsv3.model_specs(model.cfg), model.cfg):
         if not piece.fp8:
             continue
-        leaf = leaves[piece.leaf]
+        leaf = held[piece.leaf]
         values, scale = (np.asarray(t)[piece.index] for t in leaf)
         columns, part = slice(*piece.columns or (None,)), int(bool(piece.columns and piece.columns[0]))
         flat = values.reshape(piece.shape[1], -1)[:, columns]
@@ -65,7 +67,9 @@ def test_fp8_is_taken_and_written_bit_by_bit(saved, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (folder / "float8" / name).read_bytes()
 
 
-def test_other_tensors_are_quantised_as_quantize_params_does(saved):
+def test_other_tensors_are_quantised_as_quantize_params_does(saved, monkeypatch):
+    """However few rows are read at a time."""
+    monkeypatch.setattr(leaves, "STRIP", 500)
     model, folder = saved
     for dtype, kind in (("float8", "fp8"), ("int8", "int8")):
         loaded = dsv3.load_pretrained(folder / "bfloat16", dtype=dtype)[1]
@@ -74,7 +78,9 @@ def test_other_tensors_are_quantised_as_quantize_params_does(saved):
          dsv3.quantize_params(model.params, model.cfg, fuse=False))  # fmt: skip
 
 
-def test_decoded_on_the_way_out(saved, tmp_path):
+def test_decoded_on_the_way_out(saved, tmp_path, monkeypatch):
+    """However few rows are written at a time."""
+    monkeypatch.setattr(leaves, "STRIP", 500)
     model, folder = saved
     for kind in ("fp8", "int8"):
         params = dsv3.quantize_params(model.params, model.cfg, kind=kind, fuse=False)
@@ -87,6 +93,15 @@ def test_decoded_on_the_way_out(saved, tmp_path):
     dsv3.save_pretrained(tmp_path / "default", model.cfg, params, model.router)
     assert json.loads((tmp_path / "default" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {str(t.dtype) for t in read_raw_directory(tmp_path / "default").values()} == {"bfloat16", "float32"}
+
+
+def test_strips_of_a_save_change_nothing(saved, tmp_path, monkeypatch):
+    """Floating parameters become the same FP8 file, however few rows are written at a time."""
+    model, folder = saved
+    monkeypatch.setattr(leaves, "STRIP", 500)
+    dsv3.save_pretrained(tmp_path / "again", *model, dtype="float8")
+    names = "model.safetensors", "config.json"
+    assert all((tmp_path / "again" / name).read_bytes() == (folder / "float8" / name).read_bytes() for name in names)
 
 
 def test_a_checkpoint_in_other_blocks_is_no_float8(saved, tmp_path):

@@ -31,7 +31,7 @@ SAME = 5e-6
 @functools.cache
 def model(kind: str = "fp8", **sizes):
     """(cfg, quantised parameters, the same decoded to float32, router)."""
-    cfg = model_config(num_nextn_predict_layers=1, **sizes)
+    cfg = model_config(num_nextn_predict_layers=1, qk_rope_head_dim=4, **sizes)  # pairs and halves differ from 4 on
     params = dsv3.quantize_params(random_params(dsv3.model_specs(cfg)), cfg, kind=kind, fuse=False)
     return cfg, params, dsv3.dequantize_params(params, cfg, dtype="float32", fuse=False), random_router(cfg)
 
@@ -95,7 +95,7 @@ def test_mtp_modules(kind):
 )  # fmt: skip
 def test_attention_whose_heads_cross_blocks(q_latent, kv_latent, nope, v_dim, kind, form):
     """Heads, latents and rotary columns that begin and end within a block of 128."""
-    cfg = mla_config(q_latent=q_latent, kv_latent=kv_latent, nope_dim=nope, v_dim=v_dim)
+    cfg = mla_config(q_latent=q_latent, kv_latent=kv_latent, nope_dim=nope, v_dim=v_dim, rope_dim=4)
     whole, params = random_params(dsv3.mla_specs(cfg, std=0.1), std=0.1)._asdict(), {}
     for name, leaf in whole.items():
         params[name] = leaf

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.ops import quantized as module
+from dsv3.ops import quantized_experts as routed
 from dsv3.ops.experts import KERNELS, experts_apply
 from dsv3.ops.fp8 import fp8_quantize
 from dsv3.ops.fp8_bits import fp8_decode, fp8_encode, half_bits
@@ -134,14 +135,17 @@ def test_experts_are_those_of_the_decoded_weights(tokens, top_k, spread, kernel,
 
 
 @pytest.mark.parametrize("kernel", ["sorted", "rows"])
-def test_only_chosen_experts_are_read(kernel):
-    """The others' scales may be NaN."""
+def test_only_chosen_experts_are_read(kernel, monkeypatch):
+    """The others' scales may be NaN, and there are two products for each (token, choice), or for each chosen expert."""
+    products = []
+    monkeypatch.setattr(routed, "quantized_matmul", lambda *a, **k: products.append(1) or quantized_matmul(*a, **k))
     scale = np.full((4, 1, 2, 1), np.nan, np.float32)
     scale[2] = 1.0
     gate_up = quantized_encode(normal(2, 4, 6, 10), parts=2)._replace(scale_inv=scale)
     down = quantized_encode(normal(3, 4, 5, 6))._replace(scale_inv=scale[:, :, :1])
     got = quantized_experts(normal(0, 3, 6), np.ones((3, 1)), np.full((3, 1), 2), gate_up, down, kernel=kernel, fuse=False)
     assert np.isfinite(got).all()
+    assert len(products) == {"sorted": 2, "rows": 6}[kernel]
 
 
 def test_int8_is_nearer_than_fp8_and_groups_than_channels():
