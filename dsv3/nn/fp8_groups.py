@@ -124,7 +124,8 @@ class DelayedGroups(TensorGroups):
 
     def quantize(self, x: tf.Tensor, site: int, role: int) -> Fp8Tensor:
         fmt = self.recipe.backward if role == GRADIENT else self.recipe.forward
-        q, self.seen[site][role] = delayed_quantize(x, self.amax[site][role], fmt=fmt, fuse=self.fuse)
+        q, now = delayed_quantize(x, self.amax[site][role], fmt=fmt, fuse=self.fuse)
+        self.seen[site].setdefault(role, now)  # of the first time: what is quantised again is cut off already
         return q
 
 
