@@ -84,12 +84,17 @@ class Fp8Recipe:
         )
         check(
             self.interval is not None or self.scaling == "tensor",
-            "Fp8Recipe: `interval` is None with scaling='block', want scaling='tensor': blocks have scales each",
+            f"Fp8Recipe: `interval` is None with scaling={self.scaling!r}, want scaling='tensor' for sums without promotion",
         )
         check(
             self.retile or self.attention_output is None,
             f"Fp8Recipe: `attention_output` is {self.attention_output!r} without `retile`, want None: nothing is kept in it",
         )
+
+        plain = {"scale_kind": "float32", "attention_output": None, "retile": True, "keep_swiglu": False}
+        for name, want in plain.items() if self.scaling == "delayed" else ():
+            got = getattr(self, name)
+            check(got == want, f"Fp8Recipe: `{name}` is {got!r} with scaling='delayed', want {want!r}")
 
     def replace(self, **fields) -> Fp8Recipe:
         """Returns a copy with fields changed."""

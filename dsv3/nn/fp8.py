@@ -54,42 +54,48 @@ def fp8_linear(
         def grad(dy):
             d = quantize_rows(dy, recipe, backward=True, fuse=fuse)
             dx = fp8_gemm(d, w, transpose_b=True, dtype=x.dtype, **_blocks(recipe, ROW_BLOCK, WEIGHT_BLOCK, fuse))
-            over_tokens = _over_tokens(kept, recipe, fuse=fuse) if recipe.retile else kept
-            d = fp8_quantize(dy, block=_block(recipe, COLUMN_BLOCK), **quantize_options(recipe, backward=True), fuse=fuse)
-            blocks = _blocks(recipe, COLUMN_BLOCK, COLUMN_BLOCK, fuse)
-            return dx, fp8_gemm(over_tokens, d, transpose_a=True, dtype=weight.dtype, **blocks)
+            over_tokens = kept
+            if recipe.retile:
+                kind = recipe.scale_kind if kept_format is None else "power_of_two"
+                over_tokens = _over_tokens(kept, recipe, kind, fuse=fuse)
+            return dx, _weight_gradient(over_tokens, dy, recipe, dtype=weight.dtype, fuse=fuse)
 
         return fp8_gemm(q, w, dtype=x.dtype, **_blocks(recipe, ROW_BLOCK, WEIGHT_BLOCK, fuse)), grad
 
     return apply(x, weight)
 
 
-def fp8_swiglu(h: tf.Tensor, *, recipe: Fp8Recipe, fuse: bool = False) -> tf.Tensor:
-    """Returns `swiglu(h)`, of whose input only an FP8 copy is kept: the backward pass computes SwiGLU again from that.
+def fp8_swiglu_linear(h: tf.Tensor, weight: tf.Tensor, *, recipe: Fp8Recipe, fuse: bool = False) -> tf.Tensor:
+    """Returns `swiglu(h) @ weight` in FP8, of which `h` alone is kept, in FP8: SwiGLU is computed again from that.
 
     Args:
-      h: `[..., 2F]`, see `ops.activation.swiglu`.
+      h: `[N, 2F]`, see `ops.activation.swiglu`.
+      weight: `[F, D]`, any floating dtype.
       recipe: see `Fp8Recipe`.
       fuse: compile the element-wise parts as kernels (not under XLA).
 
+    Returns:
+      `[N, D]` in `h`'s dtype; the gradients are as of `fp8_linear`.
+
     References: DeepSeek-V3 section 3.3.3.
     """
-    flat = tf.reshape(h, [-1, h.shape[-1]])
 
     @tf.custom_gradient
-    def apply(h):
-        kept = quantize_rows(h, recipe, fuse=fuse)
+    def apply(h, weight):
+        w, kept = quantize_weight(weight, recipe, fuse=fuse), quantize_rows(h, recipe, fuse=fuse)
+        q = quantize_rows(swiglu(h, fuse=fuse), recipe, fuse=fuse)
 
-        def grad(d):
+        def grad(dy):
+            d = quantize_rows(dy, recipe, backward=True, fuse=fuse)
+            d_act = fp8_gemm(d, w, transpose_b=True, dtype=h.dtype, **_blocks(recipe, ROW_BLOCK, WEIGHT_BLOCK, fuse))
             again = tf.cast(fp8_expand(*kept, block=_block(recipe, ROW_BLOCK), fuse=fuse), h.dtype)
-            ones = tf.ones([tf.shape(again)[0]])
-            return weighted_swiglu_grad(again, ones, d, fuse=fuse)[2]
+            act, _, d_h = weighted_swiglu_grad(again, tf.ones([tf.shape(again)[0]]), d_act, fuse=fuse)
+            x = fp8_quantize(act, block=_block(recipe, COLUMN_BLOCK), **quantize_options(recipe), fuse=fuse)
+            return d_h, _weight_gradient(x, dy, recipe, dtype=weight.dtype, fuse=fuse)
 
-        return swiglu(h, fuse=fuse), grad
+        return fp8_gemm(q, w, dtype=h.dtype, **_blocks(recipe, ROW_BLOCK, WEIGHT_BLOCK, fuse)), grad
 
-    width = h.shape[-1] // 2
-    shape = tf.concat([tf.shape(h)[:-1], [width]], 0)
-    return tf.ensure_shape(tf.reshape(apply(flat), shape), [*h.shape[:-1], width])
+    return apply(h, weight)
 
 
 def quantize_rows(
@@ -105,14 +111,18 @@ def quantize_weight(weight: tf.Tensor, recipe: Fp8Recipe, *, fuse: bool = False)
     return fp8_quantize(weight, block=_block(recipe, WEIGHT_BLOCK), **quantize_options(recipe), fuse=fuse)
 
 
-def _over_tokens(kept: Fp8Tensor, recipe: Fp8Recipe, *, fuse: bool) -> Fp8Tensor:
+def _over_tokens(kept: Fp8Tensor, recipe: Fp8Recipe, kind: str, *, fuse: bool) -> Fp8Tensor:
     """What a forward pass has kept, quantised again in tiles over tokens."""
-    own = kept.values.dtype == FORMATS[recipe.forward].dtype
-    if own and recipe.scaling == "tensor":
+    if recipe.scaling == "tensor" and kept.values.dtype == FORMATS[recipe.forward].dtype:
         return kept
     x = fp8_expand(*kept, block=_block(recipe, ROW_BLOCK), fuse=fuse)
-    kind = recipe.scale_kind if own else "power_of_two"
     return fp8_quantize(x, block=_block(recipe, COLUMN_BLOCK), fmt=recipe.forward, scale_kind=kind, fuse=fuse)
+
+
+def _weight_gradient(x: Fp8Tensor, dy: tf.Tensor, recipe: Fp8Recipe, *, dtype: tf.DType, fuse: bool) -> tf.Tensor:
+    """`xᵀ @ dy` of an input in tiles over tokens."""
+    d = fp8_quantize(dy, block=_block(recipe, COLUMN_BLOCK), **quantize_options(recipe, backward=True), fuse=fuse)
+    return fp8_gemm(x, d, transpose_a=True, dtype=dtype, **_blocks(recipe, COLUMN_BLOCK, COLUMN_BLOCK, fuse))
 
 
 def _block(recipe: Fp8Recipe, block: tuple[int, int]) -> tuple[int, int] | None:

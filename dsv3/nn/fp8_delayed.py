@@ -85,8 +85,10 @@ def delayed_update(amax: dict[str, tf.Tensor], seen: dict[str, tf.Tensor]) -> di
 
 @fused
 def largest(x: tf.Tensor) -> tf.Tensor:
-    """The largest absolute value, float32."""
-    return tf.reduce_max(tf.abs(tf.cast(x, tf.float32)))
+    """The largest absolute value, float32: NaN if one is NaN, 0 of nothing."""
+    bits = tf.bitwise.bitwise_and(tf.bitcast(tf.cast(x, tf.float32), tf.int32), 0x7FFFFFFF)
+    # Numbers without a sign are ordered as their bits are, NaN last: alike everywhere, where maxima of floats are not.
+    return tf.bitcast(tf.maximum(tf.reduce_max(bits), 0), tf.float32)
 
 
 def delayed_quantize(
@@ -111,8 +113,13 @@ def delayed_quantize(
 
 
 def observed(amax: tf.Tensor, *now: tf.Tensor) -> tf.Tensor:
-    """The "gradient" of a history `[3, history]`: the largest values of input, weight and gradient, in its first column."""
-    return tf.concat([tf.stack(now)[:, None], tf.zeros_like(amax[:, 1:])], 1)
+    """The "gradient" of a history `[3, history]`: the largest values of input, weight and gradient, in its first column.
+
+    What is not finite is left out: it would be every tensor's scale for as long as the history is.
+    """
+    now = tf.stack(now)
+    now = tf.where(tf.math.is_finite(now), now, 0.0)
+    return tf.concat([now[:, None], tf.zeros_like(amax[:, 1:])], 1)
 
 
 def delayed_linear(x: tf.Tensor, weight: DelayedWeight, *, recipe: Fp8Recipe, fuse: bool = False) -> tf.Tensor:

@@ -15,7 +15,7 @@ from dsv3.nn.fp8_delayed import DelayedWeight, check_attached, observed
 from dsv3.nn.fp8_groups import FIRST, SECOND, BlockGroups, DelayedGroups, TensorGroups, WholeSums
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
 from dsv3.ops.experts import weighted_swiglu, weighted_swiglu_grad
-from dsv3.recipe import Fp8Recipe
+from dsv3.recipe import Fp8Recipe, sends_fp8
 from dsv3.typing import TensorLike
 
 
@@ -92,7 +92,8 @@ def _apply(groups: BlockGroups, *operands: tf.Tensor) -> tf.Tensor:
             pre = groups.expand(kept, x.dtype) if recipe.keep_swiglu else kept
             act, d_w, d_h = weighted_swiglu_grad(pre, w, d_act, fuse=fuse)
             d_down = groups.outer(act, dy_rows, down.dtype, SECOND)
-            rows = groups.expand(q, x.dtype) if recipe.retile else gather_rows(x, plan.tokens, fuse=fuse)
+            retile = recipe.retile or sends_fp8(recipe)  # what arrives in FP8 is all that there is
+            rows = groups.expand(q, x.dtype) if retile else gather_rows(x, plan.tokens, fuse=fuse)
             d_gate_up = groups.outer(rows, d_h, gate_up.dtype, FIRST)
             d_rows = groups.matmul(groups.rows(d_h, FIRST, backward=True), first, x.dtype, transpose=True)
             seen = [observed(a, *(groups.seen[site][role] for role in range(3))) for site, a in enumerate(amax)]

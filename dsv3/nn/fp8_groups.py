@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from dsv3.nn.fp8 import MIN_GRADIENT, quantize_options, quantize_rows, quantize_weight
 from dsv3.nn.fp8_delayed import GRADIENT, INPUT, WEIGHT, delayed_quantize
-from dsv3.ops.dispatch import Dispatch, gather_rows
+from dsv3.ops.dispatch import Dispatch, gather_rows, scatter_weights
 from dsv3.ops.fp8 import ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor, fp8_fake, fp8_quantize
 from dsv3.ops.gemm import fp8_expand, fp8_gemm
 from dsv3.ops.gemm_grouped import fp8_grouped_gemm, fp8_grouped_wgrad, fp8_quantize_groups
@@ -31,7 +31,8 @@ class BlockGroups:
 
     def rows(self, x: tf.Tensor, site: int, *, backward: bool = False) -> Fp8Tensor:
         """Rows by expert, an activation or, with `backward`, a gradient."""
-        return quantize_rows(x, self.recipe, backward=backward, fuse=self.fuse)
+        sent = backward and site == SECOND and sends_fp8(self.recipe)
+        return quantize_rows(x, self.recipe, backward=backward, sent=sent, fuse=self.fuse)
 
     def tokens(self, x: tf.Tensor) -> Fp8Tensor:
         """Tokens' rows, by expert; what has travelled in FP8 comes out of this as it was."""
@@ -67,8 +68,14 @@ class BlockGroups:
         return fp8_grouped_wgrad(*pair, self.plan.rows, dtype=dtype, **self._outer)
 
     def over_tokens(self, x: tf.Tensor, site: int, *, backward: bool = False) -> Fp8Tensor:
-        """Rows by expert, quantised along tokens."""
-        return fp8_quantize_groups(x, self.plan.rows, **quantize_options(self.recipe, backward=backward), fuse=self.fuse)
+        """Rows by expert, quantised along tokens; what has travelled with power-of-two scales stays with such."""
+        options = quantize_options(self.recipe, backward=backward)
+        if sends_fp8(self.recipe) and site == (SECOND if backward else FIRST):
+            options |= {"scale_kind": "power_of_two"}
+        # What lies between the groups is the first token's, and must not count in the scale of an expert's last tile.
+        real = scatter_weights(tf.ones(self.plan.slots.shape), self.plan.slots, size=x.shape[0], fuse=self.fuse)
+        x = tf.where(tf.expand_dims(real > 0, -1), x, tf.zeros([], x.dtype))
+        return fp8_quantize_groups(x, self.plan.rows, **options, fuse=self.fuse)
 
 
 class TensorGroups(BlockGroups):

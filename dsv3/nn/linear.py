@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from dsv3.checks import Dims, check
 from dsv3.graph import plain
-from dsv3.nn.fp8 import fp8_linear, fp8_swiglu
+from dsv3.nn.fp8 import fp8_linear, fp8_swiglu_linear
 from dsv3.nn.fp8_delayed import DelayedWeight, check_attached, delayed_linear
 from dsv3.ops.activation import swiglu
 from dsv3.ops.quantized import QuantizedWeight, quantized_matmul
@@ -94,7 +94,7 @@ def mlp_apply(params: MLPParams, x: TensorLike, *, fp8: Fp8Recipe | None = None,
     Args:
       params: see `MLPParams`.
       x: `[..., D]`.
-      fp8: compute the products in FP8; SwiGLU's input is then kept in FP8, too, if the recipe says so.
+      fp8: compute the products in FP8. If the recipe says so, of SwiGLU only the input is kept, in FP8.
       fuse: compile the element-wise parts as kernels.
 
     Returns:
@@ -104,5 +104,9 @@ def mlp_apply(params: MLPParams, x: TensorLike, *, fp8: Fp8Recipe | None = None,
     """
     how = {"fp8": fp8, "fuse": fuse}
     h = linear_apply(x, params.gate_up, **how)
-    act = fp8_swiglu(h, recipe=fp8, fuse=fuse) if fp8 and fp8.keep_swiglu else swiglu(h, fuse=fuse)
-    return linear_apply(act, params.down, **how)
+    if fp8 is None or not fp8.keep_swiglu:
+        return linear_apply(swiglu(h, fuse=fuse), params.down, **how)
+    check_attached("mlp_apply", params.down, fp8)
+    y = fp8_swiglu_linear(tf.reshape(h, [-1, h.shape[-1]]), params.down, recipe=fp8, fuse=fuse)
+    shape = tf.concat([tf.shape(h)[:-1], [params.down.shape[1]]], 0)
+    return tf.ensure_shape(tf.reshape(y, shape), [*h.shape[:-1], params.down.shape[1]])
