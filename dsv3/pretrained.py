@@ -20,7 +20,7 @@ from dsv3.io.reader import read_leaves
 from dsv3.io.safetensors_files import open_directory
 from dsv3.io.writer import write_checkpoint
 from dsv3.nn.model import ModelParams, RouterState, model_specs
-from dsv3.nn.quantized import matrix_of, params_dict, params_tree, scale_shape
+from dsv3.nn.quantized import matrix_of, params_dict, scale_shape
 from dsv3.ops.fp8 import WEIGHT_BLOCK
 from dsv3.ops.quantized import QuantizedWeight
 from dsv3.spec import ParamSpec
@@ -82,7 +82,7 @@ def load_pretrained(
     leaves |= {path: tf.TensorSpec(shape, tf.float32) for path, shape in _router_shapes(cfg).items()}
     read = read_leaves(leaves, pieces, stored.tensors, block=block, problems=problems)
     router = RouterState(*(read.pop(path) for path in _router_shapes(cfg)))
-    return cfg, params_tree(specs, read), router
+    return cfg, tree.graft(specs, read), router
 
 
 def _leaf_spec(path: str, spec: ParamSpec, name: str) -> tf.TensorSpec | QuantizedWeight:

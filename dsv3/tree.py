@@ -7,7 +7,7 @@ A path joins field names with dots: `moe.mla.kv_a`. An empty tuple `()` is a sub
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tree as dm_tree
@@ -61,6 +61,24 @@ def subtree(tree: Tree, path: str) -> Tree:
     for part in path.split("."):
         tree = tree[int(part)] if part.isdigit() else tree[part] if isinstance(tree, dict) else getattr(tree, part)
     return tree
+
+
+def graft(tree: Tree, subtrees: Mapping[str, Tree]) -> Tree:
+    """Returns a tree of NamedTuples with others in the place of what lies at some dotted paths.
+
+    >>> from dsv3.nn.linear import MLPParams
+    >>> graft(MLPParams(1, 2), {"down": (3, 4)})
+    MLPParams(gate_up=1, down=(3, 4))
+    """
+
+    def build(node: Tree, path: str) -> Tree:
+        if path in subtrees:
+            return subtrees[path]
+        if not hasattr(node, "_fields"):
+            return node
+        return type(node)(*(build(getattr(node, name), f"{path}.{name}".lstrip(".")) for name in node._fields))
+
+    return build(tree, "")
 
 
 def slice_leading(tree: Tree, index: Any) -> Tree:

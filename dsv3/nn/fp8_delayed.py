@@ -8,6 +8,7 @@ them from the gradients of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -52,30 +53,14 @@ def delayed_specs(specs: Tree, recipe: Fp8Recipe | None) -> dict[str, tf.TensorS
 
 def delayed_attach(params: Tree, amax: dict[str, tf.Tensor]) -> Tree:
     """Returns the parameters with a `DelayedWeight` for each matrix that `amax` has a history of."""
-
-    def build(node: Tree, path: str) -> Tree:
-        if path in amax:
-            return DelayedWeight(node, amax[path])
-        if tf.is_tensor(node) or not node:
-            return node
-        return type(node)(*(build(getattr(node, name), f"{path}.{name}".lstrip(".")) for name in node._fields))
-
-    return build(params, "")
+    return tree.graft(params, {path: DelayedWeight(tree.subtree(params, path), history) for path, history in amax.items()})
 
 
-def delayed_detach(grads: Tree) -> tuple[Tree, dict[str, tf.Tensor]]:
+def delayed_detach(grads: Tree, paths: Iterable[str]) -> tuple[Tree, dict[str, tf.Tensor]]:
     """Takes gradients of attached parameters apart: those of the plain ones, and by path what was seen, `[X, 3]`."""
-    seen = {}
-
-    def build(node: Tree, path: str) -> Tree:
-        if isinstance(node, DelayedWeight):
-            seen[path] = node.amax[..., 0]
-            return node.weight
-        if tf.is_tensor(node) or not node:
-            return node
-        return type(node)(*(build(getattr(node, name), f"{path}.{name}".lstrip(".")) for name in node._fields))
-
-    return build(grads, ""), seen
+    attached = {path: tree.subtree(grads, path) for path in paths}
+    plain = tree.graft(grads, {path: d.weight for path, d in attached.items()})
+    return plain, {path: d.amax[..., 0] for path, d in attached.items()}
 
 
 def delayed_update(amax: dict[str, tf.Tensor], seen: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -118,7 +118,7 @@ def is_quantized(params: Tree) -> bool:
 
 
 def params_dict(params: Tree) -> dict[str, tf.Tensor | QuantizedWeight]:
-    """Returns path → leaf, as `tree.to_dict`, where a quantised matrix is one leaf."""
+    """Returns path → leaf, as `tree.to_dict`, where a quantised matrix is one leaf; `tree.graft` is the inverse."""
     found: dict[str, tf.Tensor | QuantizedWeight] = {}
     for path, leaf in tree.items(params):
         owner, _, field = path.rpartition(".")
@@ -129,19 +129,6 @@ def params_dict(params: Tree) -> dict[str, tf.Tensor | QuantizedWeight]:
     return found
 
 
-def params_tree(specs: Tree, leaves: dict[str, tf.Tensor | QuantizedWeight]) -> Tree:
-    """Builds a tree like `specs` from path → leaf, which may be a `QuantizedWeight`: the inverse of `params_dict`."""
-
-    def build(node: Tree, path: str) -> Tree:
-        if path in leaves:
-            return leaves[path]
-        if not node:
-            return node
-        return type(node)(*(build(getattr(node, name), f"{path}.{name}".lstrip(".")) for name in node._fields))
-
-    return build(specs, "")
-
-
 def _map(function: str, fn, params: ModelParams, cfg: ModelConfig) -> ModelParams:
     """Applies `fn(path, shape, leaf)` to every leaf of parameters that must be the configuration's."""
     specs, leaves = model_specs(cfg), params_dict(params)
@@ -150,4 +137,4 @@ def _map(function: str, fn, params: ModelParams, cfg: ModelConfig) -> ModelParam
     for path, leaf in leaves.items():
         got = tuple(leaf.shape)
         check(got == shapes[path], f"{function}: `{path}` has shape {got}, want {shapes[path]}")
-    return params_tree(specs, {path: fn(path, shapes[path], leaf) for path, leaf in leaves.items()})
+    return tree.graft(specs, {path: fn(path, shapes[path], leaf) for path, leaf in leaves.items()})

@@ -181,7 +181,7 @@ def train_update(
         parts = parts._replace(balance=parts.balance / micro_batches)
     counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
     if delayed:
-        grads, seen = delayed_detach(grads)
+        grads, seen = delayed_detach(grads, state.amax)
         state = state._replace(amax=delayed_update(state.amax, seen))
     norm = global_norm(grads, fuse=policy.fuse)
     new, stats = advance_state(state, grads, norm, parts.load, counted, rate, optimizer)

@@ -16,7 +16,7 @@ from dsv3.nn.cache import cache_bytes, entry_format
 from dsv3.nn.linear import linear_apply, weight_matrix
 from dsv3.nn.mla import LayerCache, mla_absorb, mla_apply
 from dsv3.nn.model import absorb_params, cast_params
-from dsv3.nn.quantized import MATRICES, is_quantized, matrix_of, params_dict, params_tree, scale_shape
+from dsv3.nn.quantized import MATRICES, is_quantized, matrix_of, params_dict, scale_shape
 from dsv3.ops.latent import latent_pack, latent_unpack
 from dsv3.ops.quantized import QuantizedWeight, quantized_encode
 from dsv3.recipe import RECIPES
@@ -136,7 +136,7 @@ def test_trees(kind):
         if quantised:
             assert leaves[path].kind == kind
             assert tuple(leaves[path].scale_inv.shape) == scale_shape(spec.shape, matrix_of(path), kind)
-    again = params_tree(specs, leaves)
+    again = tree.graft(specs, leaves)
     assert [path for path, _ in tree.items(again)] == [path for path, _ in tree.items(params)]
     same = dsv3.quantize_params(params, cfg, kind=kind)
     assert all(a is b for a, b in zip(tree.flatten(same), tree.flatten(params)))
