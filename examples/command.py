@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -25,6 +25,13 @@ def flag_parser(program: str) -> Callable[[list[str]], list[str]]:
             sys.exit(2)
 
     return parse_flags
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Returns a table as text in aligned columns, of which the first `left` begin at the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[f"{cell:{'<' if i < left else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def check_axes(

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from command import flag_parser
+from command import aligned, flag_parser
 
 import dsv3
 from dsv3.checks import check
@@ -190,11 +190,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['greedy_agreement']:.2%}", f"{row['free_running']:.1f} of {row['new_tokens']}",
             f"{row['decode_ratio']:.2f}", f"{row['prefill_ratio']:.2f}",
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
 
 
 parse_flags = flag_parser("compression")

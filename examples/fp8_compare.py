@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command import aligned
 
 WINDOW = 10  # steps of a running mean
 Losses = dict[int, np.ndarray]  # by seed
@@ -72,9 +73,7 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
             cells.append("-" if to is None else f"{signed(np.mean(to))} ({signed(min(to))} to {signed(max(to))})")
             cells.append("-" if to is None else f"{100 * np.mean(found[f'apart_{peer}']):.2f}")
         rows.append([*cells, f"{100 * found['spike']:.1f}", f"{found['heldout']:.4f}"])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    aligned = [[f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))] for row in rows]
-    return "\n".join(map("  ".join, aligned))
+    return aligned(rows)
 
 
 def signed(value: float) -> str:

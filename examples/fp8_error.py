@@ -35,7 +35,7 @@ import sys
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from command import flag_parser
+from command import aligned, flag_parser
 
 from dsv3.checks import check
 from dsv3.ops.fp8 import ROW_BLOCK, WEIGHT_BLOCK, Block, fp8_fake, fp8_quantize
@@ -63,9 +63,7 @@ def main(argv: list[str]) -> int:
         a, b = operands(depth)
         rows.append((f"{depth:,}", *rounding(a, b), *sums(a, b)))
     print(f"{'':8}{'rounding, %':<44}sums, %: mean (largest)")
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths)))
+    print(aligned(rows, left=0))
     return 0
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from command import flag_parser
+from command import aligned, flag_parser
 
 import dsv3
 from dsv3.checks import check
@@ -70,9 +70,7 @@ def main(argv: list[str]) -> int:
     for name in FLAGS.cases:
         for cases in {"quantize": quantizers, "product": products, "step": steps}[name]():
             rows += measure(cases)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))))
+    print(aligned(rows))
     return 0
 
 

@@ -24,7 +24,7 @@ import time
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
-from command import check_axes, flag_parser
+from command import aligned, check_axes, flag_parser
 
 import dsv3
 from dsv3 import pipeline
@@ -72,9 +72,7 @@ def main(argv: list[str]) -> int:
         print(f"mesh: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if clients.index == 0:
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-        for row in rows:
-            print("  ".join(f"{cell:{'<' if i < 2 else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))))
+        print(aligned(rows, left=2))
         print(NOTES)
     return 0
 

@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
-from command import flag_parser
+from command import aligned, flag_parser
 
 from dsv3.checks import check
 from dsv3.pipeline import (
@@ -141,10 +141,7 @@ def show_table(schedule: Schedule, times: Times) -> None:
                 rows.append(figures(make(name, ranks), times))
             except ValueError as error:
                 refused.append(f"not listed: {error}")
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        cells = [f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip())
+    print(aligned(rows))
     print(*refused, sep="\n", end="\n" if refused else "")
 
 
