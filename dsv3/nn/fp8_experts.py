@@ -14,7 +14,7 @@ from dsv3.checks import check
 from dsv3.nn.fp8_delayed import DelayedWeight, check_attached, observed
 from dsv3.nn.fp8_groups import FIRST, SECOND, BlockGroups, DelayedGroups, TensorGroups, WholeSums
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
-from dsv3.ops.experts import weighted_swiglu, weighted_swiglu_grad
+from dsv3.ops.experts import check_experts, weighted_swiglu, weighted_swiglu_grad
 from dsv3.recipe import Fp8Recipe, sends_fp8
 from dsv3.typing import TensorLike
 
@@ -46,6 +46,7 @@ def fp8_experts(
 
     References: DeepSeek-V3 sections 2.1.2 and 3.3.
     """
+    check_experts("fp8_experts", x, weights, experts, gate_up, down)
     check_attached("fp8_experts", gate_up, recipe)
     check_attached("fp8_experts", down, recipe)
     delayed = recipe.scaling == "delayed"

@@ -9,6 +9,8 @@ The gate value multiplies the activation before the down product, which is the s
 
 from __future__ import annotations
 
+from typing import Any
+
 import tensorflow as tf
 
 from dsv3.checks import Dims, check, check_choice
@@ -52,18 +54,10 @@ def experts_apply(
     References: DeepSeek-V3 section 2.1.2, equation 12; no token is dropped (section 2.1.2, "No Token-Dropping").
     """
     check_choice("experts_apply", "kernel", kernel, KERNELS)
-    dims = Dims("experts_apply")
-    dims("x", x, "N D")
-    dims("weights", weights, "N K")
-    dims("experts", experts, "N K")
-    dims("gate_up", gate_up, "E D J")
-    dims("down", down, "E F D")
-    check(
-        dims.J == 2 * dims.F, f"experts_apply: `gate_up` has last dim {dims.J}, want {2 * dims.F} [2F], twice down's F"
-    )
+    check_experts("experts_apply", x, weights, experts, gate_up, down)
     x, gate_up, down = tf.convert_to_tensor(x), tf.convert_to_tensor(gate_up), tf.convert_to_tensor(down)
     weights, experts = tf.cast(weights, tf.float32), tf.cast(experts, tf.int32)
-    if dims.N == 0:
+    if x.shape[0] == 0:
         return tf.zeros_like(x)
     if kernel == "rows":
         return _rows(x, weights, experts, gate_up, down)
@@ -71,6 +65,18 @@ def experts_apply(
     if kernel == "blocks":
         return _blocks(x, weights, plan, gate_up, down, block=multiple)
     return _sorted(x, weights, plan, gate_up, down, fuse=fuse)
+
+
+def check_experts(function: str, x: TensorLike, weights: TensorLike, experts: TensorLike, gate_up: Any, down: Any) -> None:
+    """Raises `ValueError` in the name of `function` unless the operands of a mixture fit; weights need a shape only."""
+    dims = Dims(function)
+    dims("x", x, "N D")
+    dims("weights", weights, "N K")
+    dims("experts", experts, "N K")
+    dims("gate_up", gate_up, "E D J")
+    dims("down", down, "E F D")
+    check(dims.J == 2 * dims.F, f"{function}: `gate_up` has last dim {dims.J}, want {2 * dims.F} [2F], twice down's F")
+    check(dims.N is not None, f"{function}: `x` has an unknown number of tokens, want a static N")
 
 
 @fused

@@ -12,6 +12,7 @@ import tensorflow as tf
 from dsv3.checks import check
 from dsv3.graph import plain
 from dsv3.ops.fp8_formats import fp8_round
+from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
 
 BITS_SCALE = 256.0
@@ -64,9 +65,28 @@ def fp8_decode(bits: TensorLike) -> tf.Tensor:
     return tf.where(nan, float("nan"), half_bits(bits) * BITS_SCALE)
 
 
+@fused
+def fp8_to_bits(values: tf.Tensor) -> tf.Tensor:
+    """Returns float8 E4M3 values as `uint8` bits; `fuse` compiles it as one kernel."""
+    return fp8_encode(tf.cast(values, tf.float32))
+
+
 def half_bits(bits: tf.Tensor) -> tf.Tensor:
     """Returns E4M3 `bits` as float32 values divided by `BITS_SCALE`, which goes into a scale; NaN is not looked for."""
     wide = tf.cast(bits, tf.int16)
     sign = tf.bitwise.left_shift(tf.bitwise.bitwise_and(wide, tf.constant(_SIGN, tf.int16)), tf.constant(8, tf.int16))
     rest = tf.bitwise.left_shift(tf.bitwise.bitwise_and(wide, tf.constant(_REST, tf.int16)), tf.constant(7, tf.int16))
     return tf.cast(tf.bitcast(tf.bitwise.bitwise_or(sign, rest), tf.float16), tf.float32)
+
+
+def to_bytes(x: tf.Tensor) -> tf.Tensor:
+    """`[..., n]` to `[..., n·size]` `uint8`."""
+    shape = tf.concat([tf.shape(x)[:-1], [x.shape[-1] * x.dtype.size]], 0)
+    return tf.ensure_shape(tf.reshape(tf.bitcast(x, tf.uint8), shape), [*x.shape[:-1], x.shape[-1] * x.dtype.size])
+
+
+def from_bytes(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """The inverse of `to_bytes`."""
+    count = x.shape[-1] // dtype.size
+    shape = tf.concat([tf.shape(x)[:-1], [count, dtype.size]], 0)
+    return tf.ensure_shape(tf.bitcast(tf.reshape(x, shape), dtype), [*x.shape[:-1], count])

@@ -11,7 +11,7 @@ import tensorflow as tf
 from dsv3.checks import check, check_choice
 from dsv3.graph import plain
 from dsv3.ops.fp8 import ROW_BLOCK, fp8_quantize
-from dsv3.ops.fp8_bits import BITS_SCALE, fp8_encode, half_bits
+from dsv3.ops.fp8_bits import BITS_SCALE, fp8_to_bits, from_bytes, half_bits, to_bytes
 from dsv3.ops.fp8_tiles import MIN_AMAX
 from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
@@ -81,33 +81,24 @@ def fp8_unpack(
 @fused
 def _pack(x, *, fmt, min_amax):
     q = fp8_quantize(x, block=ROW_BLOCK, fmt=fmt, scale_kind="power_of_two", min_amax=min_amax)
-    values, width = tf.cast(q.values, tf.float32), x.shape[-1]
+    width = x.shape[-1]
     if fmt == "e4m3":
-        bits = tf.cast(fp8_encode(values), tf.int32)
+        bits = fp8_to_bits(q.values)
     else:
-        bits = tf.cast(tf.bitcast(tf.cast(values, tf.float16), tf.uint16), tf.int32) // 256
+        half = tf.cast(tf.cast(q.values, tf.float32), tf.float16)
+        bits = tf.cast(tf.cast(tf.bitcast(half, tf.uint16), tf.int32) // 256, tf.uint8)
     bits = tf.pad(bits, [[0, 0]] * (x.shape.rank - 1) + [[0, -width % _WORD]])
-    words = tf.reshape(bits, [*_sizes(x)[:-1], -(-width // _WORD), _WORD])
-    first, *others = (words[..., i] for i in range(_WORD))
-    for i, word in enumerate(others, 1):
-        first = tf.bitwise.bitwise_or(first, tf.bitwise.left_shift(word, 8 * i))
     scale = tf.where(tf.math.is_finite(q.scale_inv), q.scale_inv, float("nan"))  # the values' bits have no NaN
-    return tf.concat([first, tf.bitcast(scale, tf.int32)], -1)
+    return tf.concat([from_bytes(bits, tf.int32), tf.bitcast(scale, tf.int32)], -1)
 
 
 @fused
 def _unpack(packed, *, width, fmt, dtype):
     words, scale = tf.split(packed, [-(-width // _WORD), -(-width // ROW_BLOCK[1])], -1)
-    shifts = tf.constant([8 * i for i in range(_WORD)])
-    bits = tf.bitwise.bitwise_and(tf.bitwise.right_shift(tf.expand_dims(words, -1), shifts), 0xFF)
-    bits = tf.reshape(bits, [*_sizes(packed)[:-1], -1])[..., :width]
+    bits = to_bytes(words)[..., :width]
     if fmt == "e4m3":
-        values = half_bits(tf.cast(bits, tf.uint8)) * BITS_SCALE
+        values = half_bits(bits) * BITS_SCALE
     else:
-        values = tf.cast(tf.bitcast(tf.cast(bits * 256, tf.uint16), tf.float16), tf.float32)
+        values = tf.cast(tf.bitcast(tf.cast(tf.cast(bits, tf.int32) * 256, tf.uint16), tf.float16), tf.float32)
     scale = tf.repeat(tf.bitcast(scale, tf.float32), ROW_BLOCK[1], axis=-1)[..., :width]
     return tf.cast(values * scale, dtype)
-
-
-def _sizes(x: tf.Tensor) -> list[int | tf.Tensor]:
-    return [tf.shape(x)[i] if n is None else n for i, n in enumerate(x.shape)]

@@ -15,7 +15,7 @@ import tensorflow as tf
 from dsv3.checks import Dims, check
 from dsv3.graph import plain
 from dsv3.ops.fp8 import ROW_BLOCK, fp8_quantize
-from dsv3.ops.fp8_bits import BITS_SCALE, fp8_encode, half_bits
+from dsv3.ops.fp8_bits import BITS_SCALE, fp8_to_bits, from_bytes, half_bits, to_bytes
 from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
 
@@ -57,8 +57,8 @@ def latent_pack(entries: TensorLike, *, rope: int, fuse: bool = False) -> tf.Ten
     )
     latent, key = tf.split(entries, [width - rope, rope], axis=-1)
     q = fp8_quantize(latent, block=ROW_BLOCK, fuse=fuse)
-    bits = _bits(q.values, fuse=fuse)
-    return tf.concat([bits, _to_bytes(q.scale_inv), _to_bytes(tf.cast(key, tf.bfloat16))], -1)
+    bits = fp8_to_bits(q.values, fuse=fuse)
+    return tf.concat([bits, to_bytes(q.scale_inv), to_bytes(tf.cast(key, tf.bfloat16))], -1)
 
 
 @plain
@@ -88,30 +88,12 @@ def latent_unpack(
     Dims("latent_unpack", bytes=latent_bytes(latent, rope))("packed", packed, " ".join([*lead, "bytes"]))
     tiles = -(-latent // _TILE)
     bits, scale, key = tf.split(packed, [latent, 4 * tiles, 2 * rope], axis=-1)
-    scale, key = _from_bytes(scale, tf.float32), _from_bytes(key, tf.bfloat16)
+    scale, key = from_bytes(scale, tf.float32), from_bytes(key, tf.bfloat16)
     values = _scaled(bits, scale, dtype=tf.as_dtype(dtype), fuse=fuse)
     return tf.concat([values, tf.cast(key, dtype)], -1)
-
-
-@fused
-def _bits(values):
-    return fp8_encode(tf.cast(values, tf.float32))
 
 
 @fused
 def _scaled(bits, scale, *, dtype):
     by_value = tf.repeat(scale * BITS_SCALE, _TILE, axis=-1)[..., : bits.shape[-1]]
     return tf.cast(half_bits(bits) * by_value, dtype)
-
-
-def _to_bytes(x: tf.Tensor) -> tf.Tensor:
-    """`[..., n]` to `[..., n·size]` `uint8`."""
-    shape = tf.concat([tf.shape(x)[:-1], [x.shape[-1] * x.dtype.size]], 0)
-    return tf.ensure_shape(tf.reshape(tf.bitcast(x, tf.uint8), shape), [*x.shape[:-1], x.shape[-1] * x.dtype.size])
-
-
-def _from_bytes(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """The inverse of `_to_bytes`."""
-    count = x.shape[-1] // dtype.size
-    shape = tf.concat([tf.shape(x)[:-1], [count, dtype.size]], 0)
-    return tf.ensure_shape(tf.bitcast(tf.reshape(x, shape), dtype), [*x.shape[:-1], count])

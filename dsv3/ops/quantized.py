@@ -21,7 +21,7 @@ import tensorflow as tf
 from dsv3.checks import check, check_choice
 from dsv3.graph import plain
 from dsv3.ops.fp8 import WEIGHT_BLOCK, fp8_quantize
-from dsv3.ops.fp8_bits import BITS_SCALE, fp8_encode, half_bits
+from dsv3.ops.fp8_bits import BITS_SCALE, fp8_to_bits, half_bits
 from dsv3.ops.fuse import fused
 from dsv3.typing import TensorLike
 
@@ -91,7 +91,7 @@ def quantized_encode(weight: TensorLike, *, kind: str = "fp8", parts: int = 1, f
     if parts > 1:
         weight = _swap(tf.reshape(weight, [*lead, rows, parts, columns // parts]))
     q = fp8_quantize(weight, fuse=fuse)
-    values, scale = _bits(q.values, fuse=fuse), q.scale_inv
+    values, scale = fp8_to_bits(q.values, fuse=fuse), q.scale_inv
     if parts == 1:
         return QuantizedWeight(values, tf.expand_dims(scale, -2))
     return QuantizedWeight(tf.reshape(_swap(values), [*lead, rows, columns]), _swap(scale))
@@ -256,11 +256,6 @@ def _encode_int8(weight):
     scaled = tf.clip_by_value(tf.round(tiles / tf.expand_dims(scale, -2)), -_LEVELS, _LEVELS)
     flat = tf.reshape(scaled, [*lead, -(-rows // GROUP) * GROUP, weight.shape[-1]])
     return tf.cast(flat[..., :rows, :], tf.int8), tf.expand_dims(scale, -2)
-
-
-@fused
-def _bits(values):
-    return fp8_encode(tf.cast(values, tf.float32))
 
 
 def _swap(x: tf.Tensor) -> tf.Tensor:

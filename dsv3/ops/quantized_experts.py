@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from dsv3.checks import Dims, check, check_choice
+from dsv3.checks import check_choice
 from dsv3.graph import plain
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, scatter_weights
-from dsv3.ops.experts import KERNELS, weighted_swiglu
+from dsv3.ops.experts import KERNELS, check_experts, weighted_swiglu
 from dsv3.ops.grouped import row_owner
 from dsv3.ops.quantized import QuantizedWeight, check_quantized, quantized_matmul
 from dsv3.typing import TensorLike
@@ -51,16 +51,9 @@ def quantized_experts(
     check_choice("quantized_experts", "kernel", kernel, KERNELS)
     gate_up = check_quantized("quantized_experts", "gate_up", gate_up)
     down = check_quantized("quantized_experts", "down", down)
-    dims = Dims("quantized_experts")
-    for name, value, letters in (
-        ("x", x, "N D"), ("weights", weights, "N K"), ("experts", experts, "N K"), ("gate_up", gate_up, "E D J"),
-        ("down", down, "E F D"),
-    ):  # fmt: skip
-        dims(name, value, letters)
-    check(dims.J == 2 * dims.F, f"quantized_experts: `gate_up` has last dim {dims.J}, want {2 * dims.F} [2F]")
-    check(dims.N is not None, "quantized_experts: `x` has an unknown number of tokens, want a static N")
+    check_experts("quantized_experts", x, weights, experts, gate_up, down)
     x, weights, experts = tf.convert_to_tensor(x), tf.cast(weights, tf.float32), tf.cast(experts, tf.int32)
-    if dims.N == 0:
+    if x.shape[0] == 0:
         return tf.zeros_like(x)
 
     def apply(rows: tf.Tensor, w: tf.Tensor, expert: tf.Tensor) -> tf.Tensor:
