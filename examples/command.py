@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import flags
 
 import dsv3
 from dsv3 import pipeline
 from dsv3.checks import check
+from dsv3.data import Document, chunk_documents
 from dsv3.parallel.mesh import parse_axes
+
+MANY, PIECE = 100, 65536  # documents that are held out whole; characters of a piece of a long one
 
 
 def flag_parser(program: str) -> Callable[[list[str]], list[str]]:
@@ -32,6 +35,19 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [[f"{cell:{'<' if i < left else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def cut_corpus(source: Iterable[Document]) -> list[Document]:
+    """Returns documents that some can be held out of.
+
+    Of `MANY` documents or more each is held out whole or not at all; long ones are cut after that, so that what is encoded
+    and scored at a time is small. Fewer, as a single book, are cut first, into so many pieces that some can be held out.
+    """
+    documents = list(source)
+    if len(documents) < MANY:
+        characters = sum(len(document.text) for document in documents)
+        documents = list(chunk_documents(documents, min(PIECE, max(64, characters // 200))))
+    return documents
 
 
 def check_axes(

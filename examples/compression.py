@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from command import aligned, flag_parser
+from command import PIECE, aligned, flag_parser
 
 import dsv3
 from dsv3.checks import check
@@ -70,7 +70,6 @@ VARIANTS = {
     "float8+cache8": ("float8", "bfloat16", "float8"),
 }
 FULL = ("float32", "float32", None)
-PIECE = 1 << 16  # characters of a document, as in pretrain.py
 
 flags.DEFINE_string("text", None, "File or folder to measure on. Default: what pretrain.py holds out.")
 flags.DEFINE_list("variants", list(VARIANTS), f"What to compare with bfloat16, among {', '.join(VARIANTS)}.")

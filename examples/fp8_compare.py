@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from command import aligned
 
+from dsv3.checks import check
+
 WINDOW = 10  # steps of a running mean
 Losses = dict[int, np.ndarray]  # by seed
 PEERS = ("bfloat16", "float32")
@@ -18,7 +20,8 @@ PEERS = ("bfloat16", "float32")
 def write_report(out: Path, order: Sequence[str]) -> str:
     """Compares all runs of a folder; writes report.json, report.txt and curves.png, and returns the table."""
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "runs").glob("*.json"))]
-    names = sorted({run["variant"] for run in runs}, key=list(order).index)
+    names = [name for name in order if any(run["variant"] == name for run in runs)]
+    check(bool(names), f"{str(out / 'runs')!r} holds no finished run, want one at least")
     losses = {name: {r["seed"]: np.array(r["loss"]) for r in runs if r["variant"] == name} for name in names}
     results = {name: compare(losses[name], losses) for name in names}
     for name in names:

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags
-from command import flag_parser
+from command import PIECE, cut_corpus, flag_parser
 from fp8_compare import write_report
 
 import dsv3
@@ -78,7 +78,7 @@ VARIANTS: dict[str, Fp8Recipe | str] = {
     "narrow_never": NARROW.replace(name="narrow_never", interval=None),
 }
 SHOWN = ["float32", "bfloat16", "paper"]
-PIECE, HELDOUT, HELDOUT_CHARS = 65536, 0.02, 65536
+HELDOUT, HELDOUT_CHARS = 0.02, 65536
 DECIDING = "preset corpus steps batch_size seq_len lr".split()
 
 flags.DEFINE_list("variants", SHOWN, f"What to train: of {', '.join(VARIANTS)}.")
@@ -100,7 +100,8 @@ class Text(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    """Trains what is missing and writes the report; returns the exit code: 2 for bad input."""
+    """Trains what is missing and writes the report; returns the exit code: 2 for bad input, 1 if a run has diverged."""
+    failed = []
     try:
         check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
         seeds = read_flags()
@@ -109,16 +110,20 @@ def main(argv: list[str]) -> int:
             missing = [name for name in FLAGS.variants if not run_file(out, name, seed).exists()]
             text = read_text(seed) if missing else None
             for name in missing:
-                losses = train(name, seed, text)
-                write(run_file(out, name, seed), json.dumps(losses) + "\n")
-    except (ValueError, OSError, FloatingPointError) as error:
+                try:
+                    write(run_file(out, name, seed), json.dumps(train(name, seed, text)) + "\n")
+                except FloatingPointError as error:
+                    failed.append(f"{name}, seed {seed}: {error}")
+        print(write_report(out, list(VARIANTS)))
+    except (ValueError, OSError) as error:
         print(f"fp8_report: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fp8_report: interrupted; the same command goes on at the run that was cut off", file=sys.stderr)
         return 130
-    print(write_report(out, list(VARIANTS)))
-    return 0
+    for line in failed:
+        print(f"fp8_report: {' '.join(line.split())}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def read_flags() -> list[int]:
@@ -160,8 +165,9 @@ def write(file: Path, text: str) -> None:
 
 def read_text(seed: int) -> Text:
     """The corpus as `pretrain.py` cuts it, with a tokenizer of its own for each seed."""
-    source = embedded_corpus() if FLAGS.corpus is None else read_corpus(FLAGS.corpus)
-    train, heldout = (list(chunk_documents(side, PIECE)) for side in split_documents(source, HELDOUT, seed))
+    documents = cut_corpus(embedded_corpus() if FLAGS.corpus is None else read_corpus(FLAGS.corpus))
+    train, heldout = (list(chunk_documents(side, PIECE)) for side in split_documents(documents, HELDOUT, seed))
+    check(bool(heldout), "the corpus is too short to hold out a part and train on another")
     tokenizer = train_tokenizer((document.text for document in train), dsv3.preset(FLAGS.preset).vocab_size)
     sizes = np.cumsum([len(document.text) for document in heldout])
     some = heldout[: int(np.searchsorted(sizes, HELDOUT_CHARS)) + 1]

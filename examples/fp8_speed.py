@@ -141,13 +141,14 @@ def products() -> Iterator[list[Case]]:
 
 def steps() -> Iterator[list[Case]]:
     """One training step of a model, compiled before it is timed."""
-    cfg, optimizer = dsv3.preset(FLAGS.preset), dsv3.adamw(1e-3)
+    cfg = dsv3.preset(FLAGS.preset)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (FLAGS.batch_size, FLAGS.seq_len + 1)).astype(np.int32)
     plain = default_policy()
     half = plain.replace(dtype="bfloat16")
     cases = []
     recipe = RECIPES[FLAGS.recipe]
     for name, policy in (("bfloat16", half), ("float32", plain), (FLAGS.recipe, half.replace(fp8=recipe))):
+        optimizer = dsv3.adamw(1e-3, moment_dtype=policy.fp8.moments if policy.fp8 else "float32")
         step = make_train_step(cfg, optimizer, policy=policy)
         state = [place(train_init([0, 0], cfg, optimizer, fp8=policy.fp8))]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from absl import flags
-from command import check_axes
+from command import PIECE, check_axes, cut_corpus
 from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
 
@@ -53,7 +53,6 @@ DECIDING = (
 ).split()
 PARTS = ("checkpoints", "tensorboard", "tokenizer", "plots", "export", "log.jsonl", "results.json", "samples.txt", RUN_FILE)
 TOKENIZER_CHARS = 20_000_000  # text that a tokenizer is trained on, at most
-MANY, PIECE = 100, 65536  # documents that are held out whole; characters of a piece of a long one
 CURVE_CHARS = 32768  # held-out text that the losses during the training are measured on; the report takes all
 
 
@@ -296,16 +295,8 @@ def write_run(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_documents() -> tuple[list[Document], list[Document], str]:
-    """Training documents, held-out documents, and a digest of all.
-
-    Of `MANY` documents or more each is held out whole or not at all; long ones are cut after that, so that what is encoded
-    and scored at a time is small. Fewer, as a single book, are cut first, into so many pieces that some can be held out.
-    """
-    source = embedded_corpus() if FLAGS.corpus is None else read_corpus(FLAGS.corpus)
-    documents = list(source)
-    if len(documents) < MANY:
-        characters = sum(len(document.text) for document in documents)
-        documents = list(chunk_documents(documents, min(PIECE, max(64, characters // 200))))
+    """Training documents, held-out documents, and a digest of all; see `cut_corpus`."""
+    documents = cut_corpus(embedded_corpus() if FLAGS.corpus is None else read_corpus(FLAGS.corpus))
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
         text = document.text.encode()
