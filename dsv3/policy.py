@@ -33,7 +33,8 @@ class ComputePolicy:
         to so many keys the backward gets probabilities from the forward pass instead of computing them again.
       loss_chunk: tokens whose logits exist at one time in the loss.
       remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
-      fp8: what linear layers compute in FP8; `None`: nothing.
+      fp8: what linear layers compute in FP8; `None`: nothing. The absorbed form of attention, which decoding takes,
+        multiplies by kv_b in the compute dtype.
       cache: `"float8"`: attention reads latents as an FP8 cache holds them (see `ops.latent`), and its entries are such
         bytes; `None`: as they are computed. For inference.
       loop: `"unroll"` repeats the graph for each layer, `"scan"` is a loop with recomputation: short to trace, 61 layers

@@ -91,6 +91,14 @@ class Fp8Recipe:
             f"Fp8Recipe: `attention_output` is {self.attention_output!r} without `retile`, want None: nothing is kept in it",
         )
 
+        whole = self.interval is None or (isinstance(self.interval, int) and self.interval > 0 and self.interval % 32 == 0)
+        check(whole, f"Fp8Recipe: `interval` is {self.interval!r}, want None or a positive multiple of 32")
+        check(
+            self.scaling != "block" or 128 % self.interval == 0,
+            f"Fp8Recipe: `interval` is {self.interval} with scaling='block', want a divisor of 128, where scales change",
+        )
+        narrow = isinstance(self.bits, int) and 2 <= self.bits <= 24
+        check(narrow, f"Fp8Recipe: `bits` is {self.bits!r}, want an integer of 2 to 24")
         plain = {"scale_kind": "float32", "attention_output": None, "retile": True, "keep_swiglu": False}
         for name, want in plain.items() if self.scaling == "delayed" else ():
             got = getattr(self, name)
@@ -127,9 +135,11 @@ def recipe_from_te(recipe: Any) -> Fp8Recipe:
     """Returns what a Transformer Engine `Float8BlockScaling` says of linear layers.
 
     It knows nothing of E5M6, SwiGLU, dispatch and moments, which are as without FP8, and quantises both ways from unrounded
-    inputs. Unlike dsv3 it has no smallest scale unless `amax_epsilon` sets one. **Its scales are powers of two by default**,
-    which are not the paper's. Only the variable NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1, set before the import, changes that:
-    `Float8BlockScaling(use_f32_scales=True)` leaves the quantisers as they are, and they are what counts here, too.
+    inputs. It has no smallest scale, where dsv3 has one, and none must be set by `amax_epsilon`.
+
+    **Its scales are powers of two by default**, which are not the paper's. Only the variable
+    NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1, set before the import, changes that: `Float8BlockScaling(use_f32_scales=True)`
+    leaves the quantisers as they are, and they are what counts here, too.
 
     Args:
       recipe: an object with the attributes of `Float8BlockScaling`.
@@ -146,6 +156,8 @@ def recipe_from_te(recipe: Any) -> Fp8Recipe:
     check(override is None, f"recipe_from_te: `recipe.backward_override` is {override!r}, want None")
     formats = {"E4M3": "e4m3", "HYBRID": "e5m2"}
     check_choice("recipe_from_te", "recipe.fp8_format", recipe.fp8_format.name, tuple(formats))
+    floors = {getattr(recipe, name).amax_epsilon for name in _QUANTIZERS}
+    check(floors == {0.0}, f"recipe_from_te: `recipe` has amax_epsilon {max(floors)}, want 0: dsv3 has a smallest scale")
     powers = {bool(getattr(recipe, name).power_2_scale) for name in _QUANTIZERS}
     check(len(powers) == 1, "recipe_from_te: `recipe` has power-of-two scales for some tensors, want them for all or none")
     return Fp8Recipe(

@@ -5,7 +5,7 @@ Every variant of a seed has the same initial parameters and the same batches in 
   float32, bfloat16    compute dtypes without FP8, moments in float32
   a recipe's name      that recipe in bfloat16 with its dtype of moments: paper, power_of_two, tensor, e5m2_gradients ...
   narrow               scales by tensor, sums in the model of a tensor core's 14-bit accumulator, promoted every 128 elements
-  narrow_never         the same without promotion (both are slow: a step takes some 50 times as long)
+  narrow_never         the same without promotion (both are slow: a step takes many times as long)
 
 A finished run is kept in --out and not trained again, so variants and seeds can be added, and an interrupted report goes on
 at its last run. Where they are there, float32 and bfloat16 are what the others are compared with. It leaves

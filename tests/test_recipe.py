@@ -43,6 +43,7 @@ def test_formats_and_scales_come_back(kind, backward):
         ({"fp8_format": Format.E5M2}, "`recipe.fp8_format` is 'E5M2', want one of"),
         ({"backward_override": "dequantized"}, "`recipe.backward_override` is 'dequantized', want None"),
         ({"fp8_quant_bwd_grad": QParams(False)}, "power-of-two scales for some tensors"),
+        ({"fp8_quant_fwd_inp": QParams(True, 1e-3)}, "`recipe` has amax_epsilon 0.001, want 0"),
     ],
 )
 def test_other_recipes_are_refused(fields, message):

@@ -141,11 +141,9 @@ def delayed_linear(x: tf.Tensor, weight: DelayedWeight, *, recipe: Fp8Recipe, fu
 
 def check_attached(function: str, weight: object, recipe: Fp8Recipe) -> None:
     """Raises `ValueError` in the name of `function` where a weight lacks the history that the recipe needs, or has one."""
-    delayed = recipe.scaling == "delayed"
-    check(
-        isinstance(weight, DelayedWeight) == delayed,
-        f"{function}: `recipe.scaling` is {recipe.scaling!r}, want 'delayed' exactly with weights of `delayed_attach`",
-    )
+    has, needs = isinstance(weight, DelayedWeight), recipe.scaling == "delayed"
+    check(has or not needs, f"{function}: a weight has no history, want one of `delayed_attach` with scaling='delayed'")
+    check(needs or not has, f"{function}: a weight has a history, want a plain one with scaling={recipe.scaling!r}")
 
 
 def _is_matrix(path: str) -> bool:

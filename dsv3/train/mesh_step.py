@@ -123,6 +123,7 @@ def make_mesh_update(
             f"train_step: `tokens` has {rows} rows, want a multiple of {shards}, the devices on data and expert",
         )
         check_placed(state, layouts)
+        check(not state.amax, "train_step: `state.amax` is filled, want a state without: a mesh has no delayed scales")
         schedule = _checked(plan.schedule(ranks, micro), ranks, micro)
         cut = cut_stages(cfg, schedule.stages, plan.stage_layers)
         stack_rows, gather, reduce = programs_for(schedule, cut)

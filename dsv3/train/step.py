@@ -100,7 +100,9 @@ def train_state(
 
 def _check_mesh_recipe(function: str, fp8: Fp8Recipe | None) -> None:
     alone = fp8 is None or fp8.scaling != "delayed"
-    check(alone, f"{function}: the recipe has delayed scales, which devices do not share yet; want `layouts` None for it")
+    check(alone, f"{function}: the recipe has delayed scales, which devices do not share; want `layouts` None for it")
+    expanded = fp8 is None or fp8.operands == "expanded"
+    check(expanded, f"{function}: the recipe has operands='float8', which a mesh's pieces do not have; want 'expanded'")
 
 
 @plain

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from dsv3.nn.fp8 import MIN_GRADIENT, fp8_linear, fp8_swiglu_linear
+from dsv3.nn.fp8_delayed import INPUT, WEIGHT, DelayedWeight, delayed_linear
 from dsv3.nn.fp8_experts import fp8_experts
 from dsv3.nn.linear import linear_apply
 from dsv3.ops.activation import swiglu
@@ -212,6 +213,11 @@ def test_weights_and_gradients_keep_their_dtypes():
     ("make", "message"),
     [
         (lambda: Fp8Recipe(forward="e4m4"), "Fp8Recipe: `forward` is 'e4m4', want one of"),
+        (lambda: Fp8Recipe(interval=100), "Fp8Recipe: `interval` is 100, want None or a positive multiple of 32"),
+        (lambda: Fp8Recipe(interval=256), "Fp8Recipe: `interval` is 256 with scaling='block', want a divisor of 128"),
+        (lambda: Fp8Recipe(bits=99), "Fp8Recipe: `bits` is 99, want an integer of 2 to 24"),
+        (lambda: Fp8Recipe(scaling="delayed"), "Fp8Recipe: `attention_output` is 'e5m6' with scaling='delayed', want None"),
+        (lambda: Fp8Recipe(history=0), "Fp8Recipe: `history` is 0, want an integer of at least 1"),
         (lambda: Fp8Recipe(interval=None), "Fp8Recipe: `interval` is None with scaling='block', want scaling='tensor'"),
         (lambda: ComputePolicy(fp8="paper"), "ComputePolicy: `fp8`"),
         (lambda: Fp8Recipe(operands="fp8"), "Fp8Recipe: `operands` is 'fp8', want one of 'expanded', 'float8'"),
@@ -228,3 +234,47 @@ def test_weights_and_gradients_keep_their_dtypes():
 def test_wrong_recipes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_mixtures_name_operands_that_do_not_fit():
+    experts, inputs = expert_inputs()
+    with pytest.raises(ValueError, match="fp8_experts: `gate_up` has last dim 139, want 140"):
+        fp8_experts(inputs[0], inputs[1], experts, inputs[2][..., :-1], inputs[3], recipe=RECIPES["paper"])
+
+
+def delayed(weight, *largest):
+    """A weight whose input, weight and gradient had these largest values."""
+    return DelayedWeight(tf.constant(weight), tf.constant([[value, 0.0] for value in largest]))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_delayed_scales_see_what_they_cut_off(fuse):
+    """Histories get the true largest values, also where they were far below them, of linear layers and of experts."""
+    recipe = RECIPES["delayed"].replace(history=2)
+    x, w = normal(0, N, D), normal(1, D, F)
+    weight = delayed(w, 0.5, 0.25, 1e-6)
+    run = lambda x, *d: delayed_linear(x, DelayedWeight(*d), recipe=recipe, fuse=fuse)  # noqa: E731
+    _, (_, _, seen) = with_gradient(run, (x, *weight))
+    dy = 1e-3 * normal(9, N, F)
+    np.testing.assert_array_equal(seen[:, 0], [np.abs(t).max() for t in (x, w, dy)])
+    assert not seen[:, 1].numpy().any()
+
+    experts, (x, gates, gate_up, down) = expert_inputs()
+    first, second = delayed(gate_up, 0.5, 10.0, 10.0), delayed(down, 1e3, 10.0, 1e-6)
+    run = lambda x, a, b, c, d: fp8_experts(  # noqa: E731
+        x, gates, experts, DelayedWeight(a, b), DelayedWeight(c, d), recipe=recipe, multiple=16, fuse=fuse
+    )
+    _, (_, _, one, _, two) = with_gradient(run, (x, *first, *second))
+    np.testing.assert_array_equal(one[:2, 0], [np.abs(x).max(), np.abs(gate_up).max()])
+    np.testing.assert_array_equal(two[1:, 0], [np.abs(down).max(), np.abs(1e-3 * normal(9, 40, D)).max()])
+    assert 0 < one[2, 0] and 0 < two[0, 0]
+
+
+def test_histories_hold_finite_numbers_only():
+    x, w = normal(0, 4, 6), normal(1, 6, 5)
+    for bad in (np.inf, np.nan):
+        x[1, 2] = bad
+        weight = delayed(w, 0.5, 0.25, 1e-6)
+        run = lambda x, *d: delayed_linear(x, DelayedWeight(*d), recipe=RECIPES["delayed"], fuse=True)  # noqa: E731
+        _, (_, _, seen) = with_gradient(run, (x, *weight))
+        assert seen[INPUT, 0] == 0 and seen[WEIGHT, 0] > 0 and np.isfinite(seen).all()

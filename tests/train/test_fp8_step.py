@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import dsv3
 from dsv3 import tree
-from dsv3.nn.fp8_delayed import GRADIENT, INPUT, MATRICES, WEIGHT
+from dsv3.nn.fp8_delayed import GRADIENT, INPUT, MATRICES, WEIGHT, delayed_attach
 from dsv3.recipe import RECIPES
 from tests.compare import PLAIN, assert_close
 from tests.more import MORE, more
@@ -99,9 +99,13 @@ DELAYED = PLAIN.replace(fp8=RECIPES["delayed"].replace(history=2))
 PRESENT = PLAIN.replace(fp8=DELAYED.fp8.replace(scaling="tensor"))
 
 
+def delayed_state(policy=DELAYED):
+    return dsv3.train_state(random_params(dsv3.model_specs(CFG)), random_router(CFG), sgd(0.0), fp8=policy.fp8)
+
+
 def delayed_steps(*batches, policy=DELAYED, state=None):
     """The states after each batch, with rate 0: parameters stay."""
-    state = state or dsv3.train_state(random_params(dsv3.model_specs(CFG)), random_router(CFG), sgd(0.0), fp8=policy.fp8)
+    state = state or delayed_state(policy)
     update = tf.function(
         lambda state, tokens: dsv3.train_update(state, tokens, cfg=CFG, optimizer=sgd(0.0), policy=policy, bias_rate=0.0)
     )
@@ -131,8 +135,8 @@ def test_delayed_scales_look_back():
 
 
 def test_what_is_larger_than_before_saturates():
-    state = dsv3.train_state(random_params(dsv3.model_specs(CFG)), random_router(CFG), sgd(0.0), fp8=DELAYED.fp8)
-    small = state._replace(amax=tree.map_leaves(lambda t: t + 1e-3, state.amax))
+    small = delayed_state()
+    small = small._replace(amax=tree.map_leaves(lambda t: t + 1e-3, small.amax))
     ((_, flat),) = delayed_steps(TOKENS, state=small)
     ((_, whole),) = delayed_steps(TOKENS)
     assert abs(float(flat.parts.nll - whole.parts.nll)) > 0.01, "a model of values that are all cut off"
@@ -153,8 +157,15 @@ def test_recipes_of_state_and_step_must_agree():
         dsv3.train_update(start(), TOKENS, cfg=CFG, optimizer=sgd(), policy=DELAYED)
     with pytest.raises(ValueError, match="make_train_step: the recipe has delayed scales"):
         dsv3.make_train_step(CFG, sgd(), layouts_of(CFG, "data:2"), policy=DELAYED)
-    with pytest.raises(ValueError, match="linear_apply: `recipe.scaling` is 'delayed', want 'delayed' exactly with weights"):
+    with pytest.raises(ValueError, match="linear_apply: a weight has no history, want one of `delayed_attach`"):
         dsv3.model_apply(start().params, start().router, TOKENS, cfg=CFG, policy=DELAYED)
+    params = delayed_attach(start().params, delayed_state().amax)
+    with pytest.raises(ValueError, match="linear_apply: a weight has a history, want a plain one with scaling='tensor'"):
+        dsv3.model_apply(params, start().router, TOKENS, cfg=CFG, policy=PRESENT)
+    state = dsv3.place_state(delayed_state(), layouts_of(CFG, "data:2"))
+    step = dsv3.make_train_step(CFG, sgd(0.0), layouts_of(CFG, "data:2"), policy=PAPER)
+    with pytest.raises(ValueError, match="train_step: `state.amax` is filled, want a state without"):
+        step(state, TOKENS)
 
 
 def test_rows_do_not_travel_in_two_dtypes():
