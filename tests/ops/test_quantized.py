@@ -192,3 +192,11 @@ def test_refusals_are_one_line(call, wanted):
     assert wanted in str(caught.value) and "\n" not in str(caught.value)
 
 
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.0065), ("fp8", 0.0264)])
+def test_errors_of_normal_weights(kind, error):
+    """As the module's text has them."""
+    w = np.random.default_rng(0).normal(size=(2048, 128)).astype(np.float32)
+    found = quantized_decode(quantized_encode(w, kind=kind))
+    assert np.linalg.norm(found - w) / np.linalg.norm(w) == pytest.approx(error, rel=0.02)
