@@ -62,7 +62,7 @@ from dsv3.data import (
 from dsv3.eval import make_evaluator
 from dsv3.policy import default_policy
 from dsv3.recipe import RECIPES, Fp8Recipe
-from dsv3.train.loop import train_loop
+from dsv3.train.loop import Actions, index_feed, train_loop
 from dsv3.train.optim import adamw
 from dsv3.train.progress import Progress
 from dsv3.train.schedule import warmup_cosine
@@ -191,8 +191,8 @@ def train(name: str, seed: int, text: Text) -> dict[str, Any]:
     with Progress(FLAGS.steps) as progress:
         state = train_loop(
             step, place(train_init([0, seed], cfg, optimizer, fp8=recipe)),
-            lambda done: batch_at(text.packed, done, FLAGS.batch_size, seed),
-            steps=FLAGS.steps, write=rows.append, progress=progress.update, load_every=FLAGS.steps,
+            index_feed(lambda number: batch_at(text.packed, number, FLAGS.batch_size, seed)), steps=FLAGS.steps,
+            actions=Actions(write=rows.append, progress=progress.update, load_every=FLAGS.steps),
         ).state  # fmt: skip
     params, router = snapshot((state.params, state.router))
     score = make_evaluator(cfg, length=FLAGS.seq_len, policy=plain)(params, router, text.heldout)

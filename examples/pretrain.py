@@ -6,8 +6,10 @@ two cores, and leaves everything in runs/demo:
   run.json        what decides the numbers of this run
   tokenizer/      a byte-level BPE tokenizer, trained on the corpus
   log.jsonl       one line a step; tensorboard/ has the same: tensorboard --logdir runs/demo
+  trouble.jsonl   batches that were left out for a spike or a loss that is no number, and times that the run went back
   checkpoints/    the last ones; after an interruption the same command goes on from there, to the same losses
-  plots/          loss, learning rate, load of the experts
+  report.html     all that came out on one page: results, plots, load of the experts, trouble, samples, settings
+  plots/          loss, learning rate, load of the experts, norms by component
   results.json    held-out bits per byte beside gzip's and xz's, and more; samples.txt: completions of held-out text
   export/         opened by AutoModelForCausalLM.from_pretrained and by dsv3.load_pretrained
 
@@ -37,6 +39,8 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 from absl import app, flags, logging
@@ -53,15 +57,18 @@ from dsv3.layout import make_layouts, zero_layouts
 from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.recipe import RECIPES
-from dsv3.train.checkpoint import checkpoint_step, list_checkpoints, restore_checkpoint, save_checkpoint
-from dsv3.train.loop import LoopResult, train_loop
+from dsv3.train.checkpoint import Keep, checkpoint_step, list_checkpoints, restore_checkpoint
+from dsv3.train.loop import Actions, LoopResult, Row, index_feed, train_loop
 from dsv3.train.mesh_params import state_layouts
 from dsv3.train.optim import Optimizer, adamw
 from dsv3.train.progress import Progress, stop_on_signals
-from dsv3.train.records import RunLog
+from dsv3.train.records import TROUBLE, RunLog
+from dsv3.train.saving import BackgroundSaver
 from dsv3.train.schedule import warmup_cosine
 from dsv3.train.state import TrainState
 from dsv3.train.step import make_train_step, train_init, train_specs
+from dsv3.train.trouble import Cursor, Trouble
+from dsv3.train.watch import make_watch
 
 FLAGS = flags.FLAGS
 FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper
@@ -89,10 +96,14 @@ flags.DEFINE_float("clip", 1.0, "Largest norm of the gradient; 0: do not clip.",
 flags.DEFINE_float("mtp_weight", 0.3, "Weight of the multi-token prediction loss.", 0.0)
 flags.DEFINE_float("balance_weight", 1e-4, "Weight of the sequence-wise balance loss.", 0.0)
 flags.DEFINE_float("bias_rate", 1e-3, "How far a step moves the router's selection bias.", 0.0)
+flags.DEFINE_float("ema_decay", None, "Keep an average of the parameters with this decay a step, and export it.", 0.0, 1.0)
 
 flags.DEFINE_integer("eval_every", None, "Steps between held-out losses; 0: none. Default: a tenth of --steps.", 0)
 flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0: only at the end and when interrupted.", 0)
-flags.DEFINE_integer("keep", 2, "Checkpoints that stay.", 1)
+flags.DEFINE_integer("keep", 2, "Checkpoints that stay, the last ones.", 1)
+flags.DEFINE_integer("keep_every", 0, "And those of every so many steps, for good; 0: none.", 0)
+flags.DEFINE_integer("watch_every", None, "Steps between norms by component; 0: none. Default: a fiftieth of --steps.", 0)
+flags.DEFINE_integer("patience", 4, "Spikes in a row that are left out until the run goes back; 0: none is looked for.", 0)
 flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Compute dtype; parameters are float32. Default: float32, with --fp8 bfloat16."
 )
@@ -185,34 +196,71 @@ def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
     """
     cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
     optimizer, layouts = make_optimizer(), make_mesh_layouts(setup)
+    policy = plain.replace(fp8=RECIPES.get(FLAGS.fp8))
     step = make_train_step(
         cfg, optimizer, layouts, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
-        bias_rate=FLAGS.bias_rate, policy=plain.replace(fp8=RECIPES.get(FLAGS.fp8)),
-        schedule=pipeline.SCHEDULES[FLAGS.schedule], expert_nodes=FLAGS.expert_nodes,
+        bias_rate=FLAGS.bias_rate, policy=policy, schedule=pipeline.SCHEDULES[FLAGS.schedule],
+        expert_nodes=FLAGS.expert_nodes, ema_decay=FLAGS.ema_decay,
     )  # fmt: skip
-    state = start_state(setup, optimizer, layouts)
+    restore = make_restore(setup, optimizer, layouts)
+    found = restore(lambda step: True)
+    if found is None:
+        state = train_init([0, FLAGS.seed], cfg, optimizer, layouts, **state_parts())
+        cursor = Cursor()
+    else:
+        state, cursor = found
+        say(f"going on from step {int(whole(state.step))} of {checkpoints}")
+    state = place(state) if layouts is None else state  # with no other reference to it, it does not exist twice
+    del found
     start = int(whole(state.step))
     eval_every = max(1, FLAGS.steps // 10) if FLAGS.eval_every is None else FLAGS.eval_every
+    watch_every = max(1, FLAGS.steps // 50) if FLAGS.watch_every is None else FLAGS.watch_every
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         log = stack.enter_context(RunLog(setup.out, step=start)) if setup.leads else None
         progress = stack.enter_context(Progress(FLAGS.steps, start=start)) if setup.leads else None
+        saver = stack.enter_context(
+            BackgroundSaver(
+                checkpoints, setup.settings, keep=Keep(FLAGS.keep, FLAGS.keep_every),
+                agree=lambda done: agreed(not done, setup.mesh) == 0,
+            )  # fmt: skip
+        )
 
-        def save(state: TrainState, done: int) -> None:
+        def save(state: TrainState, done: int, cursor: Cursor) -> None:
             if log is not None:
                 log.sync()
-            save_checkpoint(checkpoints, state, setup.settings, step=done, keep=FLAGS.keep)
+            saver.save(state, done, cursor._asdict())
+
+        def go_back(done: int) -> tuple[TrainState, Cursor] | None:
+            saver.finish()
+            return restore(lambda step: step <= done and step % FLAGS.save_every == 0)
 
         def stop_together() -> signal.Signals | None:
+            saver.poll()
             number = agreed(stop() or 0, setup.mesh)
             return signal.Signals(number) if number else None
 
-        writers = {"write": log.write, "progress": progress.update} if log is not None else {}
-        return train_loop(
-            step, state, lambda done: micro_batches(setup, done), steps=FLAGS.steps,
+        def write(row: Row) -> None:
+            log.write(row)
+            if row["kind"] in TROUBLE:
+                progress.say(trouble_line(row))
+
+        shown = {"write": write, "progress": progress.update, "rewind": log.rewind} if log is not None else {}
+        actions = Actions(
             evaluate=make_evaluate(setup, plain), eval_every=eval_every, save=save, save_every=FLAGS.save_every,
-            load_every=max(1, FLAGS.steps // 50), stop=stop_together, **writers,
+            watch=make_watch(cfg, optimizer, layouts, policy=policy), watch_every=watch_every, restore=go_back,
+            load_every=max(1, FLAGS.steps // 50), stop=stop_together, **shown,
         )  # fmt: skip
+        feed = index_feed(lambda number: micro_batches(setup, number))
+        trouble = Trouble(patience=FLAGS.patience) if FLAGS.patience else None
+        return train_loop(step, state, feed, steps=FLAGS.steps, cursor=cursor, trouble=trouble, actions=actions)
+
+
+def trouble_line(row: Row) -> str:
+    """What went wrong, for people."""
+    if row["kind"] == "rollback":
+        return f"back from step {row['step']} to the checkpoint of step {row['to']}; the data between is left out"
+    return f"after step {row['step']} a batch was left out: {row['reason']}"
 
 
 def make_mesh_layouts(setup: Setup):
@@ -224,21 +272,27 @@ def make_mesh_layouts(setup: Setup):
     return zero_layouts(specs, layouts) if FLAGS.zero else layouts
 
 
-def start_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
-    """The state of the latest checkpoint, wherever that was written, or of a new model."""
-    cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
-    like = train_specs(cfg, optimizer, fp8=RECIPES.get(FLAGS.fp8))
+def state_parts() -> dict[str, Any]:
+    """What the state has beside parameters and moments."""
+    return {"fp8": RECIPES.get(FLAGS.fp8), "ema": FLAGS.ema_decay is not None}
+
+
+def make_restore(setup: Setup, optimizer: Optimizer, layouts):
+    """How to read the latest checkpoint of an accepted step, wherever that was written: `(state, cursor)` or `None`."""
+    like = train_specs(setup.cfg, optimizer, **state_parts())
     placed = None if layouts is None else state_layouts(like, layouts)
-    try:
-        found = restore_checkpoint(checkpoints, like, layouts=placed, settings=setup.settings, on_skip=say)
-    except ValueError as error:
-        raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
-    if found is None:
-        state = train_init([0, FLAGS.seed], cfg, optimizer, layouts, fp8=RECIPES.get(FLAGS.fp8))
-    else:
-        state = found.state
-        say(f"going on from step {int(whole(state.step))} ({found.path})")
-    return place(state) if layouts is None else state  # with no other reference to it, it does not exist twice
+
+    def restore(accept: Callable[[int], bool]) -> tuple[TrainState, Cursor] | None:
+        folder = setup.out / "checkpoints"
+        try:
+            found = restore_checkpoint(
+                folder, like, layouts=placed, settings=setup.settings, accept=accept, on_skip=say
+            )
+        except ValueError as error:
+            raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
+        return None if found is None else (found.state, Cursor(**found.cursor))
+
+    return restore
 
 
 def make_optimizer() -> Optimizer:
@@ -251,9 +305,9 @@ def make_optimizer() -> Optimizer:
     return adamw(schedule, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None, moment_dtype=moments)
 
 
-def micro_batches(setup: Setup, done: int):
-    """Tokens `[A, B, T+1]` and weights `[A, B, T]` of a step; without accumulation A is left out."""
-    batch = batch_at(setup.train, done, FLAGS.batch_size, FLAGS.seed)
+def micro_batches(setup: Setup, number: int):
+    """Tokens `[A, B, T+1]` and weights `[A, B, T]` of a batch; without accumulation A is left out."""
+    batch = batch_at(setup.train, number, FLAGS.batch_size, FLAGS.seed)
     if FLAGS.accumulate == 1:
         return batch
     return tuple(part.reshape(FLAGS.accumulate, -1, part.shape[-1]) for part in batch)

@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from command import aligned
 from pretrain_setup import Setup, say
 
 from dsv3 import tree
 from dsv3.compiled import snapshot
 from dsv3.data import compression_bits_per_byte
 from dsv3.eval import make_evaluator
+from dsv3.page import write_page
 from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
 from dsv3.pretrained import save_pretrained
 from dsv3.serve import Completion, Engine, Request
+from dsv3.train.checkpoint import flat_settings
 from dsv3.train.plots import plot_run
 from dsv3.train.records import read_rows
 from dsv3.train.state import TrainState
@@ -31,15 +34,17 @@ SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64
 def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     """Evaluates, plots, samples and exports; prints what came out and where it is."""
     out, cfg = setup.out, setup.cfg
-    params, router = on_host(setup, (state.params, state.router))
+    params, router, averages = on_host(setup, (state.params, state.router, state.ema))
     if not setup.leads:
         return
-    params, router = snapshot((params, router))
+    params, router, averages = snapshot((params, router, averages))
     rows = read_rows(out / "log.jsonl")
     say("\nscoring the held-out text")
     evaluate = make_evaluator(cfg, length=FLAGS.seq_len, overlap=FLAGS.seq_len // 2, policy=policy)
     score = evaluate(params, router, setup.heldout)._asdict()
     text = "".join(document.text for document in setup.heldout_documents).encode()
+    if averages:
+        score["ema_bits_per_byte"] = evaluate(averages, router, setup.heldout).bits_per_byte
     results = {"heldout": score, "compressors": compression_bits_per_byte(text), "training": training_numbers(rows)}
 
     say("completing held-out text")
@@ -51,14 +56,48 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     export = out / "export"
     tokenizer_files = [out / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
     save_pretrained(export, cfg, params, router, extra_files=tokenizer_files)
+    if averages:
+        save_pretrained(out / "export_ema", cfg, averages, router, extra_files=tokenizer_files)
+
+    page = write_page(out / "report.html", f"Pretraining run {out}", sections(setup, results, rows, plots, samples))
 
     say("\n" + format_samples(samples))
-    say(format_table(results))
-    say(f"\nplots        {', '.join(map(str, plots))}")
+    say(aligned(result_rows(results), left=2))
+    say(f"\nreport       {page}")
+    say(f"plots        {', '.join(map(str, plots))}")
     say(f"log          {out / 'log.jsonl'}, tensorboard --logdir {out}")
     say(f"checkpoints  {out / 'checkpoints'}")
     say(f"export       {export}: AutoModelForCausalLM.from_pretrained({str(export)!r}), AutoTokenizer the same,")
     say(f"             dsv3.load_pretrained({str(export)!r})")
+    if averages:
+        say(f"             {out / 'export_ema'}: the average of the parameters, with the selection biases of the end")
+
+
+def sections(setup: Setup, results: dict[str, Any], rows, plots: Sequence[Path], samples) -> list:
+    """What the report in HTML shows: results, plots, what went wrong, settings, samples."""
+    trouble = read_rows(setup.out / "trouble.jsonl")
+    lines = [(row["kind"], row["step"], row.get("reason") or f"to step {row['to']}") for row in trouble]
+    found = [("what", "step", "why"), *lines] if lines else "Nothing: no step was left out."
+    settings = [(name, value) for name, value in flat_settings(setup.settings).items()]
+    balance = [row for row in rows if row["kind"] == "load"]
+    return [
+        ("Results", [result_rows(results)]),
+        ("Training", list(plots)),
+        ("Load of the experts", [balance_table(balance, setup.cfg.num_moe_layers)] if balance else ["No mixture layer."]),
+        ("Trouble", [found]),
+        ("Samples", [format_samples(samples)]),
+        ("Settings", [[("setting", "value"), *settings]]),
+    ]
+
+
+def balance_table(rows: Sequence[dict[str, Any]], layers: int) -> list[tuple[object, ...]]:
+    """How even the load was over the last window of steps, by layer."""
+    last = rows[-1]
+    head = ("layer", "busiest", "idlest", "variance", "entropy", "unused")
+    columns = zip(*(last[name] for name in ("max_load", "min_load", "load_variance", "load_entropy", "unused")))
+    names = [f"MoE {i + 1}" if i < layers else f"MTP {i - layers + 1}" for i in range(len(last["load"]))]
+    numbers = [(f"{a:.2f}", f"{b:.2f}", f"{v:.3f}", f"{e:.3f}", u) for a, b, v, e, u in columns]
+    return [head, *((name, *line) for name, line in zip(names, numbers))]
 
 
 def on_host(setup: Setup, values: Tree) -> Tree:
@@ -128,12 +167,14 @@ def format_samples(samples: list[tuple[str, list[Completion]]]) -> str:
     return "\n".join(parts)
 
 
-def format_table(results: dict[str, Any]) -> str:
-    """The results as a table."""
+def result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The results as names and values."""
     held, train = results["heldout"], results["training"]
     bits = {"this model": held["bits_per_byte"], **{f"{k} (best)": v for k, v in results["compressors"].items()}}
     rows = [("held-out text", f"{held['bytes']:,} bytes, {held['tokens']:,} tokens")]
     rows += [(f"  bits per byte, {name}", f"{value:.3f}") for name, value in bits.items()]
+    if "ema_bits_per_byte" in held:
+        rows.insert(2, ("  bits per byte, averaged parameters", f"{held['ema_bits_per_byte']:.3f}"))
     rows += [
         ("  cross-entropy, nats a token", f"{held['nll']:.4f}"),
         ("  next token right", f"{held['top1']:.1%}"),
@@ -153,8 +194,7 @@ def format_table(results: dict[str, Any]) -> str:
     if train["load_violation"]:
         ratios = " ".join(f"{1 + v:.2f}" for v in train["load_violation"])
         rows.append(("  busiest expert / fair share", f"{ratios} (by layer)"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+    return rows
 
 
 def write(path: Path, text: str) -> None:

@@ -49,9 +49,13 @@ RUN_FILE = "run.json"
 # Flags that decide the numbers of a run; the others may change from one part of it to the next.
 DECIDING = (
     "seed steps batch_size accumulate seq_len lr warmup_steps weight_decay clip mtp_weight balance_weight bias_rate "
-    "heldout dtype fp8"
+    "heldout dtype fp8 ema_decay patience"
 ).split()
-PARTS = ("checkpoints", "tensorboard", "tokenizer", "plots", "export", "log.jsonl", "results.json", "samples.txt", RUN_FILE)
+PARTS = (
+    *"checkpoints tensorboard tokenizer plots export export_ema".split(),
+    *"log.jsonl trouble.jsonl results.json samples.txt report.html".split(),
+    RUN_FILE,
+)
 TOKENIZER_CHARS = 20_000_000  # text that a tokenizer is trained on, at most
 CURVE_CHARS = 32768  # held-out text that the losses during the training are measured on; the report takes all
 

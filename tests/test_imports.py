@@ -22,6 +22,7 @@ BOTTOM = "typing graph checks tree recipe policy config spec"
 LAYERS = {
     "typing": "",
     "graph": "",
+    "page": "",
     "checks": "typing",
     "tree": "typing checks",
     "recipe": "checks",

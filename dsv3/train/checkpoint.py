@@ -15,10 +15,11 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
@@ -29,9 +30,12 @@ from dsv3.parallel.mesh import layout_of, pack, shard_box
 from dsv3.train.checkpoint_files import (
     DTYPES,
     NAMES,
+    Block,
     BlockReader,
     DamagedError,
+    block_values,
     digest_of,
+    held_blocks,
     state_bytes,
     sync_file,
     sync_folder,
@@ -40,34 +44,45 @@ from dsv3.train.checkpoint_files import (
 from dsv3.typing import Tree
 
 META_FILE = "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _FAILURES = (DamagedError, ValueError, OSError)
 
 
 class Checkpoint(NamedTuple):
-    """What `restore_checkpoint` found: the `state`, the `settings` it was saved with, and the folder's `path`."""
+    """What `restore_checkpoint` found: the `state`, the `settings` and the `cursor` it was saved with, and its `path`."""
 
     state: Tree
     settings: dict[str, Any]
+    cursor: Any
     path: Path
 
 
+class Keep(NamedTuple):
+    """Which checkpoints stay: the `last` ones, and those of every `every`-th step (0: none of them)."""
+
+    last: int = 3
+    every: int = 0
+
+
 def save_checkpoint(
-    directory: str | os.PathLike, state: Tree, settings: Mapping[str, Any], *, step: int, keep: int = 3
-) -> Path:
-    """Writes a checkpoint atomically and removes all but the last ones.
+    directory: str | os.PathLike, state: Tree, settings: Mapping[str, Any], *, step: int, cursor: Any = None,
+    keep: Keep = Keep(),
+) -> Path:  # fmt: skip
+    """Writes a checkpoint atomically and removes those that need not stay.
 
     Several processes call it at the same time with the same arguments and a folder that all of them see; each writes what
-    its devices hold, and the first puts the parts together when all are there.
+    its devices hold, and the first puts the parts together when all are there. `BackgroundSaver` does the same while the
+    training goes on.
 
     Args:
       directory: the folder of checkpoints; made if it is not there.
       state: a tree of tensors, variables or DTensors, as `TrainState`.
       settings: what a run must have in common with this one to go on from it; JSON values.
       step: optimiser steps done; it names the checkpoint.
-      keep: how many of the latest checkpoints stay.
+      cursor: where the run is beside its state, such as in its data; a JSON value that is given back.
+      keep: which checkpoints stay.
 
     Returns:
       The checkpoint's folder.
@@ -76,41 +91,86 @@ def save_checkpoint(
       ValueError: `keep` below 1, a negative step, settings that are not JSON, a leaf of another dtype, too little space.
       OSError: the folder cannot be written, by this process or by another one.
     """
-    check(keep >= 1, f"save_checkpoint: `keep` is {keep}, want at least 1")
-    check(step >= 0, f"save_checkpoint: `step` is {step}, want at least 0")
-    try:
-        settings = json.loads(json.dumps(dict(settings)))  # as they will be read: keys are strings, sequences are lists
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"save_checkpoint: `settings` cannot be written as JSON: {error}") from None
-    size, mesh, first = state_bytes(state), _mesh_of(state, "save_checkpoint"), dtensor.client_id() == 0
-    root, name = Path(directory), _file_name(dtensor.client_id())
-    final = root / f"step-{step:08d}"
-    part = root / f".{final.name}.part"
-    try:
-        with together(mesh, *_FAILURES):
-            if first:
-                _make_room(root, part, size)
-        with together(mesh, *_FAILURES):
-            about = write_blocks(part / name, state)
-            if not first:
-                _write_json(part / f"{name}.json", about)
-        with together(mesh, *_FAILURES):
-            if first:
+    job = begin_save(directory, state, settings, step=step, cursor=cursor, keep=keep)
+    with job.failing():
+        with together(job.mesh, *_FAILURES):
+            job.write(block_values(job.blocks, state))
+        return job.commit()
+
+
+class SaveJob:
+    """A checkpoint that is being written: `write` puts this process's part into the hidden folder, `commit` ends it when all
+    processes have done so. Made by `begin_save`."""
+
+    def __init__(self, root: Path, meta: Mapping[str, Any], blocks: list[Block], mesh: dtensor.Mesh | None, keep: Keep):
+        self.root, self.meta, self.blocks, self.mesh, self.keep = root, meta, blocks, mesh, keep
+        self.first = dtensor.client_id() == 0
+        self.final = root / f"step-{meta['step']:08d}"
+        self.part = root / f".{self.final.name}.part"
+        self._about: dict[str, Any] = {}
+
+    def write(self, values: Iterable[np.ndarray]) -> None:
+        """Writes this process's blocks."""
+        name = _file_name(dtensor.client_id())
+        self._about = write_blocks(self.part / name, self.blocks, values)
+        if not self.first:
+            _write_json(self.part / f"{name}.json", self._about)
+
+    def agree(self, failures: list[BaseException]) -> None:
+        """Raises the failure of this process or of another one. Every process calls it."""
+        with together(self.mesh, *_FAILURES):
+            if failures:
+                raise failures.pop()
+
+    def commit(self) -> Path:
+        """Puts the parts together, gives the checkpoint its name, and removes old ones. Every process calls it."""
+        with together(self.mesh, *_FAILURES):
+            if self.first:
                 others = [_file_name(client) for client in range(1, dtensor.num_clients())]
-                files = {name: about} | {other: json.loads((part / f"{other}.json").read_text()) for other in others}
-                leaves = {path: {"dtype": NAMES[x.dtype], "shape": x.shape.as_list()} for path, x in tree.items(state)}
-                meta = {"format": FORMAT, "step": step, "settings": settings, "leaves": leaves, "files": files}
-                _write_json(part / META_FILE, meta | {"digest": _meta_digest(meta)})
+                files = {_file_name(0): self._about}
+                files |= {other: json.loads((self.part / f"{other}.json").read_text()) for other in others}
+                meta = {**self.meta, "files": files}
+                _write_json(self.part / META_FILE, meta | {"digest": _meta_digest(meta)})
                 for other in others:
-                    (part / f"{other}.json").unlink()
-                sync_folder(part)
-                _exchange(part, final)
-                _remove_old(root, final, keep)
-    except OSError as error:
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"save_checkpoint: cannot write to {str(root)!r} ({error.strerror or error})") from None
-    return final
+                    (self.part / f"{other}.json").unlink()
+                sync_folder(self.part)
+                _exchange(self.part, self.final)
+                _remove_old(self.root, self.final, self.keep)
+        return self.final
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Removes what was written, and makes one line of what the system says, when something cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            if self.first:
+                shutil.rmtree(self.part, ignore_errors=True)
+            raise OSError(f"save_checkpoint: cannot write to {str(self.root)!r} ({error.strerror or error})") from None
+
+
+def begin_save(
+    directory: str | os.PathLike, state: Tree, settings: Mapping[str, Any], *, step: int, cursor: Any = None,
+    keep: Keep = Keep(),
+) -> SaveJob:  # fmt: skip
+    """Checks everything and makes room for a checkpoint; the arguments are those of `save_checkpoint`."""
+    check(keep.last >= 1, f"save_checkpoint: `keep.last` is {keep.last}, want at least 1")
+    check(keep.every >= 0, f"save_checkpoint: `keep.every` is {keep.every}, want at least 0")
+    check(step >= 0, f"save_checkpoint: `step` is {step}, want at least 0")
+    given = {"settings": dict(settings), "cursor": cursor}
+    for name, value in given.items():
+        try:
+            given[name] = json.loads(json.dumps(value))  # as it will be read: keys are strings, sequences are lists
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"save_checkpoint: `{name}` cannot be written as JSON: {error}") from None
+    size, mesh = state_bytes(state), _mesh_of(state, "save_checkpoint")
+    leaves = {path: {"dtype": NAMES[x.dtype], "shape": x.shape.as_list()} for path, x in tree.items(state)}
+    meta = {"format": FORMAT, "step": step, **given, "leaves": leaves}
+    job = SaveJob(Path(directory), meta, list(held_blocks(state)), mesh, keep)
+    with job.failing(), together(mesh, *_FAILURES):
+        if job.first:
+            _make_room(job.root, job.part, size)
+    return job
 
 
 def _mesh_of(leaves: Tree, function: str) -> dtensor.Mesh | None:
@@ -140,9 +200,9 @@ def _make_room(root: Path, part: Path, size: int) -> None:
     part.mkdir()
 
 
-def _remove_old(root: Path, final: Path, keep: int) -> None:
-    for old in list_checkpoints(root)[:-keep]:
-        if old != final:
+def _remove_old(root: Path, final: Path, keep: Keep) -> None:
+    for old in list_checkpoints(root)[: -keep.last]:
+        if old != final and not (keep.every and checkpoint_step(old) % keep.every == 0):
             shutil.rmtree(old.rename(root / f".{old.name}.gone"), ignore_errors=True)
 
 
@@ -174,6 +234,7 @@ def restore_checkpoint(
     *,
     layouts: Tree | None = None,
     settings: Mapping[str, Any] | None = None,
+    accept: Callable[[int], bool] | None = None,
     on_skip: Callable[[str], None] | None = None,
 ) -> Checkpoint | None:
     """Reads the latest checkpoint that is whole, in whatever layout and by however many processes it was written.
@@ -187,10 +248,11 @@ def restore_checkpoint(
       layouts: a tree like it of layouts (`state_layouts`), in which each process reads only what its devices hold; `None`:
         plain tensors.
       settings: the settings of the run that wants to go on; `None`: any.
+      accept: whether a checkpoint of a step may be taken; default: any.
       on_skip: called with one line about each damaged checkpoint; default: a warning.
 
     Returns:
-      `Checkpoint`, or `None` where there is no checkpoint at all, not even a damaged one.
+      `Checkpoint`, or `None` where there is no checkpoint to take at all, not even a damaged one.
 
     Raises:
       ValueError: checkpoints are there, but none is whole; other settings, or a state of another structure, by name.
@@ -201,11 +263,11 @@ def restore_checkpoint(
     with together(mesh, *_FAILURES):
         if first:
             _put_back(root)
-    found = list_checkpoints(root)
+    found = [path for path in list_checkpoints(root) if accept is None or accept(checkpoint_step(path))]
     for path in reversed(found):
         try:
             with together(mesh, *_FAILURES):
-                meta = _read_meta(path / META_FILE)
+                meta = read_meta(path / META_FILE)
                 if settings is not None:
                     check_settings(meta["settings"], settings, where=str(path))
                 state = _read_state(path, meta, like, layouts)
@@ -219,7 +281,7 @@ def restore_checkpoint(
             raise OSError(f"restore_checkpoint: cannot read {file!r} ({error.strerror or error})") from None
         for other in damaged if first else ():
             _set_aside(other)
-        return Checkpoint(state, meta["settings"], path)
+        return Checkpoint(state, meta["settings"], meta["cursor"], path)
     count = len(damaged) + len(list(root.glob("step-*.damaged*")))
     check(
         not count,
@@ -266,7 +328,7 @@ def check_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, where
         are compared field by field.
       where: what the message calls the run that is there.
     """
-    old, new = (_flat(json.loads(json.dumps(settings))) for settings in (saved, wanted))
+    old, new = (flat_settings(json.loads(json.dumps(settings))) for settings in (saved, wanted))
     absent = object()
     names = [name for name in {**old, **new} if old.get(name, absent) != new.get(name, absent)]
     if names:
@@ -275,10 +337,11 @@ def check_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, where
         raise ValueError(f"cannot go on from {where}, other settings: {'; '.join(parts[:3])}{more}")
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings by dotted names."""
     flat = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
@@ -307,7 +370,8 @@ def _read_leaf(reader: BlockReader, path: str, shape: list[int], layout: dtensor
     return pack([values[box] for box in boxes], layout)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
+    """Reads a `checkpoint.json`; `DamagedError` unless it is what was written."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         digest = meta.pop("digest")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,22 +73,30 @@ def held_blocks(state: Tree) -> Iterator[Block]:
                 yield Block(path, leaf.dtype, begin, shape, device, path if shape == full else f"{path}[{ranges}]")
 
 
-def write_blocks(path: Path, state: Tree) -> dict[str, Any]:
-    """Streams this process's blocks into a safetensors file, one in memory at a time.
+def block_values(blocks: Sequence[Block], state: Tree) -> Iterator[np.ndarray]:
+    """Yields the bytes of each block, one in memory at a time; they may change with the state."""
+    leaves, last, parts = tree.to_dict(state), None, []
+    for block in blocks:
+        if block.path != last:
+            leaf, last = leaves[block.path], block.path
+            parts = [leaf] if layout_of(leaf) is None else dtensor.unpack(leaf)
+        yield np.ascontiguousarray(parts[block.device].numpy()).reshape(-1).view(np.uint8)
+
+
+def write_blocks(path: Path, blocks: Sequence[Block], values: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Streams this process's blocks into a safetensors file.
+
+    Args:
+      path: the file. blocks: from `held_blocks`. values: the bytes of each, from `block_values`.
 
     Returns:
       What `BlockReader` wants to know of the file: its size, the digest of its head, place and digests of each block.
     """
-    blocks = list(held_blocks(state))
     head, offset = _encode_header(blocks)
-    described, leaves, last, parts = [], tree.to_dict(state), None, []
+    described = []
     with open(path, "wb") as file:
         file.write(head)
-        for block in blocks:
-            if block.path != last:
-                leaf, last = leaves[block.path], block.path
-                parts = [leaf] if layout_of(leaf) is None else dtensor.unpack(leaf)
-            data = np.ascontiguousarray(parts[block.device].numpy()).reshape(-1).view(np.uint8)
+        for block, data in zip(blocks, values, strict=True):
             group, digests = _group_bytes(block.shape, block.dtype), []
             for start in range(0, len(data), group):
                 digests.append(digest_of(data[start : start + group]))

@@ -7,7 +7,7 @@ rank, with its part of their experts and all of the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -22,9 +22,9 @@ from dsv3.parallel.mesh import AXES, layout_of, local_places, make_layout, may_e
 from dsv3.parallel.tape import Gradients
 from dsv3.policy import ComputePolicy
 from dsv3.spec import ParamSpec
-from dsv3.train.optim import Optimizer, square_sum
+from dsv3.train.optim import Optimizer, OptimStats, square_sums
 from dsv3.train.stages import StackRows
-from dsv3.train.state import TrainState, advance_state
+from dsv3.train.state import Limits, Taken, TrainState, advance_state, within_limits
 from dsv3.typing import Tree
 
 STACKS = ("dense", "moe")
@@ -224,41 +224,61 @@ def _relayout(x: tf.Tensor, mesh: dtensor.Mesh, now: Sequence[str | None], then:
     return dtensor.relayout(x, make_layout(mesh, then))
 
 
-def make_apply(optimizer: Optimizer, layouts: Tree, policy: ComputePolicy):
-    """Returns `apply(grads, state, load, counted, rate) -> (state, OptimStats)`: each device updates its part of a state.
+class Applied(NamedTuple):
+    """What `make_apply`'s function returns: see `TrainMetrics`."""
+
+    state: TrainState
+    optim: OptimStats
+    taken: tf.Tensor
+    grad_squares: tf.Tensor
+
+
+def make_apply(optimizer: Optimizer, layouts: Tree, policy: ComputePolicy, *, ema_decay: float | None = None):
+    """Returns `apply(grads, state, loss, limits, load, counted, rate) -> Applied`: each device updates its part of a state.
 
     Args:
       optimizer: see `Optimizer`.
       layouts: how the parameters, and their gradients, are stored.
       policy: how to compute.
+      ema_decay: see `advance_state`.
     """
     mesh = mesh_of(layouts)
-    # A leaf that several devices hold alike counts once in the norm.
-    shares = [1.0 / (mesh.size // _shards(layout)) for layout in tree.flatten(layouts)]
+    shares = leaf_shares(layouts)
 
     @tf.function(autograph=False, jit_compile=policy.jit)
     def squares(grads: Tree) -> tf.Tensor:
-        return tf.add_n([square_sum(g, fuse=policy.fuse) * share for g, share in zip(tree.flatten(grads), shares)])
+        return square_sums(grads, fuse=policy.fuse) * shares
 
     @tf.function(autograph=False, jit_compile=policy.jit)
-    def update(state: TrainState, grads: Tree, *given):
-        return advance_state(state, grads, *given, optimizer)
+    def update(state: TrainState, grads: Tree, taken: Taken):
+        return advance_state(state, grads, taken, optimizer, ema_decay=ema_decay, fuse=policy.fuse)
 
-    def call(grads: Tree, state: TrainState, load: RouterState, counted: int, rate: float):
+    def call(
+        grads: Tree, state: TrainState, loss: tf.Tensor, limits: Limits, load: RouterState, counted: int, rate: float
+    ) -> Applied:
         placed = state_layouts(state, layouts)
         grads, states, devices = unpack_tree(grads), unpack_tree(state), mesh.local_devices()
         sums = gather_mesh([_on(device, squares, g) for device, g in zip(devices, grads)], mesh)
+        sums = sums.reshape(mesh.size, -1).sum(0)
         norm = tf.constant(np.sqrt(sums.sum()), tf.float32)
-        given = (norm, load, tf.constant(counted, tf.int64), tf.constant(rate, tf.float32))
+        take = within_limits(loss, norm, Limits(*(tf.cast(x, tf.float32) for x in limits)))
+        given = Taken(norm, take, load, tf.constant(counted, tf.int64), tf.constant(rate, tf.float32))
         new = []
         for i, device in enumerate(devices):
             with on_device(device):
-                part, stats = update(states[i], grads[i], *given)
+                part, stats = update(states[i], grads[i], given)
             new.append(tree.flatten(part))
         leaves = [pack(parts, layout) for parts, layout in zip(zip(*new), tree.flatten(placed))]
-        return tree.unflatten_as(state, leaves), stats
+        return Applied(tree.unflatten_as(state, leaves), stats, take, tf.constant(sums, tf.float32))
 
     return call
+
+
+def leaf_shares(layouts: Tree) -> np.ndarray:
+    """Returns for each leaf one over the number of devices that hold the same part of it, so that in a sum over devices it
+    counts once; `[leaves]` float32."""
+    size = mesh_of(layouts).size
+    return np.array([_shards(layout) / size for layout in tree.flatten(layouts)], np.float32)
 
 
 def _shards(layout: dtensor.Layout) -> int:
@@ -308,7 +328,7 @@ def state_layouts(state: TrainState, layouts: Tree) -> TrainState:
         parts = path.split(".")
         for start in range(1, len(parts)):
             layout = of_params.get(".".join(parts[start:]))
-            if layout is not None and parts[0] in ("params", "opt") and len(layout.sharding_specs) == len(leaf.shape):
+            if layout is not None and parts[0] in ("params", "opt", "ema") and len(layout.sharding_specs) == len(leaf.shape):
                 return layout
         return dtensor.Layout.replicated(mesh, len(leaf.shape))
 

@@ -45,7 +45,7 @@ from dsv3.train.mesh_params import (
 from dsv3.train.optim import Optimizer
 from dsv3.train.pieces import StageBatch, model_pieces
 from dsv3.train.stages import StageCut, cut_stages
-from dsv3.train.state import MeshStats, TrainMetrics, TrainState
+from dsv3.train.state import Limits, MeshStats, TrainMetrics, TrainState, check_ema
 from dsv3.typing import Tree
 
 SHARDS = ("data", "expert")
@@ -71,18 +71,20 @@ class MeshPlan(NamedTuple):
       schedule: see `MakeTable`.
       stage_layers: layers of each stage, or `None` for an even cut.
       dispatch_dtype, nodes: see `model_pieces`.
+      ema_decay: see `train_update`.
     """
 
     schedule: MakeTable
     stage_layers: Sequence[int] | None
     dispatch_dtype: tf.DType | None
     nodes: int
+    ema_decay: float | None = None
 
 
 def make_mesh_update(
     cfg: ModelConfig, optimizer: Optimizer, layouts: Tree, policy: ComputePolicy, plan: MeshPlan
 ) -> Callable[..., tuple[TrainState, TrainMetrics]]:
-    """Returns `update(state, tokens, weights, rates) -> (state, TrainMetrics)` on the mesh of `layouts`.
+    """Returns `update(state, tokens, weights, rates, limits) -> (state, TrainMetrics)` on the mesh of `layouts`.
 
     Args:
       cfg, optimizer, policy: as in `train_update`.
@@ -103,7 +105,7 @@ def make_mesh_update(
         f"make_train_step: `expert_nodes` is {plan.nodes}, want a divisor of {ways}, the mesh's devices on 'expert'",
     )
     pieces = model_pieces(cfg, policy, ways=ways, nodes=plan.nodes, dispatch_dtype=plan.dispatch_dtype)
-    apply = make_apply(optimizer, layouts, policy)
+    apply = make_apply(optimizer, layouts, policy, ema_decay=plan.ema_decay)
     shards = int(np.prod([axis_size(mesh, axis) for axis in SHARDS]))
     programs: dict[tuple, tuple] = {}
 
@@ -116,13 +118,14 @@ def make_mesh_update(
             )  # fmt: skip
         return programs[schedule.placement]
 
-    def update(state: TrainState, tokens: np.ndarray, weights: np.ndarray, rates: Rates):
+    def update(state: TrainState, tokens: np.ndarray, weights: np.ndarray, rates: Rates, limits: Limits):
         micro, rows = tokens.shape[:2]
         check(
             rows % shards == 0,
             f"train_step: `tokens` has {rows} rows, want a multiple of {shards}, the devices on data and expert",
         )
         check_placed(state, layouts)
+        check_ema("train_step", state, plan.ema_decay)
         check(not state.amax, "train_step: `state.amax` is filled, want a state without: a mesh has no delayed scales")
         schedule = _checked(plan.schedule(ranks, micro), ranks, micro)
         cut = cut_stages(cfg, schedule.stages, plan.stage_layers)
@@ -141,11 +144,11 @@ def make_mesh_update(
         grads = pack_gradients(_by_device([r.grads for r in found], mesh), specs, layouts, stack_rows)
         del found  # with the parameters that were used and the devices' sums
         counted = micro * rows * (tokens.shape[2] - 1)
-        state, optim = apply(reduce(grads), state, parts.load, counted, rates.bias)
         loss = parts.nll + rates.balance * parts.balance
         if cfg.num_mtp_layers:
             loss += rates.mtp * tf.reduce_mean(parts.mtp)
-        return state, TrainMetrics(loss, parts, optim, mesh_stats)
+        done = apply(reduce(grads), state, loss, limits, parts.load, counted, rates.bias)
+        return done.state, TrainMetrics(loss, parts, done.optim, done.taken, done.grad_squares, mesh_stats)
 
     update.traces = lambda: sum(len(piece.programs) for piece in pieces.made)
     return update

@@ -37,15 +37,21 @@ class OptimStats(NamedTuple):
 class Optimizer(NamedTuple):
     """A pair of pure functions.
 
-    `init(params) -> state`; `update(grads, state, params, tokens, norm) -> (params, state, OptimStats)`, where `tokens` is
-    the number of tokens seen so far, which schedules are functions of, and `norm` that of all gradients (`global_norm`).
+    `init(params) -> state`; `update(grads, state, params, tokens, norm, take) -> (params, state, OptimStats)`, where
+    `tokens` is the number of tokens seen so far, which schedules are functions of, `norm` that of all gradients
+    (`global_norm`), and `take` a bool scalar: where it is false, as for a loss that is not finite, parameters and state come
+    back as they were.
+
+    `last_update(params, state, learning_rate) -> list` gives what the last update has taken from each parameter, up to
+    rounding, from what is there after it; `None` where an optimiser cannot tell.
 
     On a mesh `update` gets each device's parts of the trees, so it must treat every scalar alike: what it needs of the whole
-    is in `norm`.
+    is in `norm` and `take`.
     """
 
     init: Callable[[Tree], Tree]
     update: Callable[..., tuple[Tree, Tree, OptimStats]]
+    last_update: Callable[..., list[tf.Tensor]] | None = None
 
 
 def decays(path: str) -> bool:
@@ -93,15 +99,15 @@ def adamw(
 
     @plain
     def update(
-        grads: Tree, state: AdamState, params: Tree, tokens: tf.Tensor, norm: tf.Tensor
+        grads: Tree, state: AdamState, params: Tree, tokens: tf.Tensor, norm: tf.Tensor, take: tf.Tensor
     ) -> tuple[Tree, AdamState, OptimStats]:
         want = tree.to_dict(params)
         check_same_tree("adamw.update", "grads", tree.to_dict(grads), want)
         lr = tf.cast(learning_rate(tokens) if callable(learning_rate) else learning_rate, tf.float32)
         scale = tf.constant(1.0) if clip_norm is None else tf.minimum(1.0, clip_norm / (norm + 1e-12))
-        count = state.count + 1
-        steps = tf.cast(count, tf.float32)
-        scalars = tf.stack([scale, lr, 1.0 - b1**steps, 1.0 - b2**steps])
+        count = state.count + tf.cast(take, state.count.dtype)
+        steps = tf.cast(state.count + 1, tf.float32)
+        scalars = tf.stack([scale, lr, 1.0 - b1**steps, 1.0 - b2**steps, tf.cast(take, tf.float32)])
         new = []
         for (path, p), g, m, v in zip(want.items(), *map(tree.flatten, (grads, state.mu, state.nu))):
             wd = weight_decay if decay_mask(path) else 0.0
@@ -110,23 +116,39 @@ def adamw(
         params, mu, nu = (tree.unflatten_as(params, leaves) for leaves in zip(*new))
         return params, AdamState(count, mu, nu), OptimStats(norm, lr)
 
-    return Optimizer(init, update)
+    def last_update(params: Tree, state: AdamState, rate: tf.Tensor) -> list[tf.Tensor]:
+        steps, found = tf.cast(state.count, tf.float32), []
+        for (path, p), m, v in zip(tree.items(params), *map(tree.flatten, (state.mu, state.nu))):
+            m, v = (tf.cast(x, tf.float32) / (1.0 - b**steps) for x, b in ((m, b1), (v, b2)))
+            step, wd = m / (tf.sqrt(v) + eps), weight_decay if decay_mask(path) else 0.0
+            # p = q − lr·(step + wd·q), where q is the parameter before it
+            before = (tf.cast(p, tf.float32) + rate * step) / (1.0 - rate * wd)
+            found.append(rate * (step + wd * before))
+        return found
+
+    return Optimizer(init, update, last_update)
 
 
 @fused
 def _adamw_leaf(p, m, v, g, scalars, *, b1, b2, eps, wd):
-    scale, lr, c1, c2 = tf.unstack(scalars)
+    scale, lr, c1, c2, take = tf.unstack(scalars)
     g = tf.cast(g, tf.float32) * scale
     mu = b1 * tf.cast(m, tf.float32) + (1 - b1) * g
     nu = b2 * tf.cast(v, tf.float32) + (1 - b2) * g * g
     p32 = tf.cast(p, tf.float32)
     delta = lr * ((mu / c1) / (tf.sqrt(nu / c2) + eps) + wd * p32)
-    return tf.cast(p32 - delta, p.dtype), tf.cast(mu, m.dtype), tf.cast(nu, v.dtype)
+    new = tf.cast(p32 - delta, p.dtype), tf.cast(mu, m.dtype), tf.cast(nu, v.dtype)
+    return tuple(tf.where(take > 0, value, old) for value, old in zip(new, (p, m, v)))
 
 
 def global_norm(grads: Tree, *, fuse: bool = False) -> tf.Tensor:
     """Returns the Euclidean norm over all leaves, float32; `fuse` compiles each leaf's sum as one kernel."""
-    return tf.sqrt(tf.add_n([square_sum(g, fuse=fuse) for g in tree.flatten(grads)]))
+    return tf.sqrt(tf.reduce_sum(square_sums(grads, fuse=fuse)))
+
+
+def square_sums(grads: Tree, *, fuse: bool = False) -> tf.Tensor:
+    """Returns `Σ g²` of each leaf, `[leaves]` float32, in the tree's order; `fuse` compiles each as one kernel."""
+    return tf.stack([square_sum(g, fuse=fuse) for g in tree.flatten(grads)])
 
 
 def square_sum(g: tf.Tensor, *, fuse: bool) -> tf.Tensor:

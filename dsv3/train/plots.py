@@ -18,7 +18,9 @@ def plot_run(rows: Rows, directory: str | os.PathLike, *, mtp_layers: int = 0) -
     """Draws what a log holds.
 
     `loss.png`: training and held-out loss; `learning_rate.png`; `expert_load.png`: each layer's share by expert at the end
-    and over time; `load_violation.png`: max/mean − 1 over steps. Without mixture layers the last two are left out.
+    and over time; `load_violation.png`: max/mean − 1 over steps; `balance.png`: the busiest and the idlest expert and the
+    variance of the load over windows of steps; `norms.png`: gradient norms and update ratios by component; `bias.png`: range
+    of the selection biases. What the log has no rows for is left out.
 
     Args:
       rows: see `dsv3.train.records`.
@@ -31,7 +33,7 @@ def plot_run(rows: Rows, directory: str | os.PathLike, *, mtp_layers: int = 0) -
     Raises:
       ValueError: no training row.
     """
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "heldout", "load")}
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "heldout", "load", "watch")}
     check(bool(kinds["train"]), "plot_run: `rows` has no training row, want at least one")
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
@@ -43,6 +45,11 @@ def plot_run(rows: Rows, directory: str | os.PathLike, *, mtp_layers: int = 0) -
         layers = len(kinds["load"][-1]["load"])
         drawings["expert_load"] = (_draw_load, (11, 2.5 + 0.45 * layers), 2)
         drawings["load_violation"] = (_draw_violation, (7.5, 4), 1)
+        drawings["balance"] = (_draw_balance, (11, 4), 2)
+    if kinds["watch"]:
+        drawings["norms"] = (_draw_norms, (11, 4.5), 2)
+        if kinds["watch"][-1].get("bias_max"):
+            drawings["bias"] = (_draw_bias, (7.5, 4), 1)
     paths = []
     for name, (draw, size, columns) in drawings.items():
         figure, axes = _figure(size, columns)
@@ -139,5 +146,49 @@ def _draw_violation(axes, kinds, mtp_layers):
         axis.plot(steps, _smooth(values), linewidth=1.2, label=name)
     axis.axhline(0.0, color="black", linewidth=0.8)
     axis.set(xlabel="step", ylabel="max load / mean load − 1", title="Load violation (0 = every expert has its fair share)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+
+
+def _draw_balance(axes, kinds, mtp_layers):
+    """Left: the busiest and the idlest expert of each window, over the fair share. Right: the variance of those shares."""
+    (extremes, variance), rows = axes, kinds["load"]
+    steps, names = _column(rows, "step"), _layer_names(len(rows[-1]["load"]), mtp_layers)
+    table = {name: np.array([row[name] for row in rows]) for name in ("max_load", "min_load", "load_variance")}
+    for i, name in enumerate(names):
+        (line,) = extremes.plot(steps, table["max_load"][:, i], linewidth=1.2, label=name)
+        extremes.plot(steps, table["min_load"][:, i], linewidth=1.2, color=line.get_color())
+        variance.semilogy(steps, np.maximum(table["load_variance"][:, i], 1e-6), linewidth=1.2, label=name)
+    extremes.axhspan(0.8, 1.2, color="tab:green", alpha=0.12)
+    extremes.set(xlabel="step", ylabel="load / fair share", title="Busiest and idlest expert (band: within 20%)")
+    variance.axhline(0.1, color="black", linewidth=0.8, linestyle="--")
+    variance.set(xlabel="step", ylabel="variance of load / fair share", title="Variance of the load (line: 0.1)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    extremes.legend(fontsize="small")
+
+
+def _draw_norms(axes, kinds, mtp_layers):
+    """Left: gradient norms by component. Right: norm of the update over that of the parameters."""
+    rows = kinds["watch"]
+    for axis, name, title in zip(axes, ("grad_norms", "update_ratios"), ("Gradient norm", "Update / parameters")):
+        found = [row for row in rows if name in row]
+        for component in found[-1][name] if found else ():
+            values = [max(row[name].get(component, 0.0), 1e-12) for row in found]
+            axis.semilogy(_column(found, "step"), values, linewidth=1.2, label=component)
+        axis.set(xlabel="step", ylabel="Euclidean norm" if axis is axes[0] else "ratio of norms", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small", ncols=2)
+
+
+def _draw_bias(axes, kinds, mtp_layers):
+    (axis,), rows = axes, kinds["watch"]
+    steps, names = _column(rows, "step"), _layer_names(len(rows[-1]["bias_max"]), mtp_layers)
+    low, high = (np.array([row[name] for row in rows]) for name in ("bias_min", "bias_max"))
+    for i, name in enumerate(names):
+        axis.fill_between(steps, low[:, i], high[:, i], alpha=0.2)
+        axis.plot(steps, high[:, i], linewidth=1, label=name)
+    axis.axhline(0.0, color="black", linewidth=0.8)
+    axis.set(xlabel="step", ylabel="selection bias", title="Range of the selection biases")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")

@@ -4,9 +4,11 @@ A row is a flat mapping with a `kind` and a `step`::
 
     {"kind": "train", "step": 12, "tokens": 49152, "loss": 7.9, "nll": 6.1, "mtp": [6.2], "load_violation": [0.4, 0.3], ...}
     {"kind": "heldout", "step": 100, "nll": 5.2, "bits_per_byte": 2.4, ...}
-    {"kind": "load", "step": 100, "load": [[512, 498, ...], ...]}
+    {"kind": "load", "step": 100, "steps": 20, "load": [[512, 498, ...], ...], "max_load": [1.1, ...], ...}
+    {"kind": "watch", "step": 100, "grad_norms": {"attention": 0.4, ...}, "update_ratios": {...}, ...}
 
-A run that goes on from step n cuts the rows after n, so that no step stands there twice.
+A run that goes on from step n cuts the rows after n, so that no step stands there twice. What went wrong (`skipped` and
+`rollback` rows) is in `trouble.jsonl`, of which nothing is ever cut: it tells what happened, in its order.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +28,8 @@ import tensorflow as tf
 from dsv3.checks import check
 from dsv3.train.state import TrainMetrics
 
-LOG_FILE, EVENTS_FOLDER = "log.jsonl", "tensorboard"
+LOG_FILE, TROUBLE_FILE, EVENTS_FOLDER = "log.jsonl", "trouble.jsonl", "tensorboard"
+TROUBLE = ("skipped", "rollback")  # kinds of rows that go to `TROUBLE_FILE`
 
 
 class RunLog:
@@ -42,9 +46,15 @@ class RunLog:
 
     def __init__(self, directory: str | os.PathLike, *, step: int = 0):
         root = Path(directory)
-        self._path, self._folder = root / LOG_FILE, root / EVENTS_FOLDER
+        self._path, self._trouble, self._folder = root / LOG_FILE, root / TROUBLE_FILE, root / EVENTS_FOLDER
         with _writing(self._path):
             root.mkdir(parents=True, exist_ok=True)
+            if not step:
+                self._trouble.unlink(missing_ok=True)
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        with _writing(self._path):
             rows = cut_rows(self._path, step)
             self._file = open(self._path, "a", encoding="utf-8")
         with _writing(self._folder):
@@ -63,11 +73,20 @@ class RunLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one row; whoever reads the file sees it whole."""
+        if row["kind"] in TROUBLE:
+            with _writing(self._trouble), open(self._trouble, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row | {"time": round(time.time(), 1)}) + "\n")
+            return
         with _writing(self._path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         with _writing(self._folder):
             self._write_event(row)
+
+    def rewind(self, step: int) -> None:
+        """Cuts the rows after a step that the run has gone back to; with 0 all of them."""
+        self.close()
+        self._open(step)
 
     def sync(self) -> None:
         """Makes sure that what was written outlives a crash of the machine; to be called before a checkpoint is saved."""
@@ -140,14 +159,16 @@ def cut_rows(path: str | os.PathLike, step: int) -> list[dict[str, Any]]:
 def row_scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """Returns the scalars of a row under TensorBoard's tags; lists of scalars are numbered from 1, tables left out.
 
-    >>> row_scalars({"kind": "train", "step": 1, "loss": 2.0, "mtp": [3.0]})
-    {'train/loss': 2.0, 'train/mtp_1': 3.0}
+    >>> row_scalars({"kind": "train", "step": 1, "loss": 2.0, "mtp": [3.0], "norms": {"head": 4.0}})
+    {'train/loss': 2.0, 'train/mtp_1': 3.0, 'train/norms/head': 4.0}
     """
     scalars = {}
     for name, value in row.items():
         if name in ("kind", "step") or isinstance(value, str):
             continue
-        if isinstance(value, int | float):
+        if isinstance(value, Mapping):
+            scalars |= {f"{row['kind']}/{name}/{key}": float(v) for key, v in value.items()}
+        elif isinstance(value, int | float):
             scalars[f"{row['kind']}/{name}"] = float(value)
         elif isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
             scalars |= {f"{row['kind']}/{name}_{i}": float(v) for i, v in enumerate(value, 1)}
@@ -196,8 +217,24 @@ def step_numbers(step: int, metrics: TrainMetrics) -> StepNumbers:
     return StepNumbers(row, load)
 
 
-def check_finite(row: Mapping[str, Any]) -> None:
-    """Raises `FloatingPointError` when the loss or the gradient of a step is not a number to go on with."""
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(row[name]):
-            raise FloatingPointError(f"step {row['step']}: `{name}` is {row[name]}, want a finite number")
+def load_numbers(load: np.ndarray) -> dict[str, Any]:
+    """Describes how evenly tokens went to experts.
+
+    Args:
+      load: `[X + modules, E]`, tokens by layer and expert, of one step or the sum of several.
+
+    Returns:
+      `load`, as integers, and by layer: `max_load` and `min_load`, the busiest and the idlest expert's share over the fair
+      share; `load_variance`, of the shares over the fair share; `load_entropy`, over that of fair shares, so that 1 is even
+      and 0 all on one; `unused`, experts that got no token.
+
+    >>> numbers = load_numbers(np.array([[3.0, 1.0, 0.0, 4.0]]))
+    >>> numbers["max_load"], numbers["min_load"], numbers["load_variance"], numbers["unused"]
+    ([2.0], [0.0], [0.625], [1])
+    """
+    share = load / np.maximum(load.sum(1, keepdims=True), 1e-9)
+    fair = share * load.shape[1]
+    entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(1) / max(math.log(load.shape[1]), 1e-9)
+    numbers = {"max_load": fair.max(1), "min_load": fair.min(1), "load_variance": fair.var(1), "load_entropy": entropy}
+    rounded = {name: [round(float(x), 6) for x in value] for name, value in numbers.items()}
+    return {"load": load.astype(int).tolist(), **rounded, "unused": (load == 0).sum(1).tolist()}

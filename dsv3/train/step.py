@@ -23,17 +23,18 @@ from dsv3.pipeline import one_f_one_b
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.recipe import Fp8Recipe, sends_fp8
 from dsv3.spec import ParamSpec, init_params
-from dsv3.train.loss import pretrain_loss
+from dsv3.train.loss import LossParts, pretrain_loss
 from dsv3.train.mesh_params import state_layouts
 from dsv3.train.mesh_step import MakeTable, MeshPlan, Rates, make_mesh_update
-from dsv3.train.optim import Optimizer, Schedule, global_norm
-from dsv3.train.state import TrainMetrics, TrainState, advance_state
+from dsv3.train.optim import Optimizer, Schedule, square_sums
+from dsv3.train.state import Limits, Taken, TrainMetrics, TrainState, advance_state, check_ema, within_limits
 from dsv3.typing import TensorLike, Tree
 
 
 def train_init(
-    key: TensorLike, cfg: ModelConfig, optimizer: Optimizer, layouts: Tree | None = None, *, fp8: Fp8Recipe | None = None
-) -> TrainState:
+    key: TensorLike, cfg: ModelConfig, optimizer: Optimizer, layouts: Tree | None = None, *, fp8: Fp8Recipe | None = None,
+    ema: bool = False,
+) -> TrainState:  # fmt: skip
     """Returns the state of a new model.
 
     Args:
@@ -43,9 +44,10 @@ def train_init(
       layouts: how the parameters are stored on a mesh; each leaf is placed when it has been drawn, so that no process holds
         more than one whole. The values are those of one device. `None`: one device.
       fp8: the recipe of the steps; one with delayed scales has a part in the state.
+      ema: keep an average of the parameters, for a step with an `ema_decay`.
     """
     if layouts is None:
-        return train_state(model_init(key, cfg), router_init(cfg), optimizer, fp8=fp8)
+        return train_state(model_init(key, cfg), router_init(cfg), optimizer, fp8=fp8, ema=ema)
     _check_mesh_recipe("train_init", fp8)
 
     def draw(path: str, spec: ParamSpec, layout: Any) -> tf.Tensor:
@@ -60,22 +62,22 @@ def train_init(
     leaves = [pack(held, layout) for held, layout in zip(zip(*map(tree.flatten, parts)), tree.flatten(placed))]
     opt = tree.unflatten_as(parts[0], leaves)
     small = TrainState(tf.constant(0, tf.int64), tf.constant(0, tf.int64), (), router_init(cfg), ())
-    return place_state(small, layouts)._replace(params=params, opt=opt)
+    return place_state(small, layouts)._replace(params=params, opt=opt, ema=params if ema else ())
 
 
-def train_specs(cfg: ModelConfig, optimizer: Optimizer, *, fp8: Fp8Recipe | None = None) -> TrainState:
+def train_specs(cfg: ModelConfig, optimizer: Optimizer, *, fp8: Fp8Recipe | None = None, ema: bool = False) -> TrainState:
     """Returns a state's shapes and dtypes, a tree of `tf.TensorSpec`, without drawing it.
 
     Args:
-      cfg, optimizer, fp8: as of `train_init`.
+      cfg, optimizer, fp8, ema: as of `train_init`.
     """
     with tf.Graph().as_default():
-        state = train_init([0, 0], cfg, optimizer, fp8=fp8)
+        state = train_init([0, 0], cfg, optimizer, fp8=fp8, ema=ema)
     return tree.map_leaves(lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), state)
 
 
 def train_state(
-    params: ModelParams, router: RouterState, optimizer: Optimizer, *, fp8: Fp8Recipe | None = None
+    params: ModelParams, router: RouterState, optimizer: Optimizer, *, fp8: Fp8Recipe | None = None, ema: bool = False
 ) -> TrainState:
     """Returns the state that starts training from given parameters.
 
@@ -83,9 +85,9 @@ def train_state(
       params, router: the model, e.g. from `load_pretrained`. Parameters become float32, whatever they are: in bfloat16 most
         updates would be rounded away. The dtype of the products is the policy's.
       optimizer: see `adamw`.
-      fp8: as of `train_init`.
+      fp8, ema: as of `train_init`.
 
-    References: DeepSeek-V3 section 3.3.3 (master weights in float32).
+    References: DeepSeek-V3 section 3.3.3 (master weights in float32), 3.2.3 (average of the parameters).
     """
     check_type("train_state", "optimizer", optimizer, Optimizer)
     check(
@@ -95,7 +97,8 @@ def train_state(
     params = tree.map_leaves(lambda p: tf.cast(p, tf.float32), params)
     zero = tf.constant(0, tf.int64)
     amax = tree.map_leaves(lambda spec: tf.zeros(spec.shape), delayed_specs(params, fp8))
-    return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params), amax)
+    averages = tree.map_leaves(tf.identity, params) if ema else ()
+    return TrainState(zero, tf.identity(zero), params, router, optimizer.init(params), amax, averages)
 
 
 def _check_mesh_recipe(function: str, fp8: Fp8Recipe | None) -> None:
@@ -116,6 +119,8 @@ def train_update(
     mtp_weight: float | Schedule = 0.3,
     balance_weight: float | Schedule = 1e-4,
     bias_rate: float | Schedule = 1e-3,
+    ema_decay: float | None = None,
+    limits: Limits = Limits(),
     policy: ComputePolicy | None = None,
 ) -> tuple[TrainState, TrainMetrics]:
     """One optimiser step as a pure function.
@@ -127,10 +132,13 @@ def train_update(
       cfg, optimizer: the model's configuration and the optimiser.
       mtp_weight, balance_weight: λ and α of the loss; bias_rate: γ of the router's bias. Floats, or schedules of the tokens
         seen.
+      ema_decay: of the average of the parameters that the state keeps; `None`: it keeps none.
+      limits: the largest loss and gradient norm of a step that is taken.
       policy: how to compute; default: the device's.
 
     Returns:
-      The new state and `TrainMetrics`. The router's bias moves once, by the load of all micro-batches.
+      The new state and `TrainMetrics`. The router's bias moves once, by the load of all micro-batches. A step that is not
+      finite or exceeds the limits is not taken: the state comes back as it was.
     """
     policy = policy or default_policy()
     tokens = tf.convert_to_tensor(tokens)
@@ -146,26 +154,47 @@ def train_update(
         tokens, weights = tf.expand_dims(tokens, 0), tf.expand_dims(weights, 0)
     seen = tf.cast(state.tokens, tf.float32)
     mtp_w, balance_w, rate = (f(seen) if callable(f) else f for f in (mtp_weight, balance_weight, bias_rate))
-    normalizer = tf.reduce_sum(weights)
-    micro_batches = tokens.shape[0]
-
     delayed = policy.fp8 is not None and policy.fp8.scaling == "delayed"
     check(
         bool(state.amax) == delayed,
         f"train_update: `state.amax` is {'filled' if state.amax else 'empty'}, want it as `policy.fp8` has it: give the "
         "same recipe to `train_init` or `train_state`",
     )
+    check_ema("train_update", state, ema_decay)
     params = cast_params(state.params, policy)  # once; their gradients come in the compute dtype
     if delayed:
         params = delayed_attach(params, state.amax)
+
+    loss, parts, grads = _accumulate(
+        params, state.router, tokens, weights, cfg=cfg, mtp_weight=mtp_w, balance_weight=balance_w, policy=policy
+    )
+    counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
+    if delayed:
+        grads, largest = delayed_detach(grads, state.amax)
+    squares = square_sums(grads, fuse=policy.fuse)
+    norm = tf.sqrt(tf.reduce_sum(squares))
+    take = within_limits(loss, norm, limits)
+    taken = Taken(norm, take, parts.load, counted, rate)
+    new, stats = advance_state(state, grads, taken, optimizer, ema_decay=ema_decay, fuse=policy.fuse)
+    if delayed:
+        history = delayed_update(state.amax, largest)
+        new = new._replace(amax=tree.map_leaves(lambda a, b: tf.where(take, a, b), history, state.amax))
+    return new, TrainMetrics(loss, parts, stats, take, squares)
+
+
+def _accumulate(
+    params: ModelParams, router: RouterState, tokens: tf.Tensor, weights: tf.Tensor, *, balance_weight: Any, **how: Any
+) -> tuple[tf.Tensor, LossParts, Tree]:
+    """Returns loss, parts and gradients of micro-batches `[A, B, T+1]`, added up; `how` is for `pretrain_loss`."""
+    normalizer, micro_batches = tf.reduce_sum(weights), tokens.shape[0]
 
     def gradients(i):
         with tf.GradientTape() as tape:
             leaves = tree.flatten(params)
             tape.watch(leaves)
             loss, parts = pretrain_loss(
-                params, state.router, tokens[i], weights[i], cfg=cfg, mtp_weight=mtp_w,
-                balance_weight=balance_w / micro_batches, normalizer=normalizer, policy=policy,
+                params, router, tokens[i], weights[i], balance_weight=balance_weight / micro_batches, normalizer=normalizer,
+                **how,
             )  # fmt: skip
         grads = tape.gradient(loss, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return loss, parts, tree.unflatten_as(params, [tf.convert_to_tensor(g) for g in grads])
@@ -181,13 +210,7 @@ def train_update(
         )
         loss, parts, grads = total
         parts = parts._replace(balance=parts.balance / micro_batches)
-    counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
-    if delayed:
-        grads, seen = delayed_detach(grads, state.amax)
-        state = state._replace(amax=delayed_update(state.amax, seen))
-    norm = global_norm(grads, fuse=policy.fuse)
-    new, stats = advance_state(state, grads, norm, parts.load, counted, rate, optimizer)
-    return new, TrainMetrics(loss, parts, stats)
+    return loss, parts, grads
 
 
 def _added(path: str, total: tf.Tensor, more: tf.Tensor) -> tf.Tensor:
@@ -212,11 +235,12 @@ def make_train_step(
     stage_layers: Sequence[int] | None = None,
     dispatch_dtype: tf.DType | str | None = None,
     expert_nodes: int = 1,
+    ema_decay: float | None = None,
 ) -> Callable[..., tuple[TrainState, TrainMetrics]]:
     """Compiles `train_update` into a step that updates its state in place.
 
     Args:
-      cfg, optimizer, mtp_weight, balance_weight, bias_rate, policy: as in `train_update`.
+      cfg, optimizer, mtp_weight, balance_weight, bias_rate, ema_decay, policy: as in `train_update`.
       layouts: `None`: one device. Else how the parameters are stored on a mesh (`make_layouts`, `zero_layouts`); the state
         must have been placed so (`place_state`). The step computes the same.
       schedule: on a mesh with an axis `pipe`, the order of micro-batches on its ranks: a generator of `dsv3.pipeline`, such
@@ -228,8 +252,8 @@ def make_train_step(
         goes to each node that has experts for it once, and is forwarded there.
 
     Returns:
-      `step(state, tokens, weights=None) -> (state, TrainMetrics)`. The given state is donated (see `compile_step`); the
-      first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`.
+      `step(state, tokens, weights=None, limits=Limits()) -> (state, TrainMetrics)`. The given state is donated (see
+      `compile_step`); the first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`.
 
       On a mesh every process passes the same whole batch. `step.traces()` counts what the model's pieces were compiled for,
       capacities of the experts included. Old and new state exist side by side while the optimiser runs.
@@ -240,6 +264,8 @@ def make_train_step(
     """
     check_type("make_train_step", "optimizer", optimizer, Optimizer)
     policy = policy or default_policy()
+    decays = ema_decay is None or 0 < ema_decay < 1
+    check(decays, f"make_train_step: `ema_decay` is {ema_decay}, want 0 < d < 1 or None")
     rates = {"mtp_weight": mtp_weight, "balance_weight": balance_weight, "bias_rate": bias_rate}
     if layouts is not None:
         _check_mesh_recipe("make_train_step", policy.fp8)
@@ -249,23 +275,27 @@ def make_train_step(
             dtype is None or not sends_fp8(policy.fp8),
             f"make_train_step: `dispatch_dtype` is {dtype and dtype.name!r}, but by `policy.fp8` rows travel in FP8",
         )
-        return _mesh_step(cfg, optimizer, layouts, rates, policy, MeshPlan(schedule, stage_layers, dtype, expert_nodes))
+        plan = MeshPlan(schedule, stage_layers, dtype, expert_nodes, ema_decay)
+        return _mesh_step(cfg, optimizer, layouts, rates, policy, plan)
     apart = dispatch_dtype is not None or expert_nodes != 1
     check(not apart, "make_train_step: `dispatch_dtype` or `expert_nodes` is given, but no `layouts` that share out experts")
     alone = stage_layers is None and schedule is one_f_one_b
     check(alone, "make_train_step: `schedule` or `stage_layers` is given, but without `layouts` there is no pipeline")
 
-    def update(state, tokens, weights):
-        return train_update(state, tokens, weights, cfg=cfg, optimizer=optimizer, policy=policy, **rates)
+    def update(state, tokens, weights, limits):
+        how = {"optimizer": optimizer, "policy": policy, "ema_decay": ema_decay, "limits": limits}
+        return train_update(state, tokens, weights, cfg=cfg, **how, **rates)
 
     compiled = compile_step(update, jit=policy.jit)
 
-    def step(state: TrainState, tokens: TensorLike, weights: Any = None) -> tuple[TrainState, TrainMetrics]:
+    def step(
+        state: TrainState, tokens: TensorLike, weights: Any = None, limits: Limits = Limits()
+    ) -> tuple[TrainState, TrainMetrics]:
         check_token_ids("train_step", "tokens", tokens, cfg.vocab_size)
         tokens = tf.convert_to_tensor(tokens)
         if weights is None:
             weights = tf.ones([*tokens.shape[:-1], tokens.shape[-1] - 1])
-        return compiled(state, tokens, tf.cast(weights, tf.float32))
+        return compiled(state, tokens, tf.cast(weights, tf.float32), Limits(*(tf.cast(x, tf.float32) for x in limits)))
 
     step.traces = compiled.traces
     return step
@@ -275,7 +305,9 @@ def _mesh_step(cfg, optimizer, layouts, rates, policy, plan: MeshPlan):
     """`make_train_step` on a mesh."""
     update = make_mesh_update(cfg, optimizer, layouts, policy, plan)
 
-    def step(state: TrainState, tokens: TensorLike, weights: Any = None) -> tuple[TrainState, TrainMetrics]:
+    def step(
+        state: TrainState, tokens: TensorLike, weights: Any = None, limits: Limits = Limits()
+    ) -> tuple[TrainState, TrainMetrics]:
         check_token_ids("train_step", "tokens", tokens, cfg.vocab_size)
         tokens = np.asarray(tokens, np.int32)
         check(tokens.ndim in (2, 3), f"train_step: `tokens` has shape {tokens.shape}, want [B, T+1] or [A, B, T+1]")
@@ -287,7 +319,7 @@ def _mesh_step(cfg, optimizer, layouts, rates, policy, plan: MeshPlan):
             tokens, weights = tokens[None], weights[None]
         seen = tf.cast(whole(state.tokens), tf.float32)
         values = (float(rate(seen)) if callable(rate) else float(rate) for rate in rates.values())
-        return update(state, tokens, weights, Rates(*values))
+        return update(state, tokens, weights, Rates(*values), limits)
 
     step.traces = update.traces
     return step

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from dsv3 import adamw, train_init, tree
 from dsv3.compiled import place
-from dsv3.train.checkpoint import check_settings, list_checkpoints, restore_checkpoint, save_checkpoint
+from dsv3.train.checkpoint import Keep, check_settings, list_checkpoints, restore_checkpoint, save_checkpoint
 from tests.small import KEY, model_config
 
 SETTINGS = {"lr": 0.003, "seed": 0, "config": {"hidden_size": 12, "rope_scaling": None}}
@@ -65,9 +65,32 @@ def test_state_file_is_plain_safetensors(tmp_path):
 
 def test_only_the_last_ones_stay(tmp_path):
     for step in (2, 99999999, 4, 100000000):  # the last two are in another order as text
-        save_checkpoint(tmp_path, example(step), {}, step=step, keep=2)
+        save_checkpoint(tmp_path, example(step), {}, step=step, keep=Keep(2))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-99999999", "step-100000000"]
     assert restore_checkpoint(tmp_path, example()).state["step"] == 100000000
+
+
+def test_every_so_many_steps_one_stays_for_good(tmp_path):
+    for step in range(10, 80, 10):
+        save_checkpoint(tmp_path, example(), {}, step=step, keep=Keep(2, every=30))
+    assert [path.name[-2:] for path in list_checkpoints(tmp_path)] == ["30", "60", "70"]
+
+
+def test_the_cursor_comes_back_as_json(tmp_path):
+    save_checkpoint(tmp_path, example(), {}, step=1, cursor={"data": (3, [1, 2]), "losses": [0.1 + 0.2]})
+    assert restore_checkpoint(tmp_path, example()).cursor == {"data": [3, [1, 2]], "losses": [0.1 + 0.2]}
+    save_checkpoint(tmp_path, example(), {}, step=2)
+    assert restore_checkpoint(tmp_path, example()).cursor is None
+    with pytest.raises(ValueError, match="save_checkpoint: `cursor` cannot be written as JSON"):
+        save_checkpoint(tmp_path, example(), {}, step=3, cursor={1j})
+
+
+def test_only_steps_that_are_accepted_are_taken(tmp_path):
+    for step in (3, 4, 6, 7):
+        save_checkpoint(tmp_path, example(step), {}, step=step, keep=Keep(9))
+    found = restore_checkpoint(tmp_path, example(), accept=lambda step: step % 2 == 0 and step < 6)
+    assert found.path.name == "step-00000004" and int(found.state["step"]) == 4
+    assert restore_checkpoint(tmp_path, example(), accept=lambda step: step > 7) is None
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -115,7 +138,7 @@ def test_a_damaged_one_is_seen_and_the_one_before_it_taken(tmp_path, what):
     assert_equal(found.state, example(2))
     assert len(said) == 1 and "step-00000003 is damaged" in said[0] and "taking the one before it" in said[0]
     # It is out of the way: a later save keeps the right ones, and the next restore says nothing.
-    save_checkpoint(tmp_path, example(4), SETTINGS, step=3, keep=2)
+    save_checkpoint(tmp_path, example(4), SETTINGS, step=3, keep=Keep(2))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
     assert_equal(restore_checkpoint(tmp_path, example(), on_skip=said.append).state, example(4))
     assert len(said) == 1
@@ -198,7 +221,7 @@ def test_a_kill_while_a_step_is_saved_again_costs_nothing(tmp_path, monkeypatch,
 
 def test_what_was_just_written_stays(tmp_path):
     save_checkpoint(tmp_path, example(1), {}, step=9)
-    path = save_checkpoint(tmp_path, example(2), {}, step=3, keep=1)
+    path = save_checkpoint(tmp_path, example(2), {}, step=3, keep=Keep(1))
     assert path.name == "step-00000003" and path.exists()
 
 
@@ -241,10 +264,10 @@ def test_a_save_that_breaks_off_leaves_the_others_alone(tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(call, killed)
         with pytest.raises(Killed):
-            save_checkpoint(tmp_path, example(2), {}, step=2, keep=1)
+            save_checkpoint(tmp_path, example(2), {}, step=2, keep=Keep(1))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
     assert_equal(restore_checkpoint(tmp_path, example()).state, example(1))
-    save_checkpoint(tmp_path, example(2), {}, step=2, keep=1)
+    save_checkpoint(tmp_path, example(2), {}, step=2, keep=Keep(1))
     assert os.listdir(tmp_path) == ["step-00000002"], "what the killed save left is gone"
 
 
@@ -275,8 +298,8 @@ def test_another_structure_is_named(tmp_path):
 
 
 def test_wrong_arguments_and_formats_are_named(tmp_path):
-    with pytest.raises(ValueError, match="save_checkpoint: `keep` is 0"):
-        save_checkpoint(tmp_path, example(), {}, step=1, keep=0)
+    with pytest.raises(ValueError, match="save_checkpoint: `keep.last` is 0"):
+        save_checkpoint(tmp_path, example(), {}, step=1, keep=Keep(0))
     with pytest.raises(ValueError, match="save_checkpoint: `step` is -1"):
         save_checkpoint(tmp_path, example(), {}, step=-1)
     with pytest.raises(ValueError, match="save_checkpoint: `z` is complex64"):
@@ -287,5 +310,5 @@ def test_wrong_arguments_and_formats_are_named(tmp_path):
     meta = {**json.loads(path.read_text()), "format": 99}
     del meta["digest"]
     path.write_text(json.dumps({**meta, "digest": checkpoint._meta_digest(meta)}))
-    with pytest.raises(ValueError, match="has format 99, want 2"):
+    with pytest.raises(ValueError, match="has format 99, want 3"):
         restore_checkpoint(tmp_path, example())

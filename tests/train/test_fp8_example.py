@@ -23,7 +23,10 @@ def test_delayed_scales_are_saved_and_go_on(pretrain, corpus, tmp_path, monkeypa
             asked.append(True)
             return signal.SIGTERM if len(asked) == 5 else None
 
-        patch.setattr(pretrain, "train_loop", lambda *args, **options: loop(*args, **options | {"stop": stop}))
+        def stopped(*args, actions, **options):
+            return loop(*args, actions=actions._replace(stop=stop), **options)
+
+        patch.setattr(pretrain, "train_loop", stopped)
         assert call(pretrain, *same, f"--out={tmp_path / 'parts'}") == 128 + signal.SIGTERM
     assert call(pretrain, *same, f"--out={tmp_path / 'parts'}") == 0
     rows = [read_rows(tmp_path / out / "log.jsonl") for out in ("whole", "parts")]

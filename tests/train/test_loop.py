@@ -13,35 +13,38 @@ import tensorflow as tf
 from dsv3 import RouterState, adamw, make_train_step, train_init
 from dsv3.data import TokenStream, batch_at, pack_sequences
 from dsv3.eval import make_evaluator
-from dsv3.train.checkpoint import checkpoint_step, list_checkpoints, restore_checkpoint, save_checkpoint
-from dsv3.train.loop import train_loop
+from dsv3.train.checkpoint import checkpoint_step, list_checkpoints, restore_checkpoint
+from dsv3.train.loop import Actions, index_feed, train_loop
 from dsv3.train.loss import LossParts
 from dsv3.train.optim import OptimStats
 from dsv3.train.plots import plot_run
 from dsv3.train.progress import Progress, stop_on_signals
 from dsv3.train.records import RunLog, cut_rows, read_rows, row_scalars
-from dsv3.train.state import TrainMetrics, TrainState
+from dsv3.train.saving import BackgroundSaver
+from dsv3.train.state import Limits, TrainMetrics, TrainState, within_limits
+from dsv3.train.trouble import Cursor, Trouble
 from tests.compare import PLAIN
 from tests.small import KEY, model_config
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "waited")
 
 
 def toy_state(step=0):
     return TrainState(tf.constant(step, tf.int64), tf.constant(4 * step, tf.int64), tf.constant(1.0), (), ())
 
 
-def toy_step(state, tokens, weights):
+def toy_step(state, tokens, weights, limits=Limits()):
     """Loss = the batch's number; two layers of which the second is uneven."""
-    loss = tf.cast(tokens, tf.float32)
+    loss, norm = tf.cast(tokens, tf.float32), tf.constant(0.5)
     load = RouterState(tf.constant([[2.0, 2.0]]), tf.constant([[3.0, 1.0]]))
+    taken = within_limits(loss, norm, limits)
     metrics = TrainMetrics(loss, LossParts(loss, tf.stack([loss + 1]), tf.constant(1.0), load),
-                           OptimStats(tf.constant(0.5), tf.constant(0.1)))  # fmt: skip
-    return state._replace(step=state.step + 1, tokens=state.tokens + 4), metrics
+                           OptimStats(norm, tf.constant(0.1)), taken, tf.constant([0.25]))  # fmt: skip
+    one = tf.cast(taken, tf.int64)
+    return state._replace(step=state.step + one, tokens=state.tokens + 4 * one), metrics
 
 
-def toy_batches(done):
-    return tf.constant(100 + done), None
+toy_feed = index_feed(lambda number: (tf.constant(100 + number), None))
 
 
 def plain(rows):
@@ -50,65 +53,80 @@ def plain(rows):
 
 def test_what_is_called_when():
     calls = []
-    result = train_loop(
-        toy_step, toy_state(), toy_batches, steps=7, write=lambda row: calls.append((row["kind"], row["step"])),
+    actions = Actions(
+        write=lambda row: calls.append((row["kind"], row["step"])),
         progress=lambda row: calls.append(("progress", row["step"])), evaluate=lambda state: {"nll": int(state.step)},
-        eval_every=3, save=lambda state, step: calls.append(("save", step, int(state.step))), save_every=2, load_every=4,
+        eval_every=3, save=lambda state, step, cursor: calls.append(("save", step, int(state.step), cursor.data)),
+        save_every=2, load_every=4, watch=lambda state, metrics: {"w": float(metrics.loss)}, watch_every=5,
     )  # fmt: skip
-    assert result.step == 7 and result.stopped is None and int(result.state.step) == 7
+    result = train_loop(toy_step, toy_state(), toy_feed, steps=7, actions=actions)
+    assert result.step == 7 and result.stopped is None and int(result.state.step) == 7 and result.cursor.data == 7
     want = [("heldout", 0)]
     for step in range(1, 8):
         want += [("progress", step), ("train", step)]
-        want += [("load", step)] * (step in (1, 4, 7)) + [("heldout", step)] * (step in (3, 6, 7))
-        want += [("save", step, step)] * (step in (2, 4, 6, 7))
+        want += [("load", step)] * (step in (1, 4, 7)) + [("watch", step)] * (step in (5, 7))
+        want += [("heldout", step)] * (step in (3, 6, 7))
+        want += [("save", step, step, step)] * (step in (2, 4, 6, 7))
     assert calls == want
 
 
 def test_rows_hold_the_numbers():
     rows = []
-    train_loop(toy_step, toy_state(), toy_batches, steps=2, write=rows.append, load_every=2)
+    train_loop(toy_step, toy_state(), toy_feed, steps=4, actions=Actions(write=rows.append, load_every=3))
     train, load = rows[0], rows[1]
     assert plain([train]) == [{
         "kind": "train", "step": 1, "tokens": 4, "loss": 100.0, "nll": 100.0, "mtp": [101.0], "balance": 1.0,
         "grad_norm": 0.5, "learning_rate": pytest.approx(0.1), "load_violation": [0.0, 0.5],
     }]  # fmt: skip
     assert train["seconds"] > 0 and train["tokens_per_second"] == pytest.approx(4 / train["seconds"], rel=0.2)
-    assert load == {"kind": "load", "step": 1, "load": [[2, 2], [3, 1]]}
+    assert 0 <= train["waited"] <= train["seconds"]
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(2)
+    assert load == {
+        "kind": "load", "step": 1, "steps": 1, "load": [[2, 2], [3, 1]], "max_load": [1.0, 1.5], "min_load": [1.0, 0.5],
+        "load_variance": [0.0, 0.25], "load_entropy": [1.0, pytest.approx(entropy, abs=1e-6)], "unused": [0, 0],
+    }  # fmt: skip
     assert rows[2]["loss"] == 101.0, "the batch is that of the steps done"
+    assert rows[4]["kind"] == "load" and rows[4]["steps"] == 2 and rows[4]["load"] == [[4, 4], [6, 2]], "since the last one"
 
 
 def test_goes_on_from_the_states_step_and_stops_when_asked():
     rows, saved = [], []
     asked = iter([None, None, "now"])
-    how = {"write": rows.append, "save": lambda state, step: saved.append(step), "evaluate": lambda state: {}}
-    result = train_loop(toy_step, toy_state(3), toy_batches, steps=9, stop=lambda: next(asked), eval_every=100, **how)
-    assert (result.step, result.stopped, saved) == (6, "now", [6])
-    assert [row["loss"] for row in rows if row["kind"] == "train"] == [103.0, 104.0, 105.0]
+    actions = Actions(
+        write=rows.append, save=lambda state, step, cursor: saved.append((step, cursor.data)), evaluate=lambda state: {},
+        eval_every=100, stop=lambda: next(asked),
+    )  # fmt: skip
+    result = train_loop(toy_step, toy_state(3), toy_feed, steps=9, cursor=Cursor(data=5), actions=actions)
+    assert (result.step, result.stopped, saved) == (6, "now", [(6, 8)])
+    assert [row["loss"] for row in rows if row["kind"] == "train"] == [105.0, 106.0, 107.0]
     assert not [row for row in rows if row["kind"] == "heldout"]
-    done = train_loop(toy_step, toy_state(9), toy_batches, steps=9, **how)
-    assert (done.step, done.stopped, saved) == (9, None, [6])
+    done = train_loop(toy_step, toy_state(9), toy_feed, steps=9, actions=actions)
+    assert (done.step, done.stopped, len(saved)) == (9, None, 1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_ends_the_run_unsaved(bad):
+def test_without_a_word_on_trouble_a_loss_that_is_no_number_ends_the_run_unsaved(bad):
     saved = []
-    with pytest.raises(FloatingPointError, match=f"step 3: `loss` is {bad}, want a finite number$"):
-        train_loop(
-            toy_step, toy_state(), lambda done: (tf.constant(bad if done == 2 else 1.0), None), steps=5,
-            save=lambda state, step: saved.append(step), save_every=1,
-        )  # fmt: skip
+    feed = index_feed(lambda number: (tf.constant(bad if number == 2 else 1.0), None))
+    actions = Actions(save=lambda state, step, cursor: saved.append(step), save_every=1)
+    with pytest.raises(FloatingPointError, match=f"step 3: loss {bad} is not finite$"):
+        train_loop(toy_step, toy_state(), feed, steps=5, actions=actions)
     assert saved == [1, 2]
 
 
 def test_wrong_arguments_are_named():
     for arguments, message in [
-        ({"steps": -1}, "`steps` is -1"),
-        ({"steps": 1, "save_every": -2}, "`save_every` is -2"),
-        ({"steps": 1, "load_every": 0}, "`load_every` is 0"),
-        ({"steps": 1}, "the state has done 2 steps, want at most steps=1"),
+        ({"steps": -1}, "train_loop: `steps` is -1"),
+        ({"actions": Actions(save_every=-2)}, "train_loop: `save_every` is -2"),
+        ({"actions": Actions(load_every=0)}, "train_loop: `load_every` is 0"),
+        ({"steps": 1}, "train_loop: the state has done 2 steps, want at most steps=1"),
+        ({"trouble": Trouble(patience=0)}, "Trouble: `patience` is 0, want at least 1"),
+        ({"trouble": Trouble(window=4, least=5)}, "Trouble: `least` is 5, want at most window=4"),
+        ({"trouble": Trouble(norm_factor=1.0)}, "Trouble: `norm_factor` is 1.0, want above 1"),
+        ({"trouble": Trouble(deviations=0)}, "Trouble: `deviations` is 0, want above 0"),
     ]:
-        with pytest.raises(ValueError, match=f"train_loop: {message}"):
-            train_loop(toy_step, toy_state(2), toy_batches, **arguments)
+        with pytest.raises(ValueError, match=message):
+            train_loop(toy_step, toy_state(2), toy_feed, **{"steps": 3, **arguments})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -119,10 +137,11 @@ def test_a_signal_stops_after_the_step(number):
     def batches(done):
         if done == 2:
             os.kill(os.getpid(), number)
-        return toy_batches(done)
+        return tf.constant(1.0), None
 
     with stop_on_signals() as stop:
-        result = train_loop(toy_step, toy_state(), batches, steps=9, stop=stop, save=lambda state, step: saved.append(step))
+        actions = Actions(stop=stop, save=lambda state, step, cursor: saved.append(step))
+        result = train_loop(toy_step, toy_state(), index_feed(batches), steps=9, actions=actions)
         assert signal.getsignal(number) == before, "a second one acts as ever"
     assert (result.step, result.stopped, saved) == (3, number, [3])
     with stop_on_signals():
@@ -235,9 +254,14 @@ def png_size(path):
 
 def test_plots(tmp_path):
     rows = []
-    train_loop(toy_step, toy_state(), toy_batches, steps=5, write=rows.append, evaluate=lambda s: {"nll": 3.0}, eval_every=2)
+    watched = {"grad_norms": {"head": 1.0}, "update_ratios": {"head": 0.1}, "bias_min": [-1.0, 0.0], "bias_max": [1.0, 2.0]}
+    actions = Actions(
+        write=rows.append, evaluate=lambda s: {"nll": 3.0}, eval_every=2, watch=lambda *_: watched, watch_every=2
+    )
+    train_loop(toy_step, toy_state(), toy_feed, steps=5, actions=actions)
     paths = plot_run(rows, tmp_path / "plots", mtp_layers=1)
-    assert [path.name for path in paths] == ["loss.png", "learning_rate.png", "expert_load.png", "load_violation.png"]
+    names = "loss learning_rate expert_load load_violation balance norms bias".split()
+    assert [path.name for path in paths] == [f"{name}.png" for name in names]
     assert all(min(png_size(path)) > 300 for path in paths)
     dense = [{**row, "load_violation": [], "mtp": []} for row in rows if row["kind"] == "train"]
     assert [path.name for path in plot_run(dense[:1], tmp_path)] == ["loss.png", "learning_rate.png"]
@@ -246,6 +270,9 @@ def test_plots(tmp_path):
 
 
 # A model
+
+
+TROUBLE = Trouble(window=4, least=2, deviations=1.5)  # two losses are enough, and any that is higher may be a spike
 
 
 def test_a_model_goes_on_to_the_same_numbers(tmp_path):
@@ -258,17 +285,23 @@ def test_a_model_goes_on_to_the_same_numbers(tmp_path):
     score = make_evaluator(cfg, length=8, policy=PLAIN)
 
     def run(folder, stop_at=None):
-        state = train_init(KEY, cfg, optimizer)
+        state, cursor = train_init(KEY, cfg, optimizer), Cursor()
         found = restore_checkpoint(folder / "checkpoints", state, settings={"seed": 0})
-        state = found.state if found else state
+        if found:
+            state, cursor = found.state, Cursor(**found.cursor)
         asked = iter(range(int(state.step) + 1, 100))
-        with RunLog(folder, step=int(state.step)) as log:
-            return train_loop(
-                step, state, lambda done: batch_at(packed, done, 4), steps=10, write=log.write,
-                evaluate=lambda s: score(s.params, s.router, heldout)._asdict(), eval_every=4,
-                save=lambda s, done: save_checkpoint(folder / "checkpoints", s, {"seed": 0}, step=done), save_every=3,
-                stop=lambda: next(asked) == stop_at or None,
+        with RunLog(folder, step=int(state.step)) as log, BackgroundSaver(folder / "checkpoints", {"seed": 0}) as saver:
+
+            def stop():
+                saver.poll()
+                return next(asked) == stop_at or None
+
+            actions = Actions(
+                write=log.write, evaluate=lambda s: score(s.params, s.router, heldout)._asdict(), eval_every=4,
+                save=lambda s, done, cursor: saver.save(s, done, cursor._asdict()), save_every=3, stop=stop, load_every=1,
             )  # fmt: skip
+            feed = index_feed(lambda number: batch_at(packed, number, 4))
+            return train_loop(step, state, feed, steps=10, cursor=cursor, trouble=TROUBLE, actions=actions)
 
     run(tmp_path / "straight")
     assert run(tmp_path / "broken", stop_at=5).step == 5

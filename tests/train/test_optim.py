@@ -43,7 +43,8 @@ def test_adamw_matches_the_equations(clip, fuse):
     got, state = tree.map_leaves(tf.constant, params), optimizer.init(params)
     for t, grads in enumerate(steps):
         grads = tree.map_leaves(tf.constant, grads)
-        got, state, stats = optimizer.update(grads, state, got, tf.constant(100.0 * t), global_norm(grads))
+        norm, take = global_norm(grads), tf.constant(True)
+        got, state, stats = optimizer.update(grads, state, got, tf.constant(100.0 * t), norm, take)
         assert_close(stats.grad_norm, np.linalg.norm(np.concatenate([g.numpy().ravel() for g in grads.values()])))
         assert_close(stats.learning_rate, 0.01 * (1 + t))
     want, mu, nu = oracle(params, steps, lr=lambda t: 0.01 * (1 + t), clip=clip)
@@ -59,7 +60,8 @@ def test_moments_in_bfloat16():
     optimizer = adamw(0.01, moment_dtype=tf.bfloat16, clip_norm=None, fuse=False)
     leaves = tree.map_leaves(tf.constant, params)
     zero = tf.constant(0.0)
-    got, state, _ = optimizer.update(tree.map_leaves(tf.constant, grads), optimizer.init(leaves), leaves, zero, zero)
+    tensors, take = tree.map_leaves(tf.constant, grads), tf.constant(True)
+    got, state, _ = optimizer.update(tensors, optimizer.init(leaves), leaves, zero, zero, take)
     assert {leaf.dtype for leaf in tree.flatten((state.mu, state.nu))} == {tf.bfloat16}
     want, mu, _ = oracle(params, [grads], lr=lambda t: 0.01, clip=None)
     assert_close(got["w"], want["w"], 1e-5)  # the step itself is taken before the moments are rounded
@@ -104,4 +106,4 @@ def test_wrong_settings_are_named():
     params = tree.map_leaves(tf.constant, example(0))
     grads = {name: leaf for name, leaf in params.items() if name != "w"}
     with pytest.raises(ValueError, match=r"adamw.update: `grads` does not have the expected structure: missing \['w'\]"):
-        optimizer.update(grads, optimizer.init(params), params, tf.constant(0.0), tf.constant(1.0))
+        optimizer.update(grads, optimizer.init(params), params, tf.constant(0.0), tf.constant(1.0), tf.constant(True))

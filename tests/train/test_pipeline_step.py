@@ -26,7 +26,7 @@ CFG = model_config(num_hidden_layers=5, first_k_dense_replace=1, num_nextn_predi
 def recorder():
     """An optimiser whose step is the gradient itself, so that nothing hides or magnifies an error."""
 
-    def update(grads, state, params, tokens, norm):
+    def update(grads, state, params, tokens, norm, take):
         return tree.map_leaves(lambda g: tf.cast(g, tf.float32), grads), state, OptimStats(norm, tf.constant(0.0))
 
     return Optimizer(lambda params: (), update)

@@ -23,6 +23,7 @@ from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.loop import LoopResult
 from dsv3.train.records import read_rows
+from dsv3.train.trouble import Cursor
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 SMALL = "--preset=tiny --vocab_size=300 --batch_size=4 --seq_len=16 --heldout=0.1 --eval_every=20 --save_every=5".split()
@@ -118,8 +119,10 @@ def check_results(out, printed):
     assert 0 < results["heldout"]["bits_per_byte"] < 8 and set(results["compressors"]) >= {"gzip"}
     for line in ("byte, this model", "byte, gzip", "MTP guess agrees", "busiest expert", "tokens a second"):
         assert line in printed
-    for name in ("loss", "learning_rate", "expert_load", "load_violation"):
+    for name in ("loss", "learning_rate", "expert_load", "load_violation", "balance", "norms", "bias"):
         assert (out / "plots" / f"{name}.png").stat().st_size > 5000
+    page = (out / "report.html").read_text()
+    assert "bits per byte" in page and page.count("data:image/png;base64,") == 7 and "no step was left out" in page
     assert "greedy" in (out / "samples.txt").read_text() and list((out / "tensorboard").glob("events.*"))
     assert [checkpoint_step(path) for path in list_checkpoints(out / "checkpoints")] == [115, 120]
     cfg, params, router = load_pretrained(out / "export", dtype="float32")
@@ -302,7 +305,7 @@ def raises(error):
 def test_what_fails_after_the_start_is_one_line_and_says_how_to_go_on(pretrain, corpus, tmp_path, monkeypatch):
     same = [f"--corpus={corpus}", f"--out={tmp_path}", *SMALL]
     full, bad = OSError(28, "No space left on device", "log.jsonl"), ValueError("read_rows: 'log.jsonl' line 2\nis no row")
-    done = LoopResult(None, 600, None)
+    done = LoopResult(None, 600, None, Cursor())
     for parts, message in [
         ({"train": raises(full)}, "No space left on device"),
         ({"train": raises(bad)}, "line 2 is no row"),

@@ -20,7 +20,7 @@ LENGTH = 7
 def sgd(rate=0.5):
     """`p − rate·g`: unlike Adam's, its step is as exact as the gradient."""
 
-    def update(grads, state, params, tokens, norm):
+    def update(grads, state, params, tokens, norm, take):
         new = tree.map_leaves(lambda p, g: p - rate * tf.cast(g, p.dtype), params, grads)
         return new, state, OptimStats(tf.constant(0.0), tf.constant(rate))
 

@@ -1,0 +1,193 @@
+"""Checkpoints that are looked at, compared and averaged; also by the program, as its user calls it."""
+
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl.testing import flagsaver
+
+import dsv3
+from dsv3 import adamw, load_pretrained, train_init, tree
+from dsv3.train.checkpoint import save_checkpoint
+from dsv3.train.checkpoint_tools import (
+    checkpoint_diff,
+    checkpoint_model,
+    checkpoint_numbers,
+    open_checkpoint,
+    settings_config,
+)
+from dsv3.train.watch import component_of
+from tests.small import model_config
+
+CFG = model_config(num_hidden_layers=2, num_nextn_predict_layers=1)
+SETTINGS = {"seed": 0, "lr": 0.1, "config": CFG.to_hf()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Checkpoints of steps 1, 2 and 3 of unlike parameters, the last with another learning rate."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    for step in (1, 2, 3):
+        state = train_init([0, step], CFG, adamw(0.1, moment_dtype="bfloat16"), ema=True)
+        router = tree.map_leaves(lambda b, n=step: b + 0.5 * n, state.router)
+        settings = {**SETTINGS, "lr": 0.2} if step == 3 else SETTINGS
+        save_checkpoint(folder, state._replace(router=router), settings, step=step, cursor={"data": [step, [4, 2]]})
+    return folder
+
+
+def params_of(step):
+    return train_init([0, step], CFG, adamw(0.1)).params
+
+
+def test_opening_takes_a_checkpoint_or_the_latest_of_a_folder(run, tmp_path):
+    for path in (run, run.parent, run / "step-00000003"):
+        assert open_checkpoint(path).path.name == "step-00000003"
+    assert open_checkpoint(run / "step-00000002").meta["step"] == 2
+    with pytest.raises(ValueError, match="is no checkpoint and holds none"):
+        open_checkpoint(tmp_path)
+
+
+def test_numbers_by_component(run):
+    numbers = checkpoint_numbers(open_checkpoint(run))
+    params = tree.to_dict(params_of(3))
+    for component in ("embed", "experts", "norms", "mtp"):
+        leaves = [leaf.numpy() for path, leaf in params.items() if component_of(path) == component]
+        for share in ("params", "ema"):
+            found = numbers[f"{share}/{component}"]
+            assert (found.leaves, found.values) == (len(leaves), sum(leaf.size for leaf in leaves))
+            assert found.bytes == 4 * found.values and found.bad == 0
+            assert found.norm == pytest.approx(np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in leaves)))
+        assert numbers[f"opt/mu/{component}"].bytes == 2 * found.values
+    assert numbers["opt/count"].values == numbers["step"].values == 1
+    total = sum(item.values for item in numbers.values())
+    assert total == sum(np.prod(about["shape"], dtype=int) for about in open_checkpoint(run).meta["leaves"].values())
+
+
+def test_differences_of_settings_and_leaves(run):
+    one, two, three = (open_checkpoint(run / f"step-0000000{n}") for n in (1, 2, 3))
+    found = checkpoint_diff(one, three, share="params")
+    assert found.settings == {"lr": (0.1, 0.2)} and found.steps == (1, 3) and found.only == []
+    a, b = (tree.to_dict(params_of(n)) for n in (1, 3))
+    assert [leaf.path for leaf in found.leaves] == [f"params.{path}" for path in a]
+    for leaf, (path, x) in zip(found.leaves, a.items()):
+        x, y = x.numpy().astype(np.float64), b[path].numpy()
+        assert leaf.change == pytest.approx(np.linalg.norm(y - x) / max(np.linalg.norm(x), 1e-30)), path
+        assert leaf.largest == pytest.approx(np.abs(y - x).max())
+    assert checkpoint_diff(one, two).settings == {} and all(not leaf.change for leaf in checkpoint_diff(two, two).leaves)
+
+
+def test_what_is_not_finite_and_what_only_one_has(tmp_path):
+    save_checkpoint(tmp_path, {"a": tf.constant([1.0, 2.0]), "b": tf.zeros([2])}, {}, step=1)
+    save_checkpoint(tmp_path, {"a": tf.constant([1.0, np.nan]), "b": tf.zeros([3]), "c": tf.zeros([])}, {}, step=2)
+    old, new = (open_checkpoint(tmp_path / f"step-0000000{n}") for n in (1, 2))
+    found = checkpoint_diff(old, new)
+    assert found.only == ["b [2]", "b [3]", "c []"]
+    assert [(leaf.path, leaf.bad) for leaf in found.leaves] == [("a", 1)]
+    assert checkpoint_numbers(new)["a"].bad == 1 and checkpoint_numbers(new)["a"].norm == 1.0
+
+
+def test_the_mean_of_parameters(run):
+    files = [open_checkpoint(run / f"step-0000000{n}") for n in (1, 2, 3)]
+    cfg = settings_config(files[0].meta["settings"])
+    assert cfg == CFG
+    params, router = checkpoint_model(files[:2], cfg, weights=[1, 3])
+    want = tree.map_leaves(lambda a, b: 0.25 * a.numpy() + 0.75 * b.numpy(), params_of(1), params_of(2))
+    for got, leaf in zip(tree.flatten(params), tree.flatten(want)):
+        np.testing.assert_allclose(got, leaf, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(router.moe, 0.25 * 0.5 + 0.75 * 1.0, rtol=1e-6)
+    alone, _ = checkpoint_model(files[2:], cfg, share="ema")
+    np.testing.assert_array_equal(alone.embed, params_of(3).embed)
+
+
+def test_wrong_means_are_named(run, tmp_path):
+    files = [open_checkpoint(run)]
+    save_checkpoint(tmp_path, {"a": tf.zeros([1])}, {}, step=1)
+    for arguments, options, message in [
+        ([], {}, "no checkpoint is given"),
+        (files, {"weights": [1.0, 2.0]}, "2 weights for 1 checkpoints, want as many"),
+        (files, {"weights": [0.0]}, r"`weights` are \[0.0\], want some above 0"),
+        ([open_checkpoint(tmp_path)], {}, "has no `params.embed`"),
+    ]:
+        with pytest.raises(ValueError, match=f"checkpoint_model: .*{message}"):
+            checkpoint_model(arguments, CFG, **options)
+    with pytest.raises(ValueError, match="`params.embed` in .* has shape .*, want"):
+        checkpoint_model(files, model_config(num_hidden_layers=2, num_nextn_predict_layers=1, vocab_size=11))
+    with pytest.raises(ValueError, match="the settings have no `config`"):
+        settings_config({})
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def program():
+    folder = pathlib.Path(__file__).resolve().parents[2] / "examples"
+    sys.path.insert(0, str(folder))
+    try:
+        import checkpoint
+
+        yield checkpoint
+    finally:
+        sys.path.remove(str(folder))
+
+
+def call(program, *arguments):
+    with flagsaver.flagsaver():
+        try:
+            return program.main(program.parse_flags(["checkpoint.py", *map(str, arguments)]))
+        except SystemExit as end:
+            return end.code
+
+
+def test_inspect_prints_everything_and_finds_damage(program, run, capsys, tmp_path):
+    assert call(program, "inspect", run) == 0
+    printed = capsys.readouterr().out
+    lines = ("step 3, 1 file(s)", "lr    0.2", "data  [3, [4, 2]]", "params/experts", "opt/mu/mtp", "checksum is right")
+    for line in lines:
+        assert line in printed, line
+    save_checkpoint(tmp_path, {"a": tf.zeros([5])}, {}, step=1)
+    file = tmp_path / "step-00000001" / "state.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    assert call(program, "inspect", tmp_path) == 2
+    assert "is damaged (the checksum of state.safetensors is wrong in `a`)" in capsys.readouterr().err
+
+
+def test_diff_says_what_differs(program, run, capsys):
+    one, three = run / "step-00000001", run / "step-00000003"
+    assert call(program, "diff", one, three, "--top=2") == 1
+    printed = capsys.readouterr().out
+    count = len(tree.flatten(params_of(1)))
+    norms = sum(component_of(path) in ("norms",) or path.endswith("norm") for path in tree.to_dict(params_of(1)))
+    assert f"{count - norms} of {count} leaves differ" in printed and f"... and {count - norms - 2} more" in printed
+    assert re.search(r"lr +0.1 +0.2\n", printed)
+    assert call(program, "diff", one, one, "--share=all") == 0
+
+
+def test_average_writes_a_model(program, run, tmp_path, capsys):
+    out = tmp_path / "mean"
+    checkpoints = [run / f"step-0000000{n}" for n in (1, 2)]
+    assert call(program, "average", *checkpoints, f"--out={out}") == 0
+    cfg, params, router = load_pretrained(out, dtype="float32")
+    assert cfg == CFG and float(tf.reduce_mean(router.moe)) == pytest.approx(0.75)
+    want = 0.5 * (params_of(1).embed.numpy() + params_of(2).embed.numpy())
+    np.testing.assert_allclose(params.embed, want, atol=2**-8)  # stored in bfloat16
+    assert dsv3.model_apply(params, router, [[1, 2]], cfg=cfg).logits.shape == [1, 2, CFG.vocab_size]
+    assert "the mean of 2 checkpoint(s)" in capsys.readouterr().out
+    for arguments, message in [
+        ((), "no command, want inspect, diff or average"),
+        (("look", run), "unknown command 'look'"),
+        (("diff", run), "diff got 1 checkpoints, want 2"),
+        (("average",), "average got 0 checkpoints, want at least 1"),
+        (("average", run), "average wants --out"),
+        (("average", run, f"--out={out}"), "is there already, want a new folder"),
+        (("average", run, f"--out={tmp_path / 'x'}", "--share=opt"), "--share is 'opt', want params or ema"),
+        (("average", run, f"--out={tmp_path / 'x'}", "--weights=a"), "--weights is a, want numbers"),
+        (("inspect", tmp_path / "none"), "is no checkpoint and holds none"),
+    ]:
+        assert call(program, *arguments) == 2, arguments
+        assert message in capsys.readouterr().err
