@@ -16,7 +16,7 @@ from dsv3.ops.fuse import fused
 from dsv3.typing import Tree
 
 Schedule = Callable[[tf.Tensor], tf.Tensor]
-"""A scalar as a function of the tokens seen so far (float32)."""
+"""A scalar as a function of the tokens seen so far, a float64 scalar: exact up to 2⁵³, where float32 ends at 2²⁴."""
 
 
 class AdamState(NamedTuple):
@@ -38,7 +38,8 @@ class Optimizer(NamedTuple):
     """A pair of pure functions.
 
     `init(params) -> state`; `update(grads, state, params, tokens, norm) -> (params, state, OptimStats)`, where `tokens` is
-    the number of tokens seen so far, which schedules are functions of, and `norm` that of all gradients (`global_norm`).
+    the number of tokens seen so far (float64), which schedules are functions of, and `norm` that of all gradients
+    (`global_norm`).
 
     On a mesh `update` gets each device's parts of the trees, so it must treat every scalar alike: what it needs of the whole
     is in `norm`.

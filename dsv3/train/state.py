@@ -46,7 +46,7 @@ def advance_state(
     Returns:
       The new state and the optimiser's statistics.
     """
-    seen = tf.cast(state.tokens, tf.float32)
+    seen = tf.cast(state.tokens, tf.float64)
     params, opt, stats = optimizer.update(grads, state.opt, state.params, seen, norm)
     router = RouterState(
         *(router_update_bias(b, n, rate=rate) if b.shape[0] else b for b, n in zip(state.router, load))
