@@ -162,7 +162,8 @@ def curve_at(curve: Curve, tokens: int) -> float:
       curve: the curve.
       tokens: seen before the step, a whole number from 0.
 
-    >>> [curve_at(warmup_cosine(1.0, warmup_tokens=10, total_tokens=110), t) for t in (0, 5, 10, 60, 500)]
+    >>> curve = warmup_cosine(1.0, warmup_tokens=10, total_tokens=110)
+    >>> [round(curve_at(curve, t), 3) for t in (0, 5, 10, 60, 500)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     begin, piece = _piece_at(curve, _tokens("curve_at", tokens))

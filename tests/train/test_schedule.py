@@ -252,6 +252,18 @@ def test_a_step_is_exact_at_a_border():
     np.testing.assert_allclose(rate, [2.2e-5, 2.2e-5, 2.2e-5, 7.3e-6], rtol=1e-7)
 
 
+def test_a_mesh_reads_the_same(monkeypatch):
+    """On a mesh the scalars are read outside of the compiled pieces, here by a step that only returns them."""
+    monkeypatch.setattr("dsv3.train.step.make_mesh_update", lambda *_: fake)
+    fake = lambda state, tokens, weights, rates: rates  # noqa: E731
+    fake.traces = lambda: 0
+    rates = {name: curve_schedule(getattr(PAPER_SCHEDULE, name)) for name in ("mtp_weight", "balance_weight", "bias_rate")}
+    step = dsv3.make_train_step(model_config(), dsv3.adamw(0.1), object(), **rates)
+    for tokens, want in ((10**13 - 1, (0.3, 1e-4, 1e-3)), (10**13, (0.1, 1e-4, 1e-3)), (14_300 * 10**9, (0.1, 1e-4, 0.0))):
+        state = dsv3.TrainState(tf.constant(0), tf.constant(tokens, tf.int64), (), (), ())
+        assert step(state, [[1, 2, 3]]) == pytest.approx(want, rel=1e-7)
+
+
 # Scaled plans
 
 
