@@ -65,7 +65,7 @@ from dsv3.recipe import RECIPES, Fp8Recipe
 from dsv3.train.loop import Actions, index_feed, train_loop
 from dsv3.train.optim import adamw
 from dsv3.train.progress import Progress
-from dsv3.train.schedule import warmup_cosine
+from dsv3.train.schedule import curve_schedule, warmup_cosine
 from dsv3.train.step import make_train_step, train_init
 
 FLAGS = flags.FLAGS
@@ -181,10 +181,10 @@ def train(name: str, seed: int, text: Text) -> dict[str, Any]:
     recipe = variant if isinstance(variant, Fp8Recipe) else None
     plain = default_policy().replace(dtype=None if name == "float32" else "bfloat16")
     a_step = FLAGS.batch_size * FLAGS.seq_len
-    schedule = warmup_cosine(
+    curve = warmup_cosine(
         FLAGS.lr, warmup_tokens=FLAGS.steps // 20 * a_step, total_tokens=FLAGS.steps * a_step, final=0.1 * FLAGS.lr
     )
-    optimizer = adamw(schedule, moment_dtype=recipe.moments if recipe else "float32")
+    optimizer = adamw(curve_schedule(curve), moment_dtype=recipe.moments if recipe else "float32")
     step = make_train_step(cfg, optimizer, policy=plain.replace(fp8=recipe))
     print(f"{name}, seed {seed}", file=sys.stderr)
     rows: list[dict[str, Any]] = []

@@ -64,7 +64,7 @@ from dsv3.train.optim import Optimizer, adamw
 from dsv3.train.progress import Progress, stop_on_signals
 from dsv3.train.records import TROUBLE, RunLog
 from dsv3.train.saving import BackgroundSaver
-from dsv3.train.schedule import warmup_cosine
+from dsv3.train.schedule import curve_schedule, warmup_cosine
 from dsv3.train.state import TrainState
 from dsv3.train.step import make_train_step, train_init, train_specs
 from dsv3.train.trouble import Cursor, Trouble
@@ -298,11 +298,12 @@ def make_restore(setup: Setup, optimizer: Optimizer, layouts):
 def make_optimizer() -> Optimizer:
     """AdamW with the paper's betas, clipping, and a warm-up and cosine in tokens."""
     a_step = FLAGS.batch_size * FLAGS.seq_len
-    schedule = warmup_cosine(
+    curve = warmup_cosine(
         FLAGS.lr, warmup_tokens=warmup_steps() * a_step, total_tokens=FLAGS.steps * a_step, final=FINAL_LR * FLAGS.lr
     )
     moments = RECIPES[FLAGS.fp8].moments if FLAGS.fp8 in RECIPES else "float32"
-    return adamw(schedule, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None, moment_dtype=moments)
+    rate = curve_schedule(curve)
+    return adamw(rate, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None, moment_dtype=moments)
 
 
 def micro_batches(setup: Setup, number: int):

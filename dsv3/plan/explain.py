@@ -12,6 +12,8 @@ from dsv3.plan.hardware import Hardware, hardware_change
 from dsv3.plan.mesh import Plan
 from dsv3.plan.predict import Prediction, predict_step
 from dsv3.plan.schedule import stage_count
+from dsv3.train.schedule import schedule_at
+from dsv3.train.schedule_paper import PAPER_SCHEDULE
 from dsv3.typing import Tree
 
 
@@ -27,7 +29,7 @@ class Published(NamedTuple):
     """
 
     hours: float
-    tokens: float
+    tokens: int
     devices: int
     batch: int
     length: int
@@ -41,11 +43,14 @@ class Published(NamedTuple):
     mfu: float
 
 
-# Hours, tokens, devices: DeepSeek-V3 (arXiv:2412.19437) table 1 and section 3.1, batch and length: section 4.2. Times and
+_PRETRAINING = PAPER_SCHEDULE.stages[0]
+_LAST = schedule_at(PAPER_SCHEDULE, _PRETRAINING.until - 1)
+
+# Hours, devices: DeepSeek-V3 (arXiv:2412.19437) table 1 and section 3.1; tokens, batch and length: section 4.2. Times and
 # MFU: arXiv:2505.09343 table 4, the multi-plane network. Its 272.80B tokens a day are 15,360 · 4,096 tokens every 19.926 s.
 PUBLISHED = Published(
-    hours=2.664e6, tokens=14.8e12, devices=2048, batch=15_360, length=4096, step=19.926, forward=1.13, backward=1.99,
-    weight=0.48, pairs=13.95, bubble=2.06, optimizer=0.29, mfu=0.3894,
+    hours=2.664e6, tokens=_PRETRAINING.until, devices=2048, batch=_LAST.batch_size, length=_LAST.seq_len, step=19.926,
+    forward=1.13, backward=1.99, weight=0.48, pairs=13.95, bubble=2.06, optimizer=0.29, mfu=0.3894,
 )  # fmt: skip
 
 

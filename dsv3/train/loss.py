@@ -12,6 +12,7 @@ from dsv3.graph import plain
 from dsv3.nn.model import ModelParams, RouterState, head_weight, model_apply, mtp_chain
 from dsv3.ops.loss import token_nll
 from dsv3.policy import ComputePolicy, default_policy
+from dsv3.train.schedule_paper import PAPER_START
 from dsv3.typing import TensorLike
 
 
@@ -39,8 +40,8 @@ def pretrain_loss(
     weights: TensorLike | None = None,
     *,
     cfg: ModelConfig,
-    mtp_weight: float | tf.Tensor = 0.3,
-    balance_weight: float | tf.Tensor = 1e-4,
+    mtp_weight: float | tf.Tensor = PAPER_START.mtp_weight,
+    balance_weight: float | tf.Tensor = PAPER_START.balance_weight,
     normalizer: TensorLike | None = None,
     segments: TensorLike | None = None,
     mask: TensorLike | None = None,
@@ -53,8 +54,7 @@ def pretrain_loss(
       tokens: `[B, T+1]` int: inputs are the first T, targets the last T of a row.
       weights: `[B, T]` float32, weight of each target (0 leaves it out); default: ones.
       cfg: the model's configuration.
-      mtp_weight: λ (paper: 0.3 until 10T tokens, then 0.1).
-      balance_weight: α (paper: 1e-4).
+      mtp_weight: λ. balance_weight: α. Default: what the paper begins with, see `PAPER_SCHEDULE`.
       normalizer: what sums over tokens are divided by; default: the sum of `weights`. With gradient accumulation pass the
         whole batch's, so that micro-batches add up.
       segments: `[B, T]` int, to isolate packed documents; weights across a border must then be 0. An MTP module's

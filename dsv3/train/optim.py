@@ -16,7 +16,7 @@ from dsv3.ops.fuse import fused
 from dsv3.typing import Tree
 
 Schedule = Callable[[tf.Tensor], tf.Tensor]
-"""A scalar as a function of the tokens seen so far (float32)."""
+"""A scalar as a function of the tokens seen so far, a float64 scalar: exact up to 2⁵³, where float32 ends at 2²⁴."""
 
 
 class AdamState(NamedTuple):
@@ -38,7 +38,7 @@ class Optimizer(NamedTuple):
     """A pair of pure functions.
 
     `init(params) -> state`; `update(grads, state, params, tokens, norm, take) -> (params, state, OptimStats)`, where
-    `tokens` is the number of tokens seen so far, which schedules are functions of, `norm` that of all gradients
+    `tokens` is the number of tokens seen so far (float64), which schedules are functions of, `norm` that of all gradients
     (`global_norm`), and `take` a bool scalar: where it is false, as for a loss that is not finite, parameters and state come
     back as they were.
 

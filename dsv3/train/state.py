@@ -81,7 +81,7 @@ def advance_state(
     Returns:
       The new state and the optimiser's statistics. Where the step is not taken, the state is the given one.
     """
-    seen, take = tf.cast(state.tokens, tf.float32), taken.take
+    seen, take = tf.cast(state.tokens, tf.float64), taken.take
     params, opt, stats = optimizer.update(grads, state.opt, state.params, seen, taken.norm, take)
     router = RouterState(*(_moved(b, n, taken) if b.shape[0] else b for b, n in zip(state.router, taken.load)))
     one = tf.cast(take, tf.int64)

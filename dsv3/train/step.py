@@ -27,6 +27,7 @@ from dsv3.train.loss import LossParts, pretrain_loss
 from dsv3.train.mesh_params import state_layouts
 from dsv3.train.mesh_step import MakeTable, MeshPlan, Rates, make_mesh_update
 from dsv3.train.optim import Optimizer, Schedule, square_sums
+from dsv3.train.schedule_paper import PAPER_START
 from dsv3.train.state import Limits, Taken, TrainMetrics, TrainState, advance_state, check_ema, within_limits
 from dsv3.typing import TensorLike, Tree
 
@@ -116,9 +117,9 @@ def train_update(
     *,
     cfg: ModelConfig,
     optimizer: Optimizer,
-    mtp_weight: float | Schedule = 0.3,
-    balance_weight: float | Schedule = 1e-4,
-    bias_rate: float | Schedule = 1e-3,
+    mtp_weight: float | Schedule = PAPER_START.mtp_weight,
+    balance_weight: float | Schedule = PAPER_START.balance_weight,
+    bias_rate: float | Schedule = PAPER_START.bias_rate,
     ema_decay: float | None = None,
     limits: Limits = Limits(),
     policy: ComputePolicy | None = None,
@@ -131,7 +132,7 @@ def train_update(
       weights: `[B, T]` or `[A, B, T]` float32, weight of each target; default: ones.
       cfg, optimizer: the model's configuration and the optimiser.
       mtp_weight, balance_weight: λ and α of the loss; bias_rate: γ of the router's bias. Floats, or schedules of the tokens
-        seen.
+        seen (`curve_schedule`); default: what the paper begins with.
       ema_decay: of the average of the parameters that the state keeps; `None`: it keeps none.
       limits: the largest loss and gradient norm of a step that is taken.
       policy: how to compute; default: the device's.
@@ -152,8 +153,9 @@ def train_update(
     check(rank == 2 or shape[0] > 0, "train_update: `tokens` has no micro-batch, want at least one [A, B, T+1]")
     if rank == 2:
         tokens, weights = tf.expand_dims(tokens, 0), tf.expand_dims(weights, 0)
-    seen = tf.cast(state.tokens, tf.float32)
-    mtp_w, balance_w, rate = (f(seen) if callable(f) else f for f in (mtp_weight, balance_weight, bias_rate))
+    seen = tf.cast(state.tokens, tf.float64)
+    rates = (mtp_weight, balance_weight, bias_rate)
+    mtp_w, balance_w, rate = (tf.cast(f(seen), tf.float32) if callable(f) else f for f in rates)
     delayed = policy.fp8 is not None and policy.fp8.scaling == "delayed"
     check(
         bool(state.amax) == delayed,
@@ -227,9 +229,9 @@ def make_train_step(
     optimizer: Optimizer,
     layouts: Tree | None = None,
     *,
-    mtp_weight: float | Schedule = 0.3,
-    balance_weight: float | Schedule = 1e-4,
-    bias_rate: float | Schedule = 1e-3,
+    mtp_weight: float | Schedule = PAPER_START.mtp_weight,
+    balance_weight: float | Schedule = PAPER_START.balance_weight,
+    bias_rate: float | Schedule = PAPER_START.bias_rate,
     policy: ComputePolicy | None = None,
     schedule: MakeTable = one_f_one_b,
     stage_layers: Sequence[int] | None = None,
@@ -317,7 +319,7 @@ def _mesh_step(cfg, optimizer, layouts, rates, policy, plan: MeshPlan):
         check(min(wanted) > 0, f"train_step: `tokens` has shape {tokens.shape}, want at least one row of two tokens")
         if tokens.ndim == 2:
             tokens, weights = tokens[None], weights[None]
-        seen = tf.cast(whole(state.tokens), tf.float32)
+        seen = tf.cast(whole(state.tokens), tf.float64)
         values = (float(rate(seen)) if callable(rate) else float(rate) for rate in rates.values())
         return update(state, tokens, weights, Rates(*values), limits)
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from dsv3 import adamw, model_specs, tree
 from dsv3.train.optim import decays, global_norm
-from dsv3.train.schedule import warmup_cosine
+from dsv3.train.schedule import curve_schedule, warmup_cosine
 from tests.compare import assert_close, normal
 from tests.small import model_config
 
@@ -44,7 +44,7 @@ def test_adamw_matches_the_equations(clip, fuse):
     for t, grads in enumerate(steps):
         grads = tree.map_leaves(tf.constant, grads)
         norm, take = global_norm(grads), tf.constant(True)
-        got, state, stats = optimizer.update(grads, state, got, tf.constant(100.0 * t), norm, take)
+        got, state, stats = optimizer.update(grads, state, got, tf.constant(100.0 * t, tf.float64), norm, take)
         assert_close(stats.grad_norm, np.linalg.norm(np.concatenate([g.numpy().ravel() for g in grads.values()])))
         assert_close(stats.learning_rate, 0.01 * (1 + t))
     want, mu, nu = oracle(params, steps, lr=lambda t: 0.01 * (1 + t), clip=clip)
@@ -86,13 +86,16 @@ def test_global_norm():
 
 
 def test_schedule_has_its_phases():
-    schedule = warmup_cosine(2.0, warmup_tokens=10, constant_tokens=20, total_tokens=130, final=0.5)
+    schedule = curve_schedule(warmup_cosine(2.0, warmup_tokens=10, constant_tokens=20, total_tokens=130, final=0.5))
     want = {0: 0.0, 5: 1.0, 10: 2.0, 30: 2.0, 80: 1.25, 130: 0.5, 10**9: 0.5}
     for tokens, value in want.items():
         assert_close(schedule(tf.constant(tokens)), value)
     quarter = 0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 4))
     assert_close(schedule(tf.constant(55)), quarter)
-    assert float(warmup_cosine(2.0, warmup_tokens=0, total_tokens=10)(tf.constant(0))) == 2.0
+    for parts, at_start in {(0, 0, 10): 2.0, (0, 0, 0): 0.5, (10, 0, 10): 0.0}.items():
+        warm, constant, total = parts
+        curve = warmup_cosine(2.0, warmup_tokens=warm, constant_tokens=constant, total_tokens=total, final=0.5)
+        assert [float(curve_schedule(curve)(tf.constant(t))) for t in (0, 10, 11)] == [at_start, 0.5, 0.5]
 
 
 def test_wrong_settings_are_named():
@@ -106,4 +109,5 @@ def test_wrong_settings_are_named():
     params = tree.map_leaves(tf.constant, example(0))
     grads = {name: leaf for name, leaf in params.items() if name != "w"}
     with pytest.raises(ValueError, match=r"adamw.update: `grads` does not have the expected structure: missing \['w'\]"):
-        optimizer.update(grads, optimizer.init(params), params, tf.constant(0.0), tf.constant(1.0), tf.constant(True))
+        zero = tf.constant(0.0, tf.float64)
+        optimizer.update(grads, optimizer.init(params), params, zero, tf.constant(1.0), tf.constant(True))
