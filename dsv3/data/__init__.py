@@ -14,7 +14,7 @@ from dsv3.data.corpus import (
     Document,
     chunk_documents,
     corpus_stats,
-    read_corpus,
+    heldout_place,
     split_documents,
 )
 from dsv3.data.embedded import embedded_corpus
@@ -30,6 +30,7 @@ from dsv3.data.packing import (
     pack_sequences,
     take_rows,
 )
+from dsv3.data.sources import Part, Piece, list_parts, read_corpus, read_part
 from dsv3.data.tokenizer import (
     SpecialIds,
     TokenStream,
@@ -48,6 +49,8 @@ __all__ = [
     "Document",
     "Packed",
     "PackedDocuments",
+    "Part",
+    "Piece",
     "SpecialIds",
     "TokenStream",
     "batch_at",
@@ -59,10 +62,13 @@ __all__ = [
     "embedded_corpus",
     "encode_documents",
     "heldout_batches",
+    "heldout_place",
+    "list_parts",
     "load_tokenizer",
     "pack_documents",
     "pack_sequences",
     "read_corpus",
+    "read_part",
     "save_tokenizer",
     "special_ids",
     "split_documents",
