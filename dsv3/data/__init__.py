@@ -18,6 +18,7 @@ from dsv3.data.corpus import (
     split_documents,
 )
 from dsv3.data.embedded import embedded_corpus
+from dsv3.data.manifest import Manifest, manifest_digest, read_manifest, tokenizer_fingerprint, write_manifest
 from dsv3.data.packing import (
     Batch,
     BatchPlan,
@@ -29,6 +30,17 @@ from dsv3.data.packing import (
     pack_documents,
     pack_sequences,
     take_rows,
+)
+from dsv3.data.shard_writer import write_shard
+from dsv3.data.shards import (
+    Shard,
+    ShardSource,
+    Windows,
+    memory_source,
+    open_shards,
+    read_shard,
+    read_window,
+    verify_source,
 )
 from dsv3.data.sources import Part, Piece, list_parts, read_corpus, read_part
 from dsv3.data.tokenizer import (
@@ -47,12 +59,16 @@ __all__ = [
     "BatchPlan",
     "CorpusStats",
     "Document",
+    "Manifest",
     "Packed",
     "PackedDocuments",
     "Part",
     "Piece",
+    "Shard",
+    "ShardSource",
     "SpecialIds",
     "TokenStream",
+    "Windows",
     "batch_at",
     "batch_rows",
     "check_tokenizer",
@@ -65,13 +81,23 @@ __all__ = [
     "heldout_place",
     "list_parts",
     "load_tokenizer",
+    "manifest_digest",
+    "memory_source",
+    "open_shards",
     "pack_documents",
     "pack_sequences",
     "read_corpus",
+    "read_manifest",
     "read_part",
+    "read_shard",
+    "read_window",
     "save_tokenizer",
     "special_ids",
     "split_documents",
     "take_rows",
+    "tokenizer_fingerprint",
     "train_tokenizer",
+    "verify_source",
+    "write_manifest",
+    "write_shard",
 ]
