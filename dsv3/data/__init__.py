@@ -18,7 +18,19 @@ from dsv3.data.corpus import (
     split_documents,
 )
 from dsv3.data.embedded import embedded_corpus
+from dsv3.data.fim import FimIds, FimParts, encode_fim, fim_ids, fim_split
 from dsv3.data.manifest import Manifest, manifest_digest, read_manifest, tokenizer_fingerprint, write_manifest
+from dsv3.data.mixture import (
+    InputState,
+    Mixture,
+    MixtureUse,
+    RowPlan,
+    check_mixture,
+    input_init,
+    input_state,
+    make_mixture,
+    next_rows,
+)
 from dsv3.data.packing import (
     Batch,
     BatchPlan,
@@ -31,6 +43,7 @@ from dsv3.data.packing import (
     pack_sequences,
     take_rows,
 )
+from dsv3.data.prefetch import InputBatch, prefetch_batches, read_batches
 from dsv3.data.shard_writer import write_shard
 from dsv3.data.shards import (
     Shard,
@@ -42,6 +55,7 @@ from dsv3.data.shards import (
     read_window,
     verify_source,
 )
+from dsv3.data.stream import host_rows, read_rows
 from dsv3.data.tokenizer import (
     SpecialIds,
     TokenStream,
@@ -58,9 +72,16 @@ __all__ = [
     "BatchPlan",
     "CorpusStats",
     "Document",
+    "FimIds",
+    "FimParts",
+    "InputBatch",
+    "InputState",
     "Manifest",
+    "Mixture",
+    "MixtureUse",
     "Packed",
     "PackedDocuments",
+    "RowPlan",
     "Shard",
     "ShardSource",
     "SpecialIds",
@@ -68,21 +89,33 @@ __all__ = [
     "Windows",
     "batch_at",
     "batch_rows",
+    "check_mixture",
     "check_tokenizer",
     "chunk_documents",
     "compression_bits_per_byte",
     "corpus_stats",
     "embedded_corpus",
     "encode_documents",
+    "encode_fim",
+    "fim_ids",
+    "fim_split",
     "heldout_batches",
+    "host_rows",
+    "input_init",
+    "input_state",
     "load_tokenizer",
+    "make_mixture",
     "manifest_digest",
     "memory_source",
+    "next_rows",
     "open_shards",
     "pack_documents",
     "pack_sequences",
+    "prefetch_batches",
+    "read_batches",
     "read_corpus",
     "read_manifest",
+    "read_rows",
     "read_shard",
     "read_window",
     "save_tokenizer",
