@@ -18,7 +18,19 @@ from dsv3.data.corpus import (
     split_documents,
 )
 from dsv3.data.embedded import embedded_corpus
+from dsv3.data.fim import FimIds, FimParts, encode_fim, fim_ids, fim_split
 from dsv3.data.manifest import Manifest, manifest_digest, read_manifest, tokenizer_fingerprint, write_manifest
+from dsv3.data.mixture import (
+    InputState,
+    Mixture,
+    MixtureUse,
+    RowPlan,
+    check_mixture,
+    input_init,
+    input_state,
+    make_mixture,
+    next_rows,
+)
 from dsv3.data.packing import (
     Batch,
     BatchPlan,
@@ -31,6 +43,7 @@ from dsv3.data.packing import (
     pack_sequences,
     take_rows,
 )
+from dsv3.data.prefetch import InputBatch, prefetch_batches, read_batches
 from dsv3.data.shard_writer import write_shard
 from dsv3.data.shards import (
     Shard,
@@ -43,6 +56,7 @@ from dsv3.data.shards import (
     verify_source,
 )
 from dsv3.data.sources import Part, Piece, list_parts, read_corpus, read_part
+from dsv3.data.stream import host_rows, read_rows
 from dsv3.data.tokenizer import (
     SpecialIds,
     TokenStream,
@@ -59,11 +73,18 @@ __all__ = [
     "BatchPlan",
     "CorpusStats",
     "Document",
+    "FimIds",
+    "FimParts",
+    "InputBatch",
+    "InputState",
     "Manifest",
+    "Mixture",
+    "MixtureUse",
     "Packed",
     "PackedDocuments",
     "Part",
     "Piece",
+    "RowPlan",
     "Shard",
     "ShardSource",
     "SpecialIds",
@@ -71,24 +92,36 @@ __all__ = [
     "Windows",
     "batch_at",
     "batch_rows",
+    "check_mixture",
     "check_tokenizer",
     "chunk_documents",
     "compression_bits_per_byte",
     "corpus_stats",
     "embedded_corpus",
     "encode_documents",
+    "encode_fim",
+    "fim_ids",
+    "fim_split",
     "heldout_batches",
     "heldout_place",
+    "host_rows",
+    "input_init",
+    "input_state",
     "list_parts",
     "load_tokenizer",
+    "make_mixture",
     "manifest_digest",
     "memory_source",
+    "next_rows",
     "open_shards",
     "pack_documents",
     "pack_sequences",
+    "prefetch_batches",
+    "read_batches",
     "read_corpus",
     "read_manifest",
     "read_part",
+    "read_rows",
     "read_shard",
     "read_window",
     "save_tokenizer",

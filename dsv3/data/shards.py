@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,7 @@ class ShardSource:
       digests: of the windows.
       checked: by window, whether its digest need not be looked at any more; changes as windows are read.
       memory: the documents of a source that has no files.
+      recent: what `stream.py` keeps of the windows that it read last; changes as rows are read.
     """
 
     name: str
@@ -86,6 +88,7 @@ class ShardSource:
     digests: tuple[str, ...] = field(default=(), repr=False)
     checked: np.ndarray | None = field(default=None, repr=False)
     memory: TokenStream | None = field(default=None, repr=False)
+    recent: dict[str, OrderedDict] = field(default_factory=dict, repr=False)
 
 
 def open_shards(
