@@ -8,6 +8,11 @@
 Everything is deterministic: the same corpus, seed and step give the same batch.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from dsv3.data.compression import compression_bits_per_byte
 from dsv3.data.corpus import (
     CorpusStats,
@@ -43,7 +48,6 @@ from dsv3.data.packing import (
     pack_sequences,
     take_rows,
 )
-from dsv3.data.prefetch import InputBatch, prefetch_batches, read_batches
 from dsv3.data.shard_writer import write_shard
 from dsv3.data.shards import (
     Shard,
@@ -134,3 +138,12 @@ __all__ = [
     "write_manifest",
     "write_shard",
 ]
+
+_PREFETCH = frozenset(("InputBatch", "prefetch_batches", "read_batches"))
+
+
+def __getattr__(name: str) -> Any:
+    """Loads `prefetch.py`, which needs TensorFlow, when it is asked for: processes that prepare data do without."""
+    if name in _PREFETCH:
+        return getattr(importlib.import_module("dsv3.data.prefetch"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
