@@ -5,7 +5,8 @@ A message names the function, the argument, what came, what was wanted and the l
 
     router_update_bias: `load` has shape (4,), want (3,) [E]
 
-Only static facts are looked at, so the checks cost nothing in a compiled step.
+Only static facts are looked at, so the checks cost nothing in a compiled step. TensorFlow is loaded by the checks that look
+at tensors: `check` serves packages that do without it, too.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 
 def static_shape(value: Any) -> tuple[int | None, ...] | None:
     """Returns what is known of a tensor's shape: a tuple with `None` for unknown dims, or `None` for unknown rank."""
+    import tensorflow as tf
+
     shape = getattr(value, "shape", None)
     if shape is None:
         shape = tf.convert_to_tensor(value).shape
@@ -83,6 +85,8 @@ def check_choice(function: str, argument: str, value: Any, choices: tuple[Any, .
 
 def check_integer(function: str, argument: str, value: Any) -> None:
     """Raises `ValueError` unless `value` has an integer dtype."""
+    import tensorflow as tf
+
     dtype = tf.as_dtype(getattr(value, "dtype", None) or tf.convert_to_tensor(value).dtype)
     if not dtype.is_integer:
         raise ValueError(f"{function}: `{argument}` has dtype {dtype.name}, want an integer dtype")
@@ -106,6 +110,8 @@ def check_type(function: str, argument: str, value: Any, kind: type) -> None:
 
 def is_concrete(value: Any) -> bool:
     """Whether a value can be looked at now (an eager tensor or an array, not a symbolic tensor)."""
+    import tensorflow as tf
+
     return hasattr(value, "numpy") or not tf.is_tensor(value)
 
 

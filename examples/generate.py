@@ -13,7 +13,7 @@ Examples:
   python examples/generate.py runs/demo/export --prompt 'for i in' --speculative 1      # draft with the MTP module
   python examples/generate.py runs/demo/export --prompt 'for i in' --speculative 1 --compare    # and time it without
   python examples/generate.py runs/demo/export --prompt 'for i in' --stop '\\n\\n' --logprobs 3
-  python examples/generate.py model --prompt 'for i in' --weights float8 --cache float8 # less memory: see compression.py
+  python examples/generate.py model --prompt 'for i in' --weights float8 --cache float8  # see compare_compressed.py
   cat notes.txt | python examples/generate.py model --dtype bfloat16 --temperature 0.6 --top_k 40 --seed 7
 
 Greedy text is the same with and without --speculative; sampled text has the same distribution. In bfloat16 two tokens that

@@ -24,7 +24,8 @@ import time
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
-from command import aligned, check_axes, flag_parser
+from command import aligned, flag_parser
+from command_mesh import check_axes
 
 import dsv3
 from dsv3 import pipeline

@@ -13,7 +13,8 @@ two cores, and leaves everything in runs/demo:
   results.json    held-out bits per byte beside gzip's and xz's, and more; samples.txt: completions of held-out text
   export/         opened by AutoModelForCausalLM.from_pretrained and by dsv3.load_pretrained
 
-A corpus is a text file, a JSON-lines file with a `text` field, or a folder of such files; .gz is read, too.
+A corpus is a text file, a JSON-lines or Parquet file with a `text` field, or a folder of such files; text and JSON
+lines may be compressed (.gz, .bz2, .xz, .zst).
 
 Examples:
 

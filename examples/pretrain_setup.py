@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from absl import flags
-from command import PIECE, check_axes, cut_corpus
+from command import PIECE, cut_corpus
+from command_mesh import check_axes
 from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
 

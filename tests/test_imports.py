@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -189,6 +191,26 @@ RULES = [import_faults, variable_faults, size_faults, package_faults]
 def test_library_keeps_rule(rule):
     faults = rule(ROOT)
     assert not faults, "\n" + "\n".join(faults)
+
+
+def test_programs_take_no_name_of_the_standard_library():
+    """A program's folder comes first on its path: TensorFlow would get the program for the module."""
+    taken = {path.stem for path in (ROOT / "examples").glob("*.py")} & (sys.stdlib_module_names | {"compression"})
+    assert not taken, f"{sorted(taken)} of examples/ are modules of Python (3.14 has `compression`)"
+
+
+def test_data_loads_no_tensorflow():
+    """Processes that prepare data start in a moment and stay small."""
+    code = "import sys, dsv3.data; print([name for name in ('tensorflow', 'scipy', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_names_of_the_contract_are_loaded_when_asked_for():
+    code = "import dsv3; print(dsv3.pipeline.dualpipe.__name__, set(dsv3.__all__) <= set(dir(dsv3)))"
+    code += "; print(hasattr(dsv3, 'nothing')); from dsv3 import *; print(model_apply.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    assert done.stdout == "dualpipe True\nFalse\ndsv3.nn.model\n"
 
 
 def test_layers_name_only_lower_rows():

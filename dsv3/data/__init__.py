@@ -8,16 +8,34 @@
 Everything is deterministic: the same corpus, seed and step give the same batch.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from dsv3.data.compression import compression_bits_per_byte
 from dsv3.data.corpus import (
     CorpusStats,
     Document,
     chunk_documents,
     corpus_stats,
-    read_corpus,
+    heldout_place,
     split_documents,
 )
 from dsv3.data.embedded import embedded_corpus
+from dsv3.data.fim import FimIds, FimParts, encode_fim, fim_ids, fim_split
+from dsv3.data.manifest import Manifest, manifest_digest, read_manifest, tokenizer_fingerprint, write_manifest
+from dsv3.data.mixture import (
+    InputState,
+    Mixture,
+    MixtureUse,
+    RowPlan,
+    check_mixture,
+    input_init,
+    input_state,
+    make_mixture,
+    next_rows,
+)
 from dsv3.data.packing import (
     Batch,
     BatchPlan,
@@ -30,6 +48,19 @@ from dsv3.data.packing import (
     pack_sequences,
     take_rows,
 )
+from dsv3.data.shard_writer import write_shard
+from dsv3.data.shards import (
+    Shard,
+    ShardSource,
+    Windows,
+    memory_source,
+    open_shards,
+    read_shard,
+    read_window,
+    verify_source,
+)
+from dsv3.data.sources import Part, Piece, list_parts, read_corpus, read_part
+from dsv3.data.stream import host_rows, read_rows
 from dsv3.data.tokenizer import (
     SpecialIds,
     TokenStream,
@@ -46,26 +77,73 @@ __all__ = [
     "BatchPlan",
     "CorpusStats",
     "Document",
+    "FimIds",
+    "FimParts",
+    "InputBatch",
+    "InputState",
+    "Manifest",
+    "Mixture",
+    "MixtureUse",
     "Packed",
     "PackedDocuments",
+    "Part",
+    "Piece",
+    "RowPlan",
+    "Shard",
+    "ShardSource",
     "SpecialIds",
     "TokenStream",
+    "Windows",
     "batch_at",
     "batch_rows",
+    "check_mixture",
     "check_tokenizer",
     "chunk_documents",
     "compression_bits_per_byte",
     "corpus_stats",
     "embedded_corpus",
     "encode_documents",
+    "encode_fim",
+    "fim_ids",
+    "fim_split",
     "heldout_batches",
+    "heldout_place",
+    "host_rows",
+    "input_init",
+    "input_state",
+    "list_parts",
     "load_tokenizer",
+    "make_mixture",
+    "manifest_digest",
+    "memory_source",
+    "next_rows",
+    "open_shards",
     "pack_documents",
     "pack_sequences",
+    "prefetch_batches",
+    "read_batches",
     "read_corpus",
+    "read_manifest",
+    "read_part",
+    "read_rows",
+    "read_shard",
+    "read_window",
     "save_tokenizer",
     "special_ids",
     "split_documents",
     "take_rows",
+    "tokenizer_fingerprint",
     "train_tokenizer",
+    "verify_source",
+    "write_manifest",
+    "write_shard",
 ]
+
+_PREFETCH = frozenset(("InputBatch", "prefetch_batches", "read_batches"))
+
+
+def __getattr__(name: str) -> Any:
+    """Loads `prefetch.py`, which needs TensorFlow, when it is asked for: processes that prepare data do without."""
+    if name in _PREFETCH:
+        return getattr(importlib.import_module("dsv3.data.prefetch"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

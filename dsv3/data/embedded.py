@@ -9,7 +9,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3.data.corpus import Document, NotTextError, decode_text
+from dsv3.data.corpus import Document
+from dsv3.data.sources import NotTextError, decode_text
 
 _TEST_FOLDERS = frozenset("test tests idle_test site-packages dist-packages __pycache__".split())
 # Tables of code pages; the reference once more, as one escaped literal; wheels.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsv3.data.shuffle import mix_keys, permute
 from dsv3.data.tokenizer import TokenStream
 
 
@@ -245,20 +246,7 @@ def _row_count(packed: Packed | PackedDocuments) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(rows: int, epoch: int, seed: int) -> np.ndarray:
-    """A permutation of the rows from the bits of seed and epoch alone, the same with any version of NumPy.
-
-    Rows are sorted by splitmix64 of their index, in a stream that begins at a hash of seed and epoch.
-    """
-    begin = _splitmix64(_splitmix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(epoch))
-    return np.argsort(_splitmix64(begin + np.arange(rows, dtype=np.uint64)), kind="stable")
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """Mixes 64-bit integers; a bijection (Steele, Lea, Flood 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return permute(rows, mix_keys(seed, epoch))
 
 
 def _first_fit(sizes: list[int], length: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What `eval.compression` measures, and `examples/compression.py` on a small model."""
+"""What `eval.compression` measures, and `examples/compare_compressed.py` on a small model."""
 
 import json
 import os
@@ -96,14 +96,14 @@ def test_generate_greedy_goes_on_behind_an_end():
 
 DRIVER = """
 import contextlib, io, json, sys
-import compression
+import compare_compressed
 from absl.testing import flagsaver
 
 for arguments in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), flagsaver.flagsaver():
         try:
-            code = compression.main(compression.parse_flags(["compression.py", *arguments]))
+            code = compare_compressed.main(compare_compressed.parse_flags(["compare_compressed.py", *arguments]))
         except SystemExit as error:
             code = error.code
     print(json.dumps([code, out.getvalue(), err.getvalue()]))
@@ -160,6 +160,6 @@ def test_program(results):
 def test_bad_input_is_one_line(results, case):
     code, out, err = results[case]
     assert code == 2 and out == "" and len(err.splitlines()) == 1
-    assert err.startswith("compression: ") and CASES[case][1] in err
+    assert err.startswith("compare_compressed: ") and CASES[case][1] in err
 
 

@@ -13,9 +13,9 @@ sources of the running Python. FP8 tensors of the checkpoint are used as they ar
 
 Examples:
 
-  python examples/compression.py runs/demo/export
-  python examples/compression.py runs/demo/export --text notes.txt --score_tokens 20000 --json runs/compression.json
-  python examples/compression.py model --variants bfloat16,float8 --windows 4 --turns 3
+  python examples/compare_compressed.py runs/demo/export
+  python examples/compare_compressed.py runs/demo/export --text notes.txt --score_tokens 20000 --json runs/compression.json
+  python examples/compare_compressed.py model --variants bfloat16,float8 --windows 4 --turns 3
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         if FLAGS.json is not None:
             Path(FLAGS.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"compression: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"compare_compressed: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(format_table(rows))
     return 0
@@ -192,7 +192,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return aligned(lines)
 
 
-parse_flags = flag_parser("compression")
+parse_flags = flag_parser("compare_compressed")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)
