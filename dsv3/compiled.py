@@ -73,13 +73,16 @@ def snapshot(state: Tree) -> Tree:
     return tree.map_leaves(lambda leaf: tf.raw_ops.DeepCopy(x=tf.convert_to_tensor(leaf)), state)
 
 
-def compile_step(fn: Callable[..., tuple[Tree, Any]], *, jit: bool = False) -> Callable[..., tuple[Tree, Any]]:
+def compile_step(
+    fn: Callable[..., tuple[Tree, Any]], *, jit: bool = False, relax: bool = False
+) -> Callable[..., tuple[Tree, Any]]:
     """Compiles a pure function of state and inputs into a step that updates the state in place.
 
     Args:
       fn: `fn(state, *inputs) -> (new_state, outputs)`. Leaves of the new state are tensors, or `RowWrite`s. A leaf that is
         returned as it came is not written.
       jit: compile the whole step with XLA.
+      relax: trace a dim of an input that has changed once as an unknown one, so that it may change again without a trace.
 
     Returns:
       `step(state, *inputs) -> (state, outputs)`. The given state is donated: its tensors are put into variables at the
@@ -90,7 +93,7 @@ def compile_step(fn: Callable[..., tuple[Tree, Any]], *, jit: bool = False) -> C
     by_rows: set[str] = set()  # paths that the first trace writes through RowWrite
     assigned: set[str] = set()  # paths that some trace assigns as a whole
 
-    @tf.function(jit_compile=jit, autograph=False)
+    @tf.function(jit_compile=jit, autograph=False, reduce_retracing=relax)
     def run(state, inputs):
         values = tree.map_leaves(tf.convert_to_tensor, state)
         variables, old = tree.to_dict(state), tree.to_dict(values)

@@ -223,7 +223,7 @@ def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
         saver = stack.enter_context(
             BackgroundSaver(
                 checkpoints, setup.settings, keep=Keep(FLAGS.keep, FLAGS.keep_every),
-                agree=lambda done: agreed(not done, setup.mesh) == 0,
+                agree=lambda done: agreed(int(not done), setup.mesh) == 0,
             )  # fmt: skip
         )
 

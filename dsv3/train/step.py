@@ -150,7 +150,7 @@ def train_update(
     dims("tokens", tokens[..., 1:], "A B T" if rank == 3 else "B T")
     weights = tf.ones([*shape[:-1], shape[-1] - 1]) if weights is None else tf.cast(weights, tf.float32)
     dims("weights", weights, "A B T" if rank == 3 else "B T")
-    check(rank == 2 or shape[0] > 0, "train_update: `tokens` has no micro-batch, want at least one [A, B, T+1]")
+    check(rank == 2 or shape[0] != 0, "train_update: `tokens` has no micro-batch, want at least one [A, B, T+1]")
     if rank == 2:
         tokens, weights = tf.expand_dims(tokens, 0), tf.expand_dims(weights, 0)
     seen = tf.cast(state.tokens, tf.float64)
@@ -170,7 +170,7 @@ def train_update(
     loss, parts, grads = _accumulate(
         params, state.router, tokens, weights, cfg=cfg, mtp_weight=mtp_w, balance_weight=balance_w, policy=policy
     )
-    counted = tf.cast(tokens.shape[0] * tokens.shape[1] * (tokens.shape[2] - 1), tf.int64)
+    counted = tf.size(weights, tf.int64)
     if delayed:
         grads, largest = delayed_detach(grads, state.amax)
     squares = square_sums(grads, fuse=policy.fuse)
@@ -188,21 +188,22 @@ def _accumulate(
     params: ModelParams, router: RouterState, tokens: tf.Tensor, weights: tf.Tensor, *, balance_weight: Any, **how: Any
 ) -> tuple[tf.Tensor, LossParts, Tree]:
     """Returns loss, parts and gradients of micro-batches `[A, B, T+1]`, added up; `how` is for `pretrain_loss`."""
-    normalizer, micro_batches = tf.reduce_sum(weights), tokens.shape[0]
+    normalizer, known = tf.reduce_sum(weights), tokens.shape[0]
+    micro_batches = tf.shape(tokens)[0] if known is None else known
+    share = balance_weight / tf.cast(micro_batches, tf.float32)
 
     def gradients(i):
         with tf.GradientTape() as tape:
             leaves = tree.flatten(params)
             tape.watch(leaves)
             loss, parts = pretrain_loss(
-                params, router, tokens[i], weights[i], balance_weight=balance_weight / micro_batches, normalizer=normalizer,
-                **how,
-            )  # fmt: skip
+                params, router, tokens[i], weights[i], balance_weight=share, normalizer=normalizer, **how
+            )
         grads = tape.gradient(loss, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return loss, parts, tree.unflatten_as(params, [tf.convert_to_tensor(g) for g in grads])
 
     loss, parts, grads = gradients(0)
-    if micro_batches > 1:
+    if known != 1:
         total = _float32((loss, parts, grads))
         _, total = tf.while_loop(
             lambda i, _: i < micro_batches,
@@ -211,7 +212,7 @@ def _accumulate(
             parallel_iterations=1,
         )
         loss, parts, grads = total
-        parts = parts._replace(balance=parts.balance / micro_batches)
+        parts = parts._replace(balance=parts.balance / tf.cast(micro_batches, tf.float32))
     return loss, parts, grads
 
 
@@ -255,7 +256,8 @@ def make_train_step(
 
     Returns:
       `step(state, tokens, weights=None, limits=Limits()) -> (state, TrainMetrics)`. The given state is donated (see
-      `compile_step`); the first call compiles. `step.traces()` counts compilations: one for each shape of `tokens`.
+      `compile_step`); the first call compiles. `step.traces()` counts compilations: one for each shape of a micro-batch, and
+      one more when their number first changes; after that it may be any.
 
       On a mesh every process passes the same whole batch. `step.traces()` counts what the model's pieces were compiled for,
       capacities of the experts included. Old and new state exist side by side while the optimiser runs.
@@ -288,7 +290,7 @@ def make_train_step(
         how = {"optimizer": optimizer, "policy": policy, "ema_decay": ema_decay, "limits": limits}
         return train_update(state, tokens, weights, cfg=cfg, **how, **rates)
 
-    compiled = compile_step(update, jit=policy.jit)
+    shapes: dict[tuple[int, ...], Callable[..., tuple[TrainState, TrainMetrics]]] = {}  # by the shape of a micro-batch
 
     def step(
         state: TrainState, tokens: TensorLike, weights: Any = None, limits: Limits = Limits()
@@ -297,9 +299,13 @@ def make_train_step(
         tokens = tf.convert_to_tensor(tokens)
         if weights is None:
             weights = tf.ones([*tokens.shape[:-1], tokens.shape[-1] - 1])
-        return compiled(state, tokens, tf.cast(weights, tf.float32), Limits(*(tf.cast(x, tf.float32) for x in limits)))
+        micro_batch = (tokens.shape.rank, *tokens.shape[-2:])
+        if micro_batch not in shapes:
+            shapes[micro_batch] = compile_step(update, jit=policy.jit, relax=True)
+        limits = Limits(*(tf.cast(x, tf.float32) for x in limits))
+        return shapes[micro_batch](state, tokens, tf.cast(weights, tf.float32), limits)
 
-    step.traces = compiled.traces
+    step.traces = lambda: sum(compiled.traces() for compiled in shapes.values())
     return step
 
 

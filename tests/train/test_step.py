@@ -197,3 +197,22 @@ def test_weights_of_other_micro_batches_are_refused(parts):
     tokens, weights = batch(4)
     with pytest.raises(ValueError, match=rf"train_update: `weights` has shape \({parts}, .*, want \(2, 2, 7\) \[A, B, T\]"):
         train_update(start(sgd()), parts_of(tokens, 2), np.ones([parts, 2, LENGTH]), cfg=CFG, optimizer=sgd())
+
+
+@pytest.mark.parametrize("policy", [PLAIN, XLA])
+def test_any_number_of_micro_batches_is_one_function(policy):
+    """A batch that grows is more micro-batches of one shape, which compile once, and once more when they first change."""
+    step = make_train_step(CFG, sgd(), policy=policy)
+    state = start(sgd())
+    how = {"cfg": CFG, "optimizer": sgd(), "policy": PLAIN}
+    want = start(sgd())
+    for seed, parts in enumerate((1, 3, 2, 5)):
+        tokens, weights = batch(2 * parts, seed)
+        state, metrics = step(state, parts_of(tokens, parts), parts_of(weights, parts))
+        want, at_once = train_update(want, tokens, weights, **how)
+        assert_close(metrics.loss, at_once.loss, 1e-5)
+        assert_close(metrics.parts.balance, at_once.parts.balance, 1e-5)
+        assert step.traces() <= 2
+    assert_trees_close(state, want, 1e-4)
+    state, _ = step(state, *batch(2))
+    assert step.traces() == 3, "rows of another shape, or without micro-batches, compile anew"
