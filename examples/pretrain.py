@@ -34,46 +34,29 @@ from __future__ import annotations
 import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
-import contextlib
-import math
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import tensorflow as tf
 from absl import app, flags, logging
 from command import flag_parser
-from pretrain_report import on_host, report
-from pretrain_setup import Setup, agreed, compute_dtype, prepare, say, warmup_steps
+from pretrain_plan import stage_of
+from pretrain_report import report
+from pretrain_setup import Setup, compute_dtype, prepare, say
+from pretrain_train import total_steps, train
 
 import dsv3
 from dsv3 import pipeline
-from dsv3.compiled import place
-from dsv3.data import batch_at
-from dsv3.eval import make_evaluator
-from dsv3.layout import make_layouts, zero_layouts
-from dsv3.parallel.mesh import whole
-from dsv3.policy import ComputePolicy, default_policy
+from dsv3.policy import default_policy
 from dsv3.recipe import RECIPES
-from dsv3.train.checkpoint import Keep, checkpoint_step, list_checkpoints, restore_checkpoint
-from dsv3.train.loop import Actions, LoopResult, Row, index_feed, train_loop
-from dsv3.train.mesh_params import state_layouts
-from dsv3.train.optim import Optimizer, adamw
-from dsv3.train.progress import Progress, stop_on_signals
-from dsv3.train.records import TROUBLE, RunLog
-from dsv3.train.saving import BackgroundSaver
-from dsv3.train.schedule import curve_schedule, warmup_cosine
-from dsv3.train.state import TrainState
-from dsv3.train.step import make_train_step, train_init, train_specs
-from dsv3.train.trouble import Cursor, Trouble
-from dsv3.train.watch import make_watch
+from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 
 FLAGS = flags.FLAGS
-FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper
 
+flags.DEFINE_string("data", None, "Folder made by prepare_data.py. Default: --corpus, tokenised here.")
+flags.DEFINE_list("mixture", None, "Shares of the sources of --data, as code:2,prose:1. Default: by their tokens.")
+flags.DEFINE_list("epochs", None, "Most epochs of sources of --data, as code:4. Default: any number.")
 flags.DEFINE_string("corpus", None, "Text to train on: a file or a folder. Default: the running Python's own.")
 flags.DEFINE_float("heldout", 0.02, "Share of the documents, or of the pieces of fewer than 100, that is never trained on.")
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")
@@ -84,10 +67,16 @@ flags.DEFINE_string("out", "runs/demo", "Folder of the run.")
 flags.DEFINE_bool("resume", True, "Go on with the run that is in --out. --noresume refuses instead.")
 flags.DEFINE_bool("fresh", False, "Delete the run that is in --out and start anew.")
 
-flags.DEFINE_integer("steps", 600, "Optimiser steps.", 1)
-flags.DEFINE_integer("batch_size", 8, "Sequences of a step, all micro-batches together.", 1)
-flags.DEFINE_integer("accumulate", 1, "Micro-batches of a step; must divide --batch_size. Less memory, same result.", 1)
-flags.DEFINE_integer("seq_len", 256, "Tokens of a sequence.", 1)
+flags.DEFINE_enum(
+    "plan", "cosine", ["cosine", "paper"],
+    "cosine: one stage, warm-up and cosine. paper: the paper's whole plan, scaled: batch ramp, switches, longer contexts.",
+)
+flags.DEFINE_integer("steps", 600, "Optimiser steps; with --plan=paper those that --batch_size would need. See --tokens.", 1)
+flags.DEFINE_integer("tokens", None, "Tokens of the first stage, instead of steps times batch.", 1)
+flags.DEFINE_integer("batch_size", 8, "Sequences of a step, all micro-batches together; with --plan=paper the largest.", 1)
+flags.DEFINE_integer("accumulate", 1, "Micro-batches of --batch_size, which it must divide. Less memory, same result.", 1)
+flags.DEFINE_integer("seq_len", 256, "Tokens of a sequence; with --plan=paper in the first stage.", 1)
+flags.DEFINE_integer("context_steps", None, "With --plan=paper: steps of each stage with longer contexts.", 1)
 flags.DEFINE_integer("seed", 0, "Decides initial parameters, the order of the data and what is held out.", 0)
 
 flags.DEFINE_float("lr", 3e-3, "Peak learning rate; a cosine in tokens takes it down to a tenth.")
@@ -147,11 +136,12 @@ def run(setup: Setup, again: str) -> int:
     dtype = compute_dtype()
     plain = default_policy().replace(dtype=None if dtype == "float32" else dtype, remat=FLAGS.remat, loop=FLAGS.loop)
     try:
-        result = train(setup, plain)
-        if result.step < FLAGS.steps:
-            say(f"{result.stopped.name}: saved at step {result.step} of {FLAGS.steps}; to go on, {again}")
+        result, total = train(setup, plain), total_steps(setup)
+        if result.step < total:
+            say(f"{result.stopped.name}: saved at step {result.step} of {total}; to go on, {again}")
             return 128 + result.stopped
-        report(setup, result.state, plain)
+        last = len(setup.schedule.stages) - 1
+        report(setup._replace(cfg=stage_of(setup.cfg, setup.schedule, last)), result.state, plain)
     except FloatingPointError as error:
         return fail(f"{error}; {last_checkpoint(setup)}; a lower --lr may help, with --fresh or another --out", 1)
     except (ValueError, OSError) as error:
@@ -188,145 +178,6 @@ def last_checkpoint(setup: Setup) -> str:
     """What there is to go back to."""
     found = list_checkpoints(setup.out / "checkpoints")
     return f"the last checkpoint is of step {checkpoint_step(found[-1])}" if found else "no checkpoint was saved before it"
-
-
-def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
-    """Trains from the latest checkpoint, or from the start, to the last step or to a signal.
-
-    Held-out losses are those of the compute dtype, as `plain` has it: they tell what FP8 did to the parameters.
-    """
-    cfg, checkpoints = setup.cfg, setup.out / "checkpoints"
-    optimizer, layouts = make_optimizer(), make_mesh_layouts(setup)
-    policy = plain.replace(fp8=RECIPES.get(FLAGS.fp8))
-    step = make_train_step(
-        cfg, optimizer, layouts, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
-        bias_rate=FLAGS.bias_rate, policy=policy, schedule=pipeline.SCHEDULES[FLAGS.schedule],
-        expert_nodes=FLAGS.expert_nodes, ema_decay=FLAGS.ema_decay,
-    )  # fmt: skip
-    restore = make_restore(setup, optimizer, layouts)
-    found = restore(lambda step: True)
-    if found is None:
-        state = train_init([0, FLAGS.seed], cfg, optimizer, layouts, **state_parts())
-        cursor = Cursor()
-    else:
-        state, cursor = found
-        say(f"going on from step {int(whole(state.step))} of {checkpoints}")
-    state = place(state) if layouts is None else state  # with no other reference to it, it does not exist twice
-    del found
-    start = int(whole(state.step))
-    eval_every = max(1, FLAGS.steps // 10) if FLAGS.eval_every is None else FLAGS.eval_every
-    watch_every = max(1, FLAGS.steps // 50) if FLAGS.watch_every is None else FLAGS.watch_every
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_on_signals())
-        log = stack.enter_context(RunLog(setup.out, step=start)) if setup.leads else None
-        progress = stack.enter_context(Progress(FLAGS.steps, start=start)) if setup.leads else None
-        saver = stack.enter_context(
-            BackgroundSaver(
-                checkpoints, setup.settings, keep=Keep(FLAGS.keep, FLAGS.keep_every),
-                agree=lambda done: agreed(int(not done), setup.mesh) == 0,
-            )  # fmt: skip
-        )
-
-        def save(state: TrainState, done: int, cursor: Cursor) -> None:
-            if log is not None:
-                log.sync()
-            saver.save(state, done, cursor._asdict())
-
-        def go_back(done: int) -> tuple[TrainState, Cursor] | None:
-            saver.finish()
-            return restore(lambda step: step <= done and step % FLAGS.save_every == 0)
-
-        def stop_together() -> signal.Signals | None:
-            saver.poll()
-            number = agreed(stop() or 0, setup.mesh)
-            return signal.Signals(number) if number else None
-
-        def write(row: Row) -> None:
-            log.write(row)
-            if row["kind"] in TROUBLE:
-                progress.say(trouble_line(row))
-
-        shown = {"write": write, "progress": progress.update, "rewind": log.rewind} if log is not None else {}
-        actions = Actions(
-            evaluate=make_evaluate(setup, plain), eval_every=eval_every, save=save, save_every=FLAGS.save_every,
-            watch=make_watch(cfg, optimizer, layouts, policy=policy), watch_every=watch_every, restore=go_back,
-            load_every=max(1, FLAGS.steps // 50), stop=stop_together, **shown,
-        )  # fmt: skip
-        feed = index_feed(lambda number: micro_batches(setup, number))
-        trouble = Trouble(patience=FLAGS.patience) if FLAGS.patience else None
-        return train_loop(step, state, feed, steps=FLAGS.steps, cursor=cursor, trouble=trouble, actions=actions)
-
-
-def trouble_line(row: Row) -> str:
-    """What went wrong, for people."""
-    if row["kind"] == "rollback":
-        return f"back from step {row['step']} to the checkpoint of step {row['to']}; the data between is left out"
-    return f"after step {row['step']} a batch was left out: {row['reason']}"
-
-
-def make_mesh_layouts(setup: Setup):
-    """How the parameters lie on the mesh, `None` without one."""
-    if setup.mesh is None:
-        return None
-    specs = dsv3.model_specs(setup.cfg)
-    layouts = make_layouts(specs, setup.mesh)
-    return zero_layouts(specs, layouts) if FLAGS.zero else layouts
-
-
-def state_parts() -> dict[str, Any]:
-    """What the state has beside parameters and moments."""
-    return {"fp8": RECIPES.get(FLAGS.fp8), "ema": FLAGS.ema_decay is not None}
-
-
-def make_restore(setup: Setup, optimizer: Optimizer, layouts):
-    """How to read the latest checkpoint of an accepted step, wherever that was written: `(state, cursor)` or `None`."""
-    like = train_specs(setup.cfg, optimizer, **state_parts())
-    placed = None if layouts is None else state_layouts(like, layouts)
-
-    def restore(accept: Callable[[int], bool]) -> tuple[TrainState, Cursor] | None:
-        folder = setup.out / "checkpoints"
-        try:
-            found = restore_checkpoint(
-                folder, like, layouts=placed, settings=setup.settings, accept=accept, on_skip=say
-            )
-        except ValueError as error:
-            raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
-        return None if found is None else (found.state, Cursor(**found.cursor))
-
-    return restore
-
-
-def make_optimizer() -> Optimizer:
-    """AdamW with the paper's betas, clipping, and a warm-up and cosine in tokens."""
-    a_step = FLAGS.batch_size * FLAGS.seq_len
-    curve = warmup_cosine(
-        FLAGS.lr, warmup_tokens=warmup_steps() * a_step, total_tokens=FLAGS.steps * a_step, final=FINAL_LR * FLAGS.lr
-    )
-    moments = RECIPES[FLAGS.fp8].moments if FLAGS.fp8 in RECIPES else "float32"
-    rate = curve_schedule(curve)
-    return adamw(rate, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None, moment_dtype=moments)
-
-
-def micro_batches(setup: Setup, number: int):
-    """Tokens `[A, B, T+1]` and weights `[A, B, T]` of a batch; without accumulation A is left out."""
-    batch = batch_at(setup.train, number, FLAGS.batch_size, FLAGS.seed)
-    if FLAGS.accumulate == 1:
-        return batch
-    return tuple(part.reshape(FLAGS.accumulate, -1, part.shape[-1]) for part in batch)
-
-
-def make_evaluate(setup: Setup, policy: ComputePolicy):
-    """Held-out numbers of a state, for the curve: windows without overlap, which is fast. The first process measures."""
-    score = make_evaluator(setup.cfg, length=FLAGS.seq_len, policy=policy)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params, router = (state.params, state.router) if setup.mesh is None else on_host(setup, (state.params, state.router))
-        if not setup.leads:
-            return {}
-        got = score(params, router, setup.curve)._asdict()
-        return {name: value for name, value in got.items() if math.isfinite(value) and name not in ("tokens", "bytes")}
-
-    return evaluate
 
 
 parse_flags = flag_parser("pretrain")

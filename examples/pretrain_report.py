@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 from command import aligned
-from pretrain_setup import Setup, say
+from pretrain_setup import Setup, on_host, say
 
-from dsv3 import tree
 from dsv3.compiled import snapshot
 from dsv3.data import compression_bits_per_byte
 from dsv3.eval import make_evaluator
 from dsv3.page import write_page
-from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
 from dsv3.pretrained import save_pretrained
 from dsv3.serve import Completion, Engine, Request
@@ -25,7 +23,6 @@ from dsv3.train.checkpoint import flat_settings
 from dsv3.train.plots import plot_run
 from dsv3.train.records import read_rows
 from dsv3.train.state import TrainState
-from dsv3.typing import Tree
 
 FLAGS = flags.FLAGS
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64
@@ -41,10 +38,10 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     rows = read_rows(out / "log.jsonl")
     say("\nscoring the held-out text")
     evaluate = make_evaluator(cfg, length=FLAGS.seq_len, overlap=FLAGS.seq_len // 2, policy=policy)
-    score = evaluate(params, router, setup.heldout)._asdict()
-    text = "".join(document.text for document in setup.heldout_documents).encode()
+    score = evaluate(params, router, setup.data.heldout)._asdict()
+    text = "".join(document.text for document in setup.data.documents).encode()
     if averages:
-        score["ema_bits_per_byte"] = evaluate(averages, router, setup.heldout).bits_per_byte
+        score["ema_bits_per_byte"] = evaluate(averages, router, setup.data.heldout).bits_per_byte
     results = {"heldout": score, "compressors": compression_bits_per_byte(text), "training": training_numbers(rows)}
 
     say("completing held-out text")
@@ -100,16 +97,6 @@ def balance_table(rows: Sequence[dict[str, Any]], layers: int) -> list[tuple[obj
     return [head, *((name, *line) for name, line in zip(names, numbers))]
 
 
-def on_host(setup: Setup, values: Tree) -> Tree:
-    """Gathers what lies on the mesh, for the first process; the others take part and keep nothing."""
-
-    def one(leaf):
-        leaf = whole(leaf)
-        return leaf if setup.leads else ()
-
-    return tree.map_leaves(one, values)
-
-
 def training_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Loss parts, speed and load, each over the last twentieth of the run (speed: the median step)."""
     train = [row for row in rows if row["kind"] == "train"]
@@ -132,13 +119,13 @@ def training_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def draw_samples(setup: Setup, params, router, policy: ComputePolicy) -> list[tuple[str, list[Completion]]]:
     """A greedy and a random completion of the beginning of a few held-out documents, drafted by MTP where there is one."""
-    stream, cfg = setup.heldout, setup.cfg
+    stream, cfg = setup.data.heldout, setup.cfg
     length = min(cfg.max_length, PROMPT_TOKENS + NEW_TOKENS)
     long = [d for d in range(len(stream.starts) - 1) if stream.starts[d + 1] - stream.starts[d] > PROMPT_TOKENS]
     chosen = (long or [0])[:: max(1, len(long) // SAMPLES)][:SAMPLES]
     prompts = [stream.tokens[stream.starts[d] : stream.starts[d + 1] - 1][: min(PROMPT_TOKENS, length - 1)] for d in chosen]
     engine = Engine(
-        cfg, params, router, tokenizer=setup.tokenizer, policy=policy, speculative=min(1, cfg.num_mtp_layers),
+        cfg, params, router, tokenizer=setup.data.tokenizer, policy=policy, speculative=min(1, cfg.num_mtp_layers),
         max_length=length, chunk_sizes=(PROMPT_TOKENS,), smallest_cache=length,
     )  # fmt: skip
     requests = [
@@ -147,7 +134,7 @@ def draw_samples(setup: Setup, params, router, policy: ComputePolicy) -> list[tu
         for prompt in prompts
     ]
     done = engine.generate(requests)
-    texts = [setup.tokenizer.decode(prompt.tolist()) for prompt in prompts]
+    texts = [setup.data.tokenizer.decode(prompt.tolist()) for prompt in prompts]
     return [(text, [done[i], done[i + len(prompts)]]) for i, text in enumerate(texts)]
 
 

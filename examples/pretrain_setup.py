@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -9,77 +10,55 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 from absl import flags
-from command import PIECE, cut_corpus
+from command import aligned
 from command_mesh import check_axes
+from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, read_prepared, read_text
+from pretrain_plan import check_plan_flags, drawn, make_schedule, schedule_settings, stage_table
 from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
 
 import dsv3
-from dsv3.checks import check, check_token_ids
-from dsv3.data import (
-    Document,
-    Packed,
-    TokenStream,
-    check_tokenizer,
-    chunk_documents,
-    corpus_stats,
-    embedded_corpus,
-    encode_documents,
-    load_tokenizer,
-    pack_sequences,
-    read_corpus,
-    save_tokenizer,
-    special_ids,
-    split_documents,
-    train_tokenizer,
-)
+from dsv3 import tree
+from dsv3.checks import check
+from dsv3.data import MixtureUse, check_tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_fingerprint
 from dsv3.parallel.clients import Clients, read_clients, start_clients
 from dsv3.parallel.collectives import gather_mesh
-from dsv3.parallel.mesh import make_mesh, parse_axes
+from dsv3.parallel.mesh import make_mesh, parse_axes, whole
 from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import check_settings
+from dsv3.train.schedule import TrainSchedule
+from dsv3.typing import Tree
 
 FLAGS = flags.FLAGS
 RUN_FILE = "run.json"
 # Flags that decide the numbers of a run; the others may change from one part of it to the next.
-DECIDING = (
-    "seed steps batch_size accumulate seq_len lr warmup_steps weight_decay clip mtp_weight balance_weight bias_rate "
-    "heldout dtype fp8 ema_decay patience"
-).split()
+DECIDING = "seed accumulate weight_decay clip heldout dtype fp8 ema_decay patience plan".split()
 PARTS = (
     *"checkpoints tensorboard tokenizer plots export export_ema".split(),
     *"log.jsonl trouble.jsonl results.json samples.txt report.html".split(),
     RUN_FILE,
 )
-TOKENIZER_CHARS = 20_000_000  # text that a tokenizer is trained on, at most
-CURVE_CHARS = 32768  # held-out text that the losses during the training are measured on; the report takes all
-
 
 class Setup(NamedTuple):
     """Everything that the training needs.
 
     Attributes:
       cfg: the model's configuration. out: the run's folder. settings: what must be the same to go on with the run.
-      tokenizer: the tokenizer. train: rows of the training text.
-      heldout: tokens of the held-out documents. curve: of the first of them, for the losses during the training.
-      heldout_documents: the held-out documents, long ones in pieces.
+      data: what is trained on and what is held out. schedule: what changes as tokens are seen, and the stages.
       clients: who this process is among those of the run. mesh: their devices, `None`: one device.
     """
 
     cfg: dsv3.ModelConfig
     out: Path
     settings: dict[str, Any]
-    tokenizer: Tokenizer
-    train: Packed
-    heldout: TokenStream
-    curve: TokenStream
-    heldout_documents: list[Document]
+    data: Data
+    schedule: TrainSchedule
     clients: Clients
     mesh: dtensor.Mesh | None
 
@@ -112,31 +91,41 @@ def prepare(argv: Sequence[str]) -> Setup:
     check_flags(cfg)
     if FLAGS.tokenizer is not None:
         check_tokenizer(load_tokenizer(FLAGS.tokenizer), cfg.vocab_size)
-    out = Path(FLAGS.out)
-    settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf()}
-    settings |= {"warmup_steps": warmup_steps(), "dtype": compute_dtype()}
+    out, schedule = Path(FLAGS.out), make_schedule()
+    settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
+    settings |= {"schedule": schedule_settings(schedule)}
     clients, mesh = start_mesh(settings)
     _silent = clients.index > 0
     if _silent:
         meet(mesh)
     saved = None if _silent else claim_folder(out, settings)
-    train, heldout, settings["corpus"] = read_documents()
-    agree(saved, settings, out)
-    tokenizer = run_tokenizer(out, train, cfg.vocab_size)
-    settings["tokenizer"] = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
-    agree(saved, settings, out)
-    ids = special_ids(tokenizer)
+    data = read_data(out, cfg, settings, saved)
+    ids = special_ids(data.tokenizer)
     cfg = cfg.replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)
-    curve = list(_up_to(heldout, CURVE_CHARS))
-    streams = [encode_documents(tokenizer, documents) for documents in (train, heldout, curve)]
-    for stream in streams:
-        check_token_ids("corpus", "tokens", stream.tokens, cfg.vocab_size)
-    packed = pack_sequences(streams[0], FLAGS.seq_len)
+    use = drawn(schedule, data.mixture)
     if not _silent:
-        write_setup(out, saved, settings, tokenizer)
+        write_setup(out, saved, settings, data.tokenizer)
         meet(mesh)
-    describe(cfg, packed, *streams[:2])
-    return Setup(cfg, out, settings, tokenizer, packed, *streams[1:], heldout, clients, mesh)
+    describe(cfg, data, schedule, use)
+    return Setup(cfg, out, settings, data, schedule, clients, mesh)
+
+
+def read_data(out: Path, cfg: dsv3.ModelConfig, settings: dict[str, Any], saved: Mapping[str, Any] | None) -> Data:
+    """Reads the data and adds to the settings what names it; a run that was made with other data is refused at once."""
+    if FLAGS.data is not None:
+        data = read_prepared(cfg.vocab_size)
+        settings |= {"corpus": data.digest, "mixture": dataclasses.asdict(data.mixture)}
+        agree(saved, settings, out)
+    else:
+        train, heldout, settings["corpus"] = read_text()
+        agree(saved, settings, out)
+        kept = not FLAGS.fresh or _silent  # the first process has deleted an old one
+        tokenizer, what = corpus_tokenizer(out / "tokenizer", train, cfg.vocab_size, kept=kept)
+        say(what)
+        data = encode_text(train, heldout, tokenizer, cfg.vocab_size, settings["corpus"])
+    settings["tokenizer"] = tokenizer_fingerprint(data.tokenizer)
+    agree(saved, settings, out)
+    return data
 
 
 def write_setup(out: Path, saved: Mapping[str, Any] | None, settings: Mapping[str, Any], tokenizer: Tokenizer) -> None:
@@ -171,9 +160,14 @@ def agreed(number: int, mesh: dtensor.Mesh | None) -> int:
     return int(gather_mesh([tf.constant(number)] * len(mesh.local_devices()), mesh).max())
 
 
-def warmup_steps() -> int:
-    """Steps of warm-up: as given, or a twentieth of the run."""
-    return FLAGS.steps // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+def on_host(setup: Setup, values: Tree) -> Tree:
+    """Gathers what lies on the mesh, for the first process; the others take part and keep nothing."""
+
+    def one(leaf):
+        leaf = whole(leaf)
+        return leaf if setup.leads else ()
+
+    return tree.map_leaves(one, values)
 
 
 def compute_dtype() -> str:
@@ -195,21 +189,11 @@ def check_flags(cfg: dsv3.ModelConfig) -> None:
     """Checks the flags' values against each other and the model; their signs are checked as they are parsed."""
     for name in ("lr", "weight_decay", "clip", "mtp_weight", "balance_weight", "bias_rate", "heldout"):
         check(math.isfinite(FLAGS[name].value), f"--{name} is {FLAGS[name].value}, want a number")
-    check(FLAGS.lr > 0, f"--lr is {FLAGS.lr}, want above 0")
     check(0 < FLAGS.heldout < 1, f"--heldout is {FLAGS.heldout}, want a share above 0 and below 1")
-    check(
-        FLAGS.batch_size % FLAGS.accumulate == 0,
-        f"--batch_size {FLAGS.batch_size} is not divisible by --accumulate {FLAGS.accumulate}",
-    )
-    check(FLAGS.seq_len <= cfg.max_length, f"--seq_len is {FLAGS.seq_len}, the model's maximum is {cfg.max_length}")
-    check(warmup_steps() <= FLAGS.steps, f"--warmup_steps is {warmup_steps()}, want at most --steps {FLAGS.steps}")
+    check_plan_flags(cfg)
     check(not FLAGS.fresh or FLAGS.resume, "--fresh and --noresume are both given, want one of them")
     check_mesh(cfg)
-    if FLAGS.tokenizer is None:
-        check(
-            cfg.vocab_size >= 266,
-            f"the vocabulary has {cfg.vocab_size} ids, too few for a trained tokenizer: want --vocab_size 266 or more",
-        )
+    check_data_flags(cfg.vocab_size)
 
 
 def check_mesh(cfg: dsv3.ModelConfig) -> None:
@@ -299,52 +283,20 @@ def write_run(out: Path, settings: Mapping[str, Any]) -> None:
     os.replace(part, out / RUN_FILE)
 
 
-def read_documents() -> tuple[list[Document], list[Document], str]:
-    """Training documents, held-out documents, and a digest of all; see `cut_corpus`."""
-    documents = cut_corpus(embedded_corpus() if FLAGS.corpus is None else read_corpus(FLAGS.corpus))
-    digest = hashlib.blake2b(digest_size=16)
-    for document in documents:
-        text = document.text.encode()
-        digest.update(len(text).to_bytes(8, "little") + text)
-    train, heldout = split_documents(documents, FLAGS.heldout, FLAGS.seed)
-    size, held = corpus_stats(train).bytes, corpus_stats(heldout)
-    check(held.documents > 0, f"the corpus has {size} bytes, too short to hold out a part and train on another")
-    say(f"corpus: {len(train):,} documents, {size:,} bytes; held out {held.documents:,} documents, {held.bytes:,} bytes")
-    train, heldout = (list(chunk_documents(side, PIECE)) for side in (train, heldout))
-    return train, heldout, digest.hexdigest()
-
-
-def run_tokenizer(out: Path, train: list[Document], vocab_size: int) -> Tokenizer:
-    """The tokenizer of --tokenizer, the one that the run's folder has, unless that will be deleted, or a new one."""
-    if FLAGS.tokenizer is not None:
-        return load_tokenizer(FLAGS.tokenizer)
-    folder = out / "tokenizer"
-    if folder.exists() and (not FLAGS.fresh or _silent):  # the first process has deleted the old one
-        tokenizer = load_tokenizer(folder)
-        check_tokenizer(tokenizer, vocab_size)
-        return tokenizer
-    say(f"training a tokenizer of {vocab_size:,} ids")
-    return train_tokenizer((document.text for document in _up_to(train, TOKENIZER_CHARS)), vocab_size)
-
-
-def _up_to(documents: list[Document], characters: int) -> Iterator[Document]:
-    """The first documents, until they have so many characters."""
-    for document in documents:
-        if characters <= 0:
-            return
-        characters -= len(document.text)
-        yield document
-
-
-def describe(cfg: dsv3.ModelConfig, packed: Packed, stream: TokenStream, heldout: TokenStream) -> None:
+def describe(cfg: dsv3.ModelConfig, data: Data, schedule: TrainSchedule, use: MixtureUse) -> None:
     """Says what will be trained on what."""
-    tokens, epochs = FLAGS.batch_size * FLAGS.seq_len, FLAGS.steps * FLAGS.batch_size / len(packed.starts)
-    share = stream.text_bytes.sum() / len(stream.tokens)
-    say(f"tokens: {len(stream.tokens):,} to train on, {len(heldout.tokens):,} held out, {share:.2f} bytes a token")
+    held = data.heldout
+    rows = [("source", "documents", "tokens", "drawn", "epochs")]
+    for name, source in data.sources.items():
+        drawn_tokens, epochs = use.tokens[name], use.epochs[name]
+        rows.append((name, f"{source.documents:,}", f"{source.tokens:,}", f"{drawn_tokens:,}", f"{epochs:.2f}"))
+    say(aligned(rows))
+    share = held.text_bytes.sum() / len(held.tokens)
+    say(f"held out: {len(held.text_bytes):,} documents, {len(held.tokens):,} tokens, {share:.2f} bytes a token")
     moe = cfg.moe.router
     count = dsv3.count_params(dsv3.model_specs(cfg))
     say(
         f"model: {count:,} parameters, {dsv3.active_params(cfg):,} active for a token; {cfg.num_layers} layers, "
         f"{cfg.num_moe_layers} with {moe.num_experts} experts of which a token uses {moe.top_k}, {cfg.num_mtp_layers} MTP"
     )
-    say(f"training: {FLAGS.steps:,} steps of {FLAGS.batch_size} x {FLAGS.seq_len} = {tokens:,} tokens, {epochs:.2f} epochs")
+    say(stage_table(schedule))

@@ -28,7 +28,8 @@ class Fed(NamedTuple):
 
 
 Feed = Callable[[Any, int], Iterator[Fed]]
-"""From where the data is (`None`: the start) and the number of tokens seen to the batches from there on, without an end."""
+"""From where the data is (`None`: the start) and the number of tokens seen to the batches from there on, without an end. A
+generator is closed when no more batches are wanted."""
 
 
 class LoopResult(NamedTuple):
@@ -107,8 +108,11 @@ def train_loop(
     """
     run = _Run(step, state, feed, steps, cursor, trouble, actions)
     run.begin()
-    while run.done < steps and run.stopped is None:
-        run.turn()
+    try:
+        while run.done < steps and run.stopped is None:
+            run.turn()
+    finally:
+        run.end()
     return LoopResult(run.state, run.done, run.stopped, run.cursor)
 
 
@@ -144,6 +148,12 @@ class _Run:
     def begin(self) -> None:
         if self.done == 0:
             self._evaluate(always=True)
+
+    def end(self) -> None:
+        """Ends the feed: it may read ahead."""
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+        self._batches = None
 
     def turn(self) -> None:
         """One step, taken or not, and what follows it."""
@@ -198,7 +208,7 @@ class _Run:
         self._actions.write(
             {"kind": "skipped", "step": self.done, "reason": reason, **found, "data": before, "data_after": batch.data}
         )
-        self._batches = None  # what follows was fed for the tokens that this step would have added
+        self.end()  # what follows was fed for the tokens that this step would have added
         self.stopped = self._actions.stop()
         if self.cursor.skipped >= self._trouble.patience and self.stopped is None:
             self._go_back(reason)

@@ -1,0 +1,127 @@
+"""The plan of `pretrain.py`: what changes as tokens are seen, its stages, and how a batch is cut into micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags
+from command import aligned
+
+from dsv3.checks import check
+from dsv3.config import ModelConfig
+from dsv3.data import Mixture, MixtureUse, check_mixture
+from dsv3.parallel.mesh import parse_axes
+from dsv3.train.schedule import Piece, Stage, TrainSchedule, schedule_at, warmup_cosine
+from dsv3.train.schedule_paper import PAPER_SCHEDULE, scale_schedule, stage_config
+from dsv3.train.schedule_steps import StageSteps, schedule_steps
+
+FLAGS = flags.FLAGS
+FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper
+OWN = ("mtp_weight", "balance_weight", "bias_rate")  # what the paper's plan has curves for
+
+
+def check_plan_flags(cfg: ModelConfig) -> None:
+    """Checks the flags of the plan against each other and the model."""
+    check(FLAGS.lr > 0, f"--lr is {FLAGS.lr}, want above 0")
+    check(
+        FLAGS.batch_size % FLAGS.accumulate == 0,
+        f"--batch_size {FLAGS.batch_size} is not divisible by --accumulate {FLAGS.accumulate}",
+    )
+    if FLAGS.plan == "paper":
+        for name in OWN:
+            check(not FLAGS[name].present, f"--{name} is given, but --plan=paper has a curve for it")
+        check(cfg.mla.rope.yarn is None, "--plan=paper extends the context itself, want a model without YaRN")
+        return
+    for name in ("context_steps",):
+        check(not FLAGS[name].present, f"--{name} is given, but only --plan=paper has context stages")
+    check(FLAGS.seq_len <= cfg.max_length, f"--seq_len is {FLAGS.seq_len}, the model's maximum is {cfg.max_length}")
+    check(FLAGS.tokens is None or not FLAGS["steps"].present, "--tokens and --steps are both given, want one of them")
+    a_step = FLAGS.batch_size * FLAGS.seq_len
+    steps = FLAGS.steps if FLAGS.tokens is None else -(-FLAGS.tokens // a_step)
+    check(warmup_steps() <= steps, f"--warmup_steps is {warmup_steps()}, want at most --steps {steps}")
+
+
+def warmup_steps() -> int:
+    """Steps of warm-up: as given, or a twentieth of the run."""
+    steps = FLAGS.steps if FLAGS.tokens is None else FLAGS.tokens // (FLAGS.batch_size * FLAGS.seq_len)
+    return steps // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+
+
+def make_schedule() -> TrainSchedule:
+    """The run's schedule, from the flags."""
+    tokens = FLAGS.tokens or FLAGS.steps * FLAGS.batch_size * FLAGS.seq_len
+    if FLAGS.plan == "paper":
+        first = micro_batch_rows(FLAGS.seq_len)
+        lengths = [stage.seq_len * FLAGS.seq_len // PAPER_SCHEDULE.stages[0].seq_len for stage in PAPER_SCHEDULE.stages]
+        return scale_schedule(
+            PAPER_SCHEDULE, tokens=tokens, batch_size=FLAGS.batch_size, seq_len=FLAGS.seq_len, learning_rate=FLAGS.lr,
+            batch_multiple=[first, *map(micro_batch_rows, lengths[1:])], warmup_steps=FLAGS.warmup_steps,
+            context_steps=FLAGS.context_steps,
+        )  # fmt: skip
+    a_step = FLAGS.batch_size * FLAGS.seq_len
+    rate = warmup_cosine(FLAGS.lr, warmup_tokens=warmup_steps() * a_step, total_tokens=tokens, final=FINAL_LR * FLAGS.lr)
+    constant = {name: (Piece(tokens, FLAGS[name].value, FLAGS[name].value),) for name in OWN}
+    size = (Piece(tokens, FLAGS.batch_size, FLAGS.batch_size),)
+    stage = Stage("pretraining", tokens, FLAGS.seq_len)
+    return TrainSchedule(learning_rate=rate, batch_size=size, stages=(stage,), **constant)
+
+
+def micro_batch_rows(seq_len: int) -> int:
+    """Rows of a micro-batch: with longer sequences fewer, so that it has about as many tokens; devices get equal parts."""
+    sizes = parse_axes(FLAGS.mesh) if FLAGS.mesh else {}
+    shards = sizes.get("data", 1) * sizes.get("expert", 1)
+    rows = FLAGS.batch_size // FLAGS.accumulate * FLAGS.seq_len // seq_len
+    return max(1, rows // shards) * shards
+
+
+def cut_batch(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a batch into micro-batches `[A, B, ...]`; without --accumulate it stays whole, if it always has one size."""
+    if FLAGS.accumulate == 1 and FLAGS.plan != "paper":
+        return tokens, weights
+    rows = micro_batch_rows(tokens.shape[1] - 1)
+    return tuple(part.reshape(-1, min(rows, len(part)), part.shape[-1]) for part in (tokens, weights))
+
+
+def stage_of(cfg: ModelConfig, schedule: TrainSchedule, stage: int) -> ModelConfig:
+    """The architecture of a stage: the paper's plan extends the context, any other one leaves it as it is."""
+    return stage_config(cfg, schedule, stage) if FLAGS.plan == "paper" else cfg
+
+
+def schedule_settings(schedule: TrainSchedule) -> dict[str, Any]:
+    """A schedule as JSON values."""
+    return dataclasses.asdict(schedule)
+
+
+def drawn(schedule: TrainSchedule, mixture: Mixture) -> MixtureUse:
+    """What the run takes of each source; a source that runs dry is refused here, before the training."""
+
+    def shape(tokens: int) -> tuple[int, int]:
+        values = schedule_at(schedule, tokens)
+        return values.batch_size, values.seq_len
+
+    return check_mixture(mixture, shape, schedule.total_tokens)
+
+
+def stage_table(schedule: TrainSchedule) -> str:
+    """The stages, for people."""
+    rows = [("stage", "steps", "tokens", "batch", "length", "YaRN", "learning rate")]
+    for found, stage in zip(schedule_steps(schedule), schedule.stages):
+        sizes = found.batch_sizes
+        batch = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        factor = "-" if stage.yarn_factor is None else f"{stage.yarn_factor:g}"
+        rates = " ".join(f"{rate:.2e}" for rate in dict.fromkeys(_rates(schedule, found)))
+        rows.append((found.name, f"{found.steps:,}", f"{found.tokens:,}", batch, f"{found.seq_len:,}", factor, rates))
+    return aligned(rows)
+
+
+def _rates(schedule: TrainSchedule, stage: StageSteps) -> Iterator[float]:
+    """The learning rate at the beginning of a stage, its highest, and the last step's."""
+    end = stage.start + stage.tokens
+    rates = [schedule_at(schedule, stage.start + (stage.tokens - 1) * i // 64).learning_rate for i in range(65)]
+    yield rates[0]
+    yield max(rates)
+    yield schedule_at(schedule, math.floor(end - stage.tokens / stage.steps)).learning_rate

@@ -1,0 +1,237 @@
+"""The training of `pretrain.py`: the stages of its schedule one after the other, from a checkpoint or from the start."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from pretrain_plan import cut_batch, stage_of
+from pretrain_setup import Setup, agreed, on_host, say
+
+import dsv3
+from dsv3 import pipeline
+from dsv3.compiled import place
+from dsv3.config import ModelConfig
+from dsv3.data import input_init, input_state, prefetch_batches, read_batches
+from dsv3.eval import make_evaluator
+from dsv3.layout import make_layouts, zero_layouts
+from dsv3.parallel.mesh import whole
+from dsv3.policy import ComputePolicy
+from dsv3.recipe import RECIPES
+from dsv3.train.checkpoint import Keep, restore_checkpoint
+from dsv3.train.loop import Actions, Fed, Feed, LoopResult, Row, train_loop
+from dsv3.train.mesh_params import state_layouts
+from dsv3.train.optim import Optimizer, adamw
+from dsv3.train.progress import Progress, stop_on_signals
+from dsv3.train.records import TROUBLE, RunLog
+from dsv3.train.saving import BackgroundSaver
+from dsv3.train.schedule import curve_schedule, schedule_at
+from dsv3.train.schedule_steps import schedule_steps
+from dsv3.train.state import TrainState
+from dsv3.train.step import make_train_step, train_init, train_specs
+from dsv3.train.trouble import Cursor, Trouble
+from dsv3.train.watch import make_watch
+
+FLAGS = flags.FLAGS
+Restore = Callable[[Callable[[int], bool]], tuple[TrainState, Cursor] | None]
+
+
+class Tools(NamedTuple):
+    """What all stages share: how the parameters are stored and updated, where rows and checkpoints go, what ends the run.
+
+    The first process has `log` and `progress`; `ends`: steps at which stages end.
+    """
+
+    optimizer: Optimizer
+    layouts: Any
+    plain: ComputePolicy
+    restore: Restore
+    saver: BackgroundSaver
+    stop: Callable[[], signal.Signals | None]
+    log: RunLog | None
+    progress: Progress | None
+    ends: tuple[int, ...]
+
+
+def total_steps(setup: Setup) -> int:
+    """Steps of all stages."""
+    return sum(stage.steps for stage in schedule_steps(setup.schedule))
+
+
+def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
+    """Trains from the latest checkpoint, or from the start, to the last step or to a signal.
+
+    Held-out losses are those of the compute dtype, as `plain` has it: they tell what FP8 did to the parameters.
+    """
+    optimizer, layouts = make_optimizer(setup), make_mesh_layouts(setup)
+    restore = make_restore(setup, optimizer, layouts)
+    stages = schedule_steps(setup.schedule)
+    ends = tuple(stage.first + stage.steps for stage in stages)
+    state, cursor = start(setup, optimizer, layouts, restore)
+    done = int(whole(state.step))
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        log = stack.enter_context(RunLog(setup.out, step=done)) if setup.leads else None
+        progress = stack.enter_context(Progress(ends[-1], start=done)) if setup.leads else None
+        saver = stack.enter_context(
+            BackgroundSaver(
+                setup.out / "checkpoints", setup.settings, keep=Keep(FLAGS.keep, FLAGS.keep_every),
+                agree=lambda written: agreed(int(not written), setup.mesh) == 0,
+            )  # fmt: skip
+        )
+        tools = Tools(optimizer, layouts, plain, restore, saver, stop, log, progress, ends)
+        result = LoopResult(state, done, None, cursor)
+        del state
+        for number, end in enumerate(ends):
+            if result.step < end and result.stopped is None:
+                result = train_stage(setup, tools, number, result)
+        return result
+
+
+def train_stage(setup: Setup, tools: Tools, number: int, so_far: LoopResult) -> LoopResult:
+    """Trains one stage to its end: its architecture, its length of sequences."""
+    cfg, end = stage_of(setup.cfg, setup.schedule, number), tools.ends[number]
+    if len(tools.ends) > 1:
+        stage = setup.schedule.stages[number]
+        say(f"stage {stage.name}: sequences of {stage.seq_len:,} tokens, to step {end:,}")
+    curves = {name: curve_schedule(getattr(setup.schedule, name)) for name in ("mtp_weight", "balance_weight", "bias_rate")}
+    policy = tools.plain.replace(fp8=RECIPES.get(FLAGS.fp8))
+    step = make_train_step(
+        cfg, tools.optimizer, tools.layouts, policy=policy, schedule=pipeline.SCHEDULES[FLAGS.schedule],
+        expert_nodes=FLAGS.expert_nodes, ema_decay=FLAGS.ema_decay, **curves,
+    )  # fmt: skip
+    watch = make_watch(cfg, tools.optimizer, tools.layouts, policy=policy)
+    evaluate = make_evaluate(setup, cfg, tools.plain, setup.schedule.stages[number].seq_len)
+    trouble = Trouble(patience=FLAGS.patience) if FLAGS.patience else None
+    return train_loop(
+        step, so_far.state, make_feed(setup), steps=end, cursor=so_far.cursor, trouble=trouble,
+        actions=make_actions(setup, tools, number, watch, evaluate),
+    )  # fmt: skip
+
+
+def make_actions(setup: Setup, tools: Tools, number: int, watch, evaluate) -> Actions:
+    """What the loop calls in a stage, and how often."""
+    total, log, progress = tools.ends[-1], tools.log, tools.progress
+    first = tools.ends[number - 1] if number else 0
+
+    def save(state: TrainState, done: int, cursor: Cursor) -> None:
+        if log is not None:
+            log.sync()
+        tools.saver.save(state, done, cursor._asdict())
+
+    def go_back(done: int) -> tuple[TrainState, Cursor] | None:
+        tools.saver.finish()
+        return tools.restore(lambda step: first <= step <= done and (step % FLAGS.save_every == 0 or step == first))
+
+    def stop_together() -> signal.Signals | None:
+        tools.saver.poll()
+        caught = agreed(tools.stop() or 0, setup.mesh)
+        return signal.Signals(caught) if caught else None
+
+    def write(row: Row) -> None:
+        log.write(row)
+        if row["kind"] in TROUBLE:
+            progress.say(trouble_line(row))
+
+    shown = {"write": write, "progress": progress.update, "rewind": log.rewind} if log is not None else {}
+    return Actions(
+        evaluate=evaluate, eval_every=max(1, total // 10) if FLAGS.eval_every is None else FLAGS.eval_every, save=save,
+        save_every=FLAGS.save_every, watch=watch,
+        watch_every=max(1, total // 50) if FLAGS.watch_every is None else FLAGS.watch_every, restore=go_back,
+        load_every=max(1, total // 50), stop=stop_together, **shown,
+    )  # fmt: skip
+
+
+def trouble_line(row: Row) -> str:
+    """What went wrong, for people."""
+    if row["kind"] == "rollback":
+        return f"back from step {row['step']} to the checkpoint of step {row['to']}; the data between is left out"
+    return f"after step {row['step']} a batch was left out: {row['reason']}"
+
+
+def make_feed(setup: Setup) -> Feed:
+    """Batches of the mixture, read ahead of the step; every process reads the whole batch, as the step wants it."""
+    mixture, schedule = setup.data.mixture, setup.schedule
+
+    def shape(tokens: int) -> tuple[int, int]:
+        values = schedule_at(schedule, tokens)
+        return values.batch_size, values.seq_len
+
+    def feed(data: Any, tokens: int) -> Iterator[Fed]:
+        state = input_init(mixture) if data is None else input_state(data, mixture)
+        batches = read_batches(setup.data.sources, mixture, state, shape, tokens=tokens)
+        with contextlib.closing(prefetch_batches(batches)) as ahead:
+            for item in ahead:
+                yield Fed(*cut_batch(*(np.asarray(part) for part in item.batch)), item.state._asdict())
+
+    return feed
+
+
+def make_mesh_layouts(setup: Setup):
+    """How the parameters lie on the mesh, `None` without one."""
+    if setup.mesh is None:
+        return None
+    specs = dsv3.model_specs(setup.cfg)
+    layouts = make_layouts(specs, setup.mesh)
+    return zero_layouts(specs, layouts) if FLAGS.zero else layouts
+
+
+def state_parts() -> dict[str, Any]:
+    """What the state has beside parameters and moments."""
+    return {"fp8": RECIPES.get(FLAGS.fp8), "ema": FLAGS.ema_decay is not None}
+
+
+def make_restore(setup: Setup, optimizer: Optimizer, layouts) -> Restore:
+    """How to read the latest checkpoint of an accepted step, wherever that was written: `(state, cursor)` or `None`."""
+    like = train_specs(setup.cfg, optimizer, **state_parts())
+    placed = None if layouts is None else state_layouts(like, layouts)
+
+    def restore(accept: Callable[[int], bool]) -> tuple[TrainState, Cursor] | None:
+        folder = setup.out / "checkpoints"
+        try:
+            found = restore_checkpoint(
+                folder, like, layouts=placed, settings=setup.settings, accept=accept, on_skip=say
+            )
+        except ValueError as error:
+            raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
+        return None if found is None else (found.state, Cursor(**found.cursor))
+
+    return restore
+
+
+def start(setup: Setup, optimizer: Optimizer, layouts, restore: Restore) -> tuple[TrainState, Cursor]:
+    """The state and the cursor of the latest checkpoint, or of a new model."""
+    found = restore(lambda step: True)
+    if found is None:
+        state, cursor = train_init([0, FLAGS.seed], setup.cfg, optimizer, layouts, **state_parts()), Cursor()
+    else:
+        state, cursor = found
+        say(f"going on from step {int(whole(state.step))} of {setup.out / 'checkpoints'}")
+    del found
+    return (place(state) if layouts is None else state), cursor  # with no other reference to it, it does not exist twice
+
+
+def make_optimizer(setup: Setup) -> Optimizer:
+    """AdamW with the paper's betas, clipping, and the schedule's learning rate."""
+    rate = curve_schedule(setup.schedule.learning_rate)
+    moments = RECIPES[FLAGS.fp8].moments if FLAGS.fp8 in RECIPES else "float32"
+    return adamw(rate, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None, moment_dtype=moments)
+
+
+def make_evaluate(setup: Setup, cfg: ModelConfig, policy: ComputePolicy, length: int):
+    """Held-out numbers of a state, for the curve: windows without overlap, which is fast. The first process measures."""
+    score = make_evaluator(cfg, length=length, batch_size=max(1, 2048 // length), policy=policy)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params, router = (state.params, state.router) if setup.mesh is None else on_host(setup, (state.params, state.router))
+        if not setup.leads:
+            return {}
+        got = score(params, router, setup.data.curve)._asdict()
+        return {name: value for name, value in got.items() if math.isfinite(value) and name not in ("tokens", "bytes")}
+
+    return evaluate
