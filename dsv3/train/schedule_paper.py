@@ -84,7 +84,7 @@ def scale_schedule(
     batch_size: int | None = None,
     seq_len: int | None = None,
     learning_rate: float | None = None,
-    batch_multiple: int = 1,
+    batch_multiple: int | None = None,
     warmup_steps: int | None = None,
     context_steps: int | None = None,
 ) -> TrainSchedule:
@@ -100,7 +100,8 @@ def scale_schedule(
       batch_size: the largest, in sequences; the others in proportion, rounded to `batch_multiple`. Default: as it is.
       seq_len: of the first stage; the others in proportion. Default: as it is.
       learning_rate: the highest; the others in proportion. Default: as it is.
-      batch_multiple: for instance micro-batches times devices that share a batch out.
+      batch_multiple: for instance micro-batches times devices that share a batch out. Default: the schedule's, with another
+        batch size 1. The ramp has as many shapes as multiples, and for each a compiled step is made anew.
       warmup_steps: instead of the warm-up's share of the tokens.
       context_steps: of each stage after the first, instead of its share. Few tokens give a share that is less than a step.
 
@@ -120,6 +121,7 @@ def scale_schedule(
         check(value is None or value >= least, f"{name}: `{argument}` is {value}, want at least {least}")
     check(int(tokens) == tokens, f"{name}: `tokens` is {tokens}, want a whole number")
     ratio = Fraction(int(tokens), int(schedule.stages[0].until))
+    _check_batch(schedule, batch_size, batch_multiple or 1)
     moved = _move(schedule, lambda until: math.floor(until * ratio + Fraction(1, 2)))
     length = Fraction(seq_len or schedule.stages[0].seq_len) / schedule.stages[0].seq_len
     largest = {curve: max(max(p.start, p.end) for p in getattr(schedule, curve)) for curve in CURVES}
@@ -128,7 +130,7 @@ def scale_schedule(
         learning_rate=_times(moved.learning_rate, learning_rate, largest["learning_rate"]),
         batch_size=_times(moved.batch_size, batch_size, largest["batch_size"]),
         stages=tuple(dataclasses.replace(stage, seq_len=_length(stage, length)) for stage in moved.stages),
-        batch_multiple=batch_multiple,
+        batch_multiple=batch_multiple if batch_multiple is not None else 1 if batch_size else schedule.batch_multiple,
     )
     if context_steps is not None and len(scaled.stages) > 1:
         scaled = _with_stage_steps(scaled, context_steps)
@@ -143,6 +145,19 @@ def _times(curve: Curve, largest: float | None, now: float) -> Curve:
     if largest is None or largest == now:
         return curve
     return tuple(piece._replace(start=piece.start / now * largest, end=piece.end / now * largest) for piece in curve)
+
+
+def _check_batch(schedule: TrainSchedule, batch_size: int | None, multiple: int) -> None:
+    if batch_size is None:
+        return
+    values = [Fraction(value) for piece in schedule.batch_size for value in (piece.start, piece.end)]
+    least = batch_size * min(values) / max(values)
+    want = math.ceil(multiple * max(values) / min(values) / 2)
+    check(
+        2 * least >= multiple,
+        f"scale_schedule: `batch_size` is {batch_size}, which makes {float(least):g} sequences of the smallest batch, "
+        f"nearer to none than to batch_multiple={multiple}; want at least {want}",
+    )
 
 
 def _length(stage: Stage, ratio: Fraction) -> int:

@@ -313,9 +313,9 @@ def test_a_demo_sized_plan():
         ({"learning_rate": math.nan}, "`learning_rate` is nan, want above 0"),
         ({"context_steps": 0}, "`context_steps` is 0, want at least 1"),
         ({"warmup_steps": -1}, "`warmup_steps` is -1, want at least 0"),
-        ({"batch_size": 8}, "`batch_size` is 0.25 sequences at its least, which is nearer to none than to batch_multiple=1"),
+        ({"batch_size": 15}, "`batch_size` is 15, which makes 0.46875 sequences of the smallest batch.*; want at least 16"),
         ({"batch_multiple": 0}, "`batch_multiple` is 0, want at least 1"),
-        ({"batch_multiple": 8}, "`batch_size` is 1 sequences at its least.*batch_multiple=8; want at least 4"),
+        ({"batch_multiple": 8}, "`batch_size` is 32, .* nearer to none than to batch_multiple=8; want at least 128"),
         ({"tokens": 10}, "piece 1 of `learning_rate` becomes shorter than a token"),
         ({"tokens": 30_000, "context_steps": 2}, "no step begins in piece 4 of `learning_rate`, from .*: step .* begins at"),
         ({"tokens": 500_000}, "stage 'context 32x' has no step: the step before it ends at .* tokens, it at"),
@@ -347,6 +347,8 @@ def test_schedules_that_are_none_are_refused():
         ({"mtp_weight": (Piece(10, 1.0, 2.0),)}, "is constant but goes from 1.0 to 2.0, want one value"),
         ({"mtp_weight": (Piece(10, 1.0, 2.0, "square"),)}, "`mtp_weight.shape` is 'square', want one of"),
         ({"batch_size": (Piece(10, 1.0, 2.0, "cosine"),)}, "`batch_size` has a cosine piece"),
+        ({"batch_size": (Piece(9, 90.0, 47.0, "linear"),)}, "`batch_size` is 47 sequences at its least.*want at least 48"),
+        ({"batch_multiple": 0}, "`batch_multiple` is 0, want at least 1"),
     ]:
         with pytest.raises(ValueError, match=f"^TrainSchedule: .*{message}"):
             plan(**fields)
