@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from dsv3.data.clean import clean_text
 from dsv3.data.compression import compression_bits_per_byte
 from dsv3.data.corpus import (
     CorpusStats,
@@ -22,7 +23,17 @@ from dsv3.data.corpus import (
     heldout_place,
     split_documents,
 )
+from dsv3.data.dedup import (
+    Match,
+    document_hash,
+    exact_key,
+    find_duplicates,
+    lsh_bands,
+    lsh_probability,
+    minhash_signature,
+)
 from dsv3.data.embedded import embedded_corpus
+from dsv3.data.filters import first_reason, make_filters, parse_filters
 from dsv3.data.fim import FimIds, FimParts, encode_fim, fim_ids, fim_split
 from dsv3.data.manifest import Manifest, manifest_digest, read_manifest, tokenizer_fingerprint, write_manifest
 from dsv3.data.mixture import (
@@ -48,6 +59,7 @@ from dsv3.data.packing import (
     pack_sequences,
     take_rows,
 )
+from dsv3.data.settings import SourceSettings, check_sources, mixture_settings, read_sources
 from dsv3.data.shard_writer import write_shard
 from dsv3.data.shards import (
     Shard,
@@ -82,6 +94,7 @@ __all__ = [
     "InputBatch",
     "InputState",
     "Manifest",
+    "Match",
     "Mixture",
     "MixtureUse",
     "Packed",
@@ -91,21 +104,28 @@ __all__ = [
     "RowPlan",
     "Shard",
     "ShardSource",
+    "SourceSettings",
     "SpecialIds",
     "TokenStream",
     "Windows",
     "batch_at",
     "batch_rows",
     "check_mixture",
+    "check_sources",
     "check_tokenizer",
     "chunk_documents",
+    "clean_text",
     "compression_bits_per_byte",
     "corpus_stats",
+    "document_hash",
     "embedded_corpus",
     "encode_documents",
     "encode_fim",
+    "exact_key",
     "fim_ids",
     "fim_split",
+    "find_duplicates",
+    "first_reason",
     "heldout_batches",
     "heldout_place",
     "host_rows",
@@ -113,13 +133,19 @@ __all__ = [
     "input_state",
     "list_parts",
     "load_tokenizer",
+    "lsh_bands",
+    "lsh_probability",
+    "make_filters",
     "make_mixture",
     "manifest_digest",
     "memory_source",
+    "minhash_signature",
+    "mixture_settings",
     "next_rows",
     "open_shards",
     "pack_documents",
     "pack_sequences",
+    "parse_filters",
     "prefetch_batches",
     "read_batches",
     "read_corpus",
@@ -127,6 +153,7 @@ __all__ = [
     "read_part",
     "read_rows",
     "read_shard",
+    "read_sources",
     "read_window",
     "save_tokenizer",
     "special_ids",

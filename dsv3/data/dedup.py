@@ -183,7 +183,7 @@ def find_duplicates(
                 yield match
                 continue
             index.insert(number, sketch, check_duplication=False)
-            signatures[number] = signature
+            signatures[number] = np.array(signature)  # a copy: it may be a row of many
         keys[key] = number
         yield None
 
