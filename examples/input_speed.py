@@ -70,7 +70,7 @@ flags.DEFINE_integer("hosts", 4, "Hosts that share the rows of a step.", 1)
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "The model that is trained.")
 flags.DEFINE_integer("train_batch_size", 8, "Rows of its steps.", 1)
 flags.DEFINE_integer("train_seq_len", 256, "Tokens of such a row.", 1)
-flags.DEFINE_integer("steps", 10, "Its steps that are timed, after two.", 1)
+flags.DEFINE_integer("steps", 10, "Its steps that are timed, after two; 0: none, and no second table.", 0)
 flags.DEFINE_integer("late_ms", 100, "Time for which late batches are held back.", 0)
 flags.DEFINE_integer("depth", 2, "Batches that are read ahead.", 1)
 
@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
         print(f"{total:,} tokens in {len(sources)} sources, {windows} windows; vocabulary {cfg.vocab_size:,}\n", flush=True)
         print(aligned([("stream", "M tokens/s", "of the step", "ms a step"), *time_stream(Path(folder), total)]))
         print(f"the paper's run on 2,048 GPUs: {PAPER / 1e6:.1f} M tokens/s\n", flush=True)
-        print(aligned([("training", "ms a step", "ms waiting", "share", "tokens/s"), *time_training(cfg, sources)]))
+        if FLAGS.steps:
+            print(aligned([("training", "ms a step", "ms waiting", "share", "tokens/s"), *time_training(cfg, sources)]))
     return 0
 
 
