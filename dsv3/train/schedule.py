@@ -68,7 +68,7 @@ class TrainSchedule:
       learning_rate: curve. batch_size: curve in sequences, of constant and linear pieces; it is rounded to a multiple.
       bias_rate: γ, how far a step moves the router's bias. mtp_weight: λ. balance_weight: α.
       stages: in their order. Curves go on through them, in tokens from the very beginning.
-      batch_multiple: batch sizes are multiples of it.
+      batch_multiple: batch sizes are multiples of it; a tuple has one for each stage.
     """
 
     learning_rate: Curve
@@ -77,20 +77,13 @@ class TrainSchedule:
     mtp_weight: Curve
     balance_weight: Curve
     stages: tuple[Stage, ...]
-    batch_multiple: int = 1
+    batch_multiple: int | tuple[int, ...] = 1
 
     def __post_init__(self):
         for name in CURVES:
             check_curve("TrainSchedule", name, getattr(self, name))
         shapes = {piece.shape for piece in self.batch_size}
         check("cosine" not in shapes, "TrainSchedule: `batch_size` has a cosine piece, want constant and linear ones")
-        check(self.batch_multiple >= 1, f"TrainSchedule: `batch_multiple` is {self.batch_multiple}, want at least 1")
-        least = min(value for piece in self.batch_size for value in (piece.start, piece.end))
-        check(
-            2 * least >= self.batch_multiple,
-            f"TrainSchedule: `batch_size` is {least:g} sequences at its least, which is nearer to none than to "
-            f"batch_multiple={self.batch_multiple}; want at least {self.batch_multiple / 2:g}",
-        )
         check(len(self.stages) > 0, "TrainSchedule: `stages` is empty, want at least one")
         begin = 0
         for stage in self.stages:
@@ -102,6 +95,31 @@ class TrainSchedule:
                 f"{where}: `yarn_factor` is {stage.yarn_factor}, want None or at least 1",
             )
             begin = stage.until
+        count = len(self.stages)
+        fine = min(self.multiples, default=0) >= 1
+        check(fine, f"TrainSchedule: `batch_multiple` is {self.batch_multiple}, want at least 1")
+        check(
+            len(self.multiples) == count,
+            f"TrainSchedule: `batch_multiple` has {len(self.multiples)} numbers, want one or one for each of {count} stages",
+        )
+        begins = [0, *(int(stage.until) for stage in self.stages)]
+        for begin, stage, multiple in zip(begins, self.stages, self.multiples):
+            least = _least(self.batch_size, begin, int(stage.until))
+            check(
+                2 * least >= multiple,
+                f"TrainSchedule: `batch_size` is {float(least):g} sequences at its least, which is nearer to none than to "
+                f"batch_multiple={multiple}; want at least {multiple / 2:g}",
+            )
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """`batch_multiple` of each stage."""
+        single = isinstance(self.batch_multiple, int)
+        return (self.batch_multiple,) * len(self.stages) if single else tuple(self.batch_multiple)
+
+    def stage_index(self, tokens: int) -> int:
+        """The stage of a step that begins after so many tokens; after the last one, the last."""
+        return min(sum(tokens >= stage.until for stage in self.stages), len(self.stages) - 1)
 
     @property
     def total_tokens(self) -> int:
@@ -148,7 +166,7 @@ def schedule_at(schedule: TrainSchedule, tokens: int) -> ScheduleValues:
     References: DeepSeek-V3 sections 4.2 and 4.3 have these quantities.
     """
     tokens = _tokens("schedule_at", tokens)
-    index = min(sum(tokens >= stage.until for stage in schedule.stages), len(schedule.stages) - 1)
+    index = schedule.stage_index(tokens)
     stage = schedule.stages[index]
     size = batch_run(schedule, tokens)[0]
     rate, bias, mtp, balance = (curve_at(getattr(schedule, name), tokens) for name in CURVES if name != "batch_size")
@@ -237,12 +255,13 @@ def warmup_cosine(
 
 
 def batch_run(schedule: TrainSchedule, tokens: int) -> tuple[int, int | None]:
-    """Returns the batch size at `tokens` and the first token after it that may have another; `None`: it stays.
+    """Returns the batch size at `tokens` and the first token after it that may have another in the same stage; `None`: it
+    stays.
 
     It is `batch_multiple·⌊x / batch_multiple + ½⌋`, at least one multiple, with x of the curve as an exact fraction.
     """
     begin, piece = _piece_at(schedule.batch_size, tokens)
-    unit = schedule.batch_multiple
+    unit = schedule.multiples[schedule.stage_index(tokens)]
     if tokens >= piece.until:
         return _rounded(Fraction(piece.end), unit), None
     start, slope = Fraction(piece.start), Fraction(piece.end) - Fraction(piece.start)
@@ -253,6 +272,19 @@ def batch_run(schedule: TrainSchedule, tokens: int) -> tuple[int, int | None]:
     change = begin + (border - start) * (int(piece.until) - begin) / slope
     change = math.ceil(change) if slope > 0 else math.floor(change) + 1
     return size, min(change, int(piece.until))
+
+
+def _least(curve: Curve, begin: int, end: int) -> Fraction:
+    """The least value of a curve of constant and linear pieces between two tokens, the second not included."""
+    values, first = [], 0
+    for number, piece in enumerate(curve, 1):
+        until = int(piece.until) if number < len(curve) else max(int(piece.until), end)
+        if first < end and begin < until:
+            start, slope = Fraction(piece.start), Fraction(piece.end) - Fraction(piece.start)
+            length = int(piece.until) - first
+            values += [start + slope * min(max(place - first, 0), length) / length for place in (begin, min(end, until))]
+        first = int(piece.until)
+    return min(values, default=Fraction(curve[-1].end))
 
 
 def _rounded(size: Fraction, unit: int) -> int:

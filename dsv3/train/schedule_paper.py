@@ -84,7 +84,7 @@ def scale_schedule(
     batch_size: int | None = None,
     seq_len: int | None = None,
     learning_rate: float | None = None,
-    batch_multiple: int | None = None,
+    batch_multiple: int | Sequence[int] | None = None,
     warmup_steps: int | None = None,
     context_steps: int | None = None,
 ) -> TrainSchedule:
@@ -101,7 +101,8 @@ def scale_schedule(
       seq_len: of the first stage; the others in proportion. Default: as it is.
       learning_rate: the highest; the others in proportion. Default: as it is.
       batch_multiple: for instance micro-batches times devices that share a batch out. Default: the schedule's, with another
-        batch size 1. The ramp has as many shapes as multiples, and for each a compiled step is made anew.
+        batch size 1; several numbers: one for each stage. The ramp has as many shapes as multiples, and for each a compiled
+        step is made anew, unless they are micro-batches of one shape.
       warmup_steps: instead of the warm-up's share of the tokens.
       context_steps: of each stage after the first, instead of its share. Few tokens give a share that is less than a step.
 
@@ -121,7 +122,9 @@ def scale_schedule(
         check(value is None or value >= least, f"{name}: `{argument}` is {value}, want at least {least}")
     check(int(tokens) == tokens, f"{name}: `tokens` is {tokens}, want a whole number")
     ratio = Fraction(int(tokens), int(schedule.stages[0].until))
-    _check_batch(schedule, batch_size, batch_multiple or 1)
+    single = batch_multiple is None or isinstance(batch_multiple, int)
+    _check_batch(schedule, batch_size, (batch_multiple or 1) if single else 1)
+    multiple = batch_multiple if single else tuple(batch_multiple)
     moved = _move(schedule, lambda until: math.floor(until * ratio + Fraction(1, 2)))
     length = Fraction(seq_len or schedule.stages[0].seq_len) / schedule.stages[0].seq_len
     largest = {curve: max(max(p.start, p.end) for p in getattr(schedule, curve)) for curve in CURVES}
@@ -130,7 +133,7 @@ def scale_schedule(
         learning_rate=_times(moved.learning_rate, learning_rate, largest["learning_rate"]),
         batch_size=_times(moved.batch_size, batch_size, largest["batch_size"]),
         stages=tuple(dataclasses.replace(stage, seq_len=_length(stage, length)) for stage in moved.stages),
-        batch_multiple=batch_multiple if batch_multiple is not None else 1 if batch_size else schedule.batch_multiple,
+        batch_multiple=multiple if multiple is not None else 1 if batch_size else schedule.batch_multiple,
     )
     if context_steps is not None and len(scaled.stages) > 1:
         scaled = _with_stage_steps(scaled, context_steps)
@@ -189,7 +192,7 @@ def _move(schedule: TrainSchedule, place: Callable[[int], int]) -> TrainSchedule
 def _with_stage_steps(schedule: TrainSchedule, steps: int) -> TrainSchedule:
     """Gives every stage but the first `steps` whole steps; what lies in a stage moves with it."""
     ends = [0, *(int(stage.until) for stage in schedule.stages)]
-    only_first = dataclasses.replace(schedule, stages=schedule.stages[:1])
+    only_first = dataclasses.replace(schedule, stages=schedule.stages[:1], batch_multiple=schedule.multiples[0])
     (first,) = schedule_steps(only_first)
     new, seen = [0, ends[1]], first.tokens
     for begin, stage in zip(ends[1:], schedule.stages[1:]):

@@ -255,7 +255,7 @@ def test_a_step_is_exact_at_a_border():
 def test_a_mesh_reads_the_same(monkeypatch):
     """On a mesh the scalars are read outside of the compiled pieces, here by a step that only returns them."""
     monkeypatch.setattr("dsv3.train.step.make_mesh_update", lambda *_: fake)
-    fake = lambda state, tokens, weights, rates: rates  # noqa: E731
+    fake = lambda state, tokens, weights, rates, limits: rates  # noqa: E731
     fake.traces = lambda: 0
     rates = {name: curve_schedule(getattr(PAPER_SCHEDULE, name)) for name in ("mtp_weight", "balance_weight", "bias_rate")}
     step = dsv3.make_train_step(model_config(), dsv3.adamw(0.1), object(), **rates)
@@ -396,3 +396,22 @@ def test_the_plan_stands_once():
         assert not found or path.name == "schedule_paper.py", (path, found)
     assert dsv3.make_train_step.__kwdefaults__["mtp_weight"] == 0.3
     assert TrainSchedule.__dataclass_fields__.keys() >= set(CURVES)
+
+
+def test_each_stage_may_have_its_own_multiple():
+    given = {"tokens": 2_000_000, "batch_size": 32, "seq_len": 64, "learning_rate": 3e-3, "context_steps": 2}
+    plan = scale_schedule(PAPER_SCHEDULE, **given, batch_multiple=[8, 1, 1])
+    stages = schedule_steps(plan)
+    assert stages[0].batch_sizes == (8, 16, 24, 32) and [s.batch_sizes for s in stages[1:]] == [(4,), (1,)]
+    for stage, unit in zip(stages, (8, 1, 1)):
+        assert schedule_at(plan, stage.start).batch_size % unit == 0
+    alike = scale_schedule(PAPER_SCHEDULE, **given, batch_multiple=[1, 1, 1])
+    assert schedule_steps(alike) == schedule_steps(scale_schedule(PAPER_SCHEDULE, **given))
+    for multiple, message in [
+        ([8, 1], "`batch_multiple` has 2 numbers, want one or one for each of 3 stages"),
+        ([8, 0, 1], "`batch_multiple` is .*, want at least 1"),
+        ([8, 16, 1], "`batch_size` is 4 sequences at its least, .* batch_multiple=16; want at least 8"),
+        ([32, 1, 1], "`batch_size` is 6.4 sequences at its least, .* batch_multiple=32; want at least 16"),
+    ]:
+        with pytest.raises(ValueError, match=f"^TrainSchedule: {message}"):
+            scale_schedule(PAPER_SCHEDULE, **given, batch_multiple=multiple)
