@@ -98,13 +98,14 @@ def main(argv: list[str]) -> int:
         except (ValueError, MemoryError) as error:
             return fail(error, 1)
         except OSError as error:
-            return fail(f"{error}; once that is put right, {again.removeprefix('to go on, ')}", 1)
+            return fail(error, 1, f"; once that is put right, {again.removeprefix('to go on, ')}")
     return 0
 
 
-def fail(error: object, code: int) -> int:
+def fail(error: object, code: int, more: str = "") -> int:
     """Says what is wrong, in one line, and returns the exit code."""
-    print(f"prepare_data: {' '.join(str(error).split())}", file=sys.stderr)
+    told = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
+    print(f"prepare_data: {' '.join(f'{told}{more}'.split())}", file=sys.stderr)
     return code
 
 

@@ -226,10 +226,15 @@ def resume(out: Path, settings: Mapping[str, Any], inputs: Mapping[str, list[lis
     else:
         write_json(file, {"settings": settings, "inputs": digests})
     if not (out / "manifest.json").exists():
-        for folder in (out / "work", out / "train", out / "heldout"):
-            remove_unfinished(folder)
+        sweep(out)
         if not listed.exists():
             write_json(listed, inputs)
+
+
+def sweep(out: Path) -> None:
+    """Removes what processes that were ended have left half-written."""
+    for folder in (out / "work", out / "train", out / "heldout"):
+        remove_unfinished(folder)
 
 
 def differences(before: Any, now: Any, name: str = ""):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 from absl import flags
 from prepare_pool import Meter, Stage, Stopped, open_pool, run_stage
 from prepare_report import summarise, tables, write_report
-from prepare_setup import Setup, say
+from prepare_setup import Setup, say, sweep
 from tokenizers import Tokenizer
 
 from dsv3.checks import check
@@ -46,7 +47,9 @@ def run(setup: Setup, stop: Stop) -> None:
     """
     processes = FLAGS.processes or len(os.sched_getaffinity(0))
     wall = {}
-    with open_pool(processes, setup.out) as pool:
+    with contextlib.ExitStack() as stack:
+        stack.callback(sweep, setup.out)  # behind the end of the processes
+        pool = stack.enter_context(open_pool(processes, setup.out))
         wall["scan"] = run_stage(pool, processes, scan_stage(setup), stop)
         scans = {s.name: [read_scan(setup.work, s.name, i) for i in range(len(setup.parts[s.name]))] for s in setup.sources}
         for name, rows in scans.items():

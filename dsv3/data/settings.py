@@ -142,7 +142,7 @@ def check_sources(sources) -> tuple[SourceSettings, ...]:
     check(bool(sources), "check_sources: `sources` is empty, want at least one source")
     names = [source.name.casefold() for source in sources]
     twice = [source.name for source in sources if names.count(source.name.casefold()) > 1]
-    check(not twice, f"check_sources: source {twice[:1]} is there twice, want different names")
+    check(not twice, f"check_sources: sources {', '.join(twice)} have one name, want different ones")
     mixture_settings(sources)
     return sources
 
