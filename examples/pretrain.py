@@ -23,6 +23,9 @@ Examples:
   python examples/pretrain.py --corpus rows.jsonl --config model/config.json --tokenizer model --out runs/mine
   python examples/pretrain.py --corpus texts --preset small --out runs/small --steps 20000 --batch_size 32 \\
       --accumulate 8 --seq_len 1024 --lr 1e-3 --dtype bfloat16 --remat block
+  python examples/pretrain.py --data runs/prepared --mixture code:2,prose:1 --epochs prose:4 --out runs/mixed
+  python examples/pretrain.py --data runs/prepared --plan paper --batch_size 32 --seq_len 64 --accumulate 4 \
+      --context_steps 20 --out runs/plan
   python examples/pretrain.py --fp8 paper --out runs/fp8
   python examples/pretrain.py --mesh data:2,expert:2
   python examples/pretrain.py --mesh pipe:2,expert:2 --accumulate 4 --schedule dualpipe
@@ -55,8 +58,8 @@ from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("data", None, "Folder made by prepare_data.py. Default: --corpus, tokenised here.")
-flags.DEFINE_list("mixture", None, "Shares of the sources of --data, as code:2,prose:1. Default: by their tokens.")
-flags.DEFINE_list("epochs", None, "Most epochs of sources of --data, as code:4. Default: any number.")
+flags.DEFINE_list("mixture", None, "Shares of the sources of --data, as code:2,prose:1. Default: what the folder says.")
+flags.DEFINE_list("epochs", None, "Most epochs of sources of --data, as code:4. Default: what the folder says.")
 flags.DEFINE_string("corpus", None, "Text to train on: a file or a folder. Default: the running Python's own.")
 flags.DEFINE_float("heldout", 0.02, "Share of the documents, or of the pieces of fewer than 100, that is never trained on.")
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")

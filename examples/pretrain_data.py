@@ -74,6 +74,8 @@ def check_data_flags(vocab_size: int) -> None:
         check(FLAGS[name].value is None, f"--data and --{name} are both given; a prepared folder has its own {name}")
     check(not FLAGS["heldout"].present, "--data and --heldout are both given; a prepared folder has its own held-out part")
     manifest = read_manifest(FLAGS.data)
+    check(manifest.vocab_size <= vocab_size, f"--data has {manifest.vocab_size} ids, the model's vocabulary {vocab_size}")
+    check(bool(manifest.splits.get("heldout")), f"--data {FLAGS.data!r} holds nothing out, want a part to measure on")
     for flag in ("mixture", "epochs"):
         for name in numbers_by_name(flag):
             known = ", ".join(manifest.splits["train"])
@@ -100,8 +102,12 @@ def read_prepared(vocab_size: int) -> Data:
     check_tokenizer(tokenizer, vocab_size)
     name = tokenizer_fingerprint(tokenizer)
     sources = open_shards(root, tokenizer=name)
-    weights, epochs = numbers_by_name("mixture"), numbers_by_name("epochs")
-    mixture = make_mixture(sources, weights=weights or None, epochs=epochs or None, seed=FLAGS.seed)
+    shares = dict(manifest.settings.get("mixture") or {})
+    if FLAGS.mixture:
+        shares |= {"weights": numbers_by_name("mixture"), "repeats": None}
+    if FLAGS.epochs:
+        shares["epochs"] = numbers_by_name("epochs")
+    mixture = make_mixture(sources, **shares, seed=FLAGS.seed)
     heldout = join_sources(open_shards(root, "heldout", tokenizer=name), HELDOUT_TOKENS)
     bounds = zip(heldout.starts[:-1], heldout.starts[1:])
     documents = [Document(str(i), tokenizer.decode(heldout.tokens[a:b].tolist())) for i, (a, b) in enumerate(bounds)]

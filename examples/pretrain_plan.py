@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -89,11 +87,6 @@ def cut_batch(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.n
 def stage_of(cfg: ModelConfig, schedule: TrainSchedule, stage: int) -> ModelConfig:
     """The architecture of a stage: the paper's plan extends the context, any other one leaves it as it is."""
     return stage_config(cfg, schedule, stage) if FLAGS.plan == "paper" else cfg
-
-
-def schedule_settings(schedule: TrainSchedule) -> dict[str, Any]:
-    """A schedule as JSON values."""
-    return dataclasses.asdict(schedule)
 
 
 def drawn(schedule: TrainSchedule, mixture: Mixture) -> MixtureUse:

@@ -19,7 +19,7 @@ from absl import flags
 from command import aligned
 from command_mesh import check_axes
 from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, read_prepared, read_text
-from pretrain_plan import check_plan_flags, drawn, make_schedule, schedule_settings, stage_table
+from pretrain_plan import check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
 from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
 
@@ -38,7 +38,10 @@ from dsv3.typing import Tree
 FLAGS = flags.FLAGS
 RUN_FILE = "run.json"
 # Flags that decide the numbers of a run; the others may change from one part of it to the next.
-DECIDING = "seed accumulate weight_decay clip heldout dtype fp8 ema_decay patience plan".split()
+DECIDING = (
+    "seed plan steps tokens batch_size accumulate seq_len context_steps lr warmup_steps weight_decay clip mtp_weight "
+    "balance_weight bias_rate heldout dtype fp8 ema_decay patience"
+).split()
 PARTS = (
     *"checkpoints tensorboard tokenizer plots export export_ema".split(),
     *"log.jsonl trouble.jsonl results.json samples.txt report.html".split(),
@@ -93,7 +96,7 @@ def prepare(argv: Sequence[str]) -> Setup:
         check_tokenizer(load_tokenizer(FLAGS.tokenizer), cfg.vocab_size)
     out, schedule = Path(FLAGS.out), make_schedule()
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
-    settings |= {"schedule": schedule_settings(schedule)}
+    settings["warmup_steps"] = warmup_steps() if FLAGS.plan == "cosine" else FLAGS.warmup_steps
     clients, mesh = start_mesh(settings)
     _silent = clients.index > 0
     if _silent:
@@ -102,6 +105,9 @@ def prepare(argv: Sequence[str]) -> Setup:
     data = read_data(out, cfg, settings, saved)
     ids = special_ids(data.tokenizer)
     cfg = cfg.replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)
+    tokens, longest = sum(data.mixture.tokens), max(stage.seq_len for stage in schedule.stages)
+    want = f"want at least {longest + 1} for one sequence of length {longest}"
+    check(tokens > longest, f"the corpus has {tokens} tokens, {want}")
     use = drawn(schedule, data.mixture)
     if not _silent:
         write_setup(out, saved, settings, data.tokenizer)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_delayed_scales_are_saved_and_go_on(pretrain, corpus, tmp_path, monkeypa
     monkeypatch.setattr(pretrain, "report", lambda *args: None)
     assert call(pretrain, *same, f"--out={tmp_path / 'whole'}") == 0
     with monkeypatch.context() as patch:
-        loop, asked = pretrain.train_loop, []
+        loop, asked = sys.modules["pretrain_train"].train_loop, []
 
         def stop():
             asked.append(True)
@@ -26,7 +27,7 @@ def test_delayed_scales_are_saved_and_go_on(pretrain, corpus, tmp_path, monkeypa
         def stopped(*args, actions, **options):
             return loop(*args, actions=actions._replace(stop=stop), **options)
 
-        patch.setattr(pretrain, "train_loop", stopped)
+        patch.setattr("pretrain_train.train_loop", stopped)
         assert call(pretrain, *same, f"--out={tmp_path / 'parts'}") == 128 + signal.SIGTERM
     assert call(pretrain, *same, f"--out={tmp_path / 'parts'}") == 0
     rows = [read_rows(tmp_path / out / "log.jsonl") for out in ("whole", "parts")]

@@ -276,7 +276,7 @@ def test_a_file_is_held_out_whole_or_not_at_all(pretrain, tmp_path):
     def sides(corpus):
         with flagsaver.flagsaver():
             pretrain.parse_flags(["pretrain.py", f"--corpus={corpus}", "--heldout=0.2"])
-            return sys.modules["pretrain_setup"].read_documents()[:2]
+            return sys.modules["pretrain_data"].read_text()[:2]
 
     names = [{document.name for document in side} for side in sides(tmp_path)]
     assert all("#" in name for side in names for name in side), "long ones are pieces by now"

@@ -1,0 +1,179 @@
+"""`examples/pretrain.py --plan=paper --data=...`: the paper's whole plan, scaled, on a mixture; stopped in every stage."""
+
+import json
+import re
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from dsv3.data import (
+    Document,
+    Manifest,
+    encode_documents,
+    manifest_digest,
+    read_manifest,
+    save_tokenizer,
+    special_ids,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    write_manifest,
+    write_shard,
+)
+from dsv3.pretrained import load_pretrained
+from dsv3.train.checkpoint import list_checkpoints
+from dsv3.train.checkpoint_tools import open_checkpoint
+from tests.train.test_pretrain_example import call, pretrain, refused, train_rows  # noqa: F401 (a fixture)
+
+PLAN = (
+    "--preset=tiny --vocab_size=300 --plan=paper --batch_size=32 --seq_len=8 --accumulate=8 --steps=90 --context_steps=3 "
+    "--warmup_steps=2 --eval_every=0 --save_every=20 --watch_every=30 --ema_decay=0.9"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A prepared folder of two sources with unlike words."""
+    folder, rng = tmp_path_factory.mktemp("data") / "prepared", np.random.default_rng(0)
+    words = {"verse": "to be or not to be that is the question".split(), "code": "def if else return for while in".split()}
+    texts = {
+        name: [" ".join(rng.choice(of, 40)) for _ in range(30 if name == "verse" else 60)] for name, of in words.items()
+    }
+    tokenizer = train_tokenizer([text for of in texts.values() for text in of], 290)
+    splits = {"train": {}, "heldout": {}}
+    for name, of in texts.items():
+        for split, part in (("train", of[3:]), ("heldout", of[:3])):
+            stream = encode_documents(tokenizer, [Document("", text) for text in part])
+            bounds = zip(stream.starts[:-1], stream.starts[1:])
+            rows = [(stream.tokens[a:b], len(text), i) for i, ((a, b), text) in enumerate(zip(bounds, part))]
+            splits[split][name] = [write_shard(folder / split / name, 0, rows, vocab_size=300, window_tokens=500)]
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    settings = {"mixture": {"weights": {"verse": 1, "code": 3}, "repeats": None, "epochs": None}}
+    ids, name = special_ids(tokenizer), tokenizer_fingerprint(tokenizer)
+    write_manifest(folder, Manifest(name, 300, ids, settings, {source: {} for source in texts}, splits))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(pretrain, data, tmp_path_factory):  # noqa: F811
+    """A run without an interruption."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert call(pretrain, f"--data={data}", *PLAN, f"--out={out}") == 0
+    return out
+
+
+def test_everything_changes_when_the_plan_says_so(whole, data):
+    rows = train_rows(whole)
+    tokens = np.diff([0, *(row["tokens"] for row in rows)])
+    ramp, context = tokens[:-6] // 8, tokens[-6:]
+    assert ramp[0] == 8 and ramp[-1] == 32 and (np.diff(ramp) >= 0).all() and set(ramp) >= {8, 12, 32}
+    assert context.tolist() == [4 * 64] * 3 + [1 * 256] * 3
+    rates = np.array([row["learning_rate"] for row in rows])
+    assert rates[0] == 0 and rates[2] == pytest.approx(3e-3) and rates[-1] == pytest.approx(3e-3 * 7.3e-6 / 2.2e-4)
+    assert (np.diff(rates[2:]) <= 1e-12).all()
+    total = 90 * 32 * 8
+    switch = next(i for i, row in enumerate(rows) if i and rows[i - 1]["tokens"] >= total * 10 / 14.8)
+    for i, row in enumerate(rows):
+        mtp = (row["loss"] - row["nll"] - 1e-4 * row["balance"]) / row["mtp"][0]
+        assert mtp == pytest.approx(0.3 if i < switch else 0.1, rel=1e-3), "λ falls at 10T of 14.8T tokens"
+    # γ is 0 for the last 0.5T of pretraining and in the context stages: the selection biases no longer move.
+    biases = [open_checkpoint(path).read("router.moe") for path in list_checkpoints(whole / "checkpoints")]
+    assert np.array_equal(*biases[-2:]) and np.abs(biases[-1]).max() > 0
+    cfg, *_ = load_pretrained(whole / "export", dtype="float32")
+    yarn = cfg.mla.rope.yarn
+    assert (yarn.factor, yarn.original_length, cfg.max_length) == (40.0, 8, 320)
+    drawn = open_checkpoint(whole).meta["cursor"]["data"]
+    assert drawn["steps"] == len(rows)
+    names = ("report.html", "export_ema/config.json", "trouble.jsonl")
+    assert [(whole / name).exists() for name in names] == [True, True, False]
+    assert json.loads((whole / "run.json").read_text())["corpus"] == manifest_digest(read_manifest(data))
+
+
+@pytest.mark.parametrize("stop_after", [30, -5, -1])
+def test_stopped_in_any_stage_it_goes_on_to_the_same_losses(whole, pretrain, data, tmp_path, monkeypatch, stop_after):  # noqa: F811
+    total = len(train_rows(whole))
+    stop_after %= total
+    train_loop, out = sys.modules["pretrain_train"].train_loop, tmp_path / "run"
+    monkeypatch.setattr(pretrain, "report", lambda *arguments: None)
+    with monkeypatch.context() as patch:
+
+        def stopped(*args, actions, **options):
+            def stop():
+                actions.stop()
+                return signal.SIGTERM if len(train_rows(out)) == stop_after else None
+
+            return train_loop(*args, actions=actions._replace(stop=stop), **options)
+
+        patch.setattr("pretrain_train.train_loop", stopped)
+        assert call(pretrain, f"--data={data}", *PLAN, f"--out={out}") == 128 + signal.SIGTERM
+    assert len(train_rows(out)) == stop_after
+    assert call(pretrain, f"--data={data}", *PLAN, f"--out={out}") == 0
+    want, got = train_rows(whole), train_rows(out)
+    for name in ("loss", "nll", "grad_norm", "learning_rate", "tokens"):
+        np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-5, err_msg=name)
+
+
+def test_shares_are_those_of_the_folder_or_of_the_command(pretrain, data, tmp_path):  # noqa: F811
+
+    for given, want in [([], (0.25, 0.75)), (["--mixture=verse:4,code:1"], (0.8, 0.2))]:
+        with flagsaver.flagsaver():
+            argv = ["pretrain.py", f"--data={data}", *PLAN, f"--out={tmp_path / str(len(given))}", *given]
+            setup = pretrain.prepare(pretrain.parse_flags(argv))
+        shares = dict(zip(setup.data.mixture.names, setup.data.mixture.weights))
+        assert (shares["verse"], shares["code"]) == pytest.approx(want)
+        text = setup.data.documents[0].text
+        assert set(text.split()) <= set("to be or not that is the question def if else return for while in".split())
+
+
+BAD = {
+    "no folder": (["--data={tmp}/none"], "read_manifest: '.*none' has no manifest.json"),
+    "an unknown source": (["--mixture=verse:1,books:2"], "--mixture names source 'books', --data has verse, code|code, verse"),
+    "a source without a weight": (["--mixture=verse:1"], "make_mixture: `weights` has none for source .'code'."),
+    "weights of zero": (["--mixture=verse:0,code:0"], "the weights of all sources sum to 0"),
+    "no number": (["--mixture=verse:many"], "--mixture has 'verse:many', want source:number"),
+    "a mixture that runs dry": (["--epochs=code:0.1"], "source 'code' runs dry: it has .* tokens, may give 0.1 epochs"),
+    "two kinds of data": (["--corpus={tmp}"], "--data and --corpus are both given"),
+    "another tokenizer": (["--tokenizer={tmp}"], "--data and --tokenizer are both given"),
+    "held out twice": (["--heldout=0.1"], "--data and --heldout are both given"),
+    "a small vocabulary": (["--vocab_size=280"], "--data has 300 ids, the model's vocabulary 280"),
+    "too small a batch": (["--batch_size=8", "--accumulate=2"], "`batch_size` is 0.25 sequences at its least"),
+    "too few steps": (["--steps=2"], "no step begins in|warm-up end at"),
+    "λ of one's own": (["--mtp_weight=0.2"], "--mtp_weight is given, but --plan=paper has a curve for it"),
+    "a flipped byte": (["--data={tmp}/flipped"], "have digest .*, want .*: the file has changed since it was written"),
+    "a tokenizer of another folder": (["--data={tmp}/other"], "was made with tokenizer .*, want "),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(data, tmp_path_factory):
+
+    folder = tmp_path_factory.mktemp("broken")
+    for name in ("flipped", "other"):
+        shutil.copytree(data, folder / name)
+    file = folder / "flipped" / "train" / "code" / "00000.tokens.npy"
+    values = bytearray(file.read_bytes())
+    values[-2] ^= 1
+    file.write_bytes(bytes(values))
+    save_tokenizer(train_tokenizer(["other words"], 280), folder / "other" / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize("what", [name for name in BAD if name != "a flipped byte"])
+def test_bad_input_is_one_line(pretrain, data, broken, tmp_path, what):  # noqa: F811
+    arguments, message = BAD[what]
+    arguments = [argument.format(tmp=broken) for argument in arguments]
+    code, lines = refused(pretrain, [f"--data={data}", *PLAN, f"--out={tmp_path / 'run'}", *arguments])
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("pretrain: "), lines
+    assert re.search(message, lines[0]), lines[0]
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_flipped_byte_ends_the_run_with_its_name(pretrain, broken, tmp_path, capsys):  # noqa: F811
+    arguments, message = BAD["a flipped byte"]
+    arguments = [argument.format(tmp=broken) for argument in arguments]
+    assert call(pretrain, *PLAN, f"--out={tmp_path / 'run'}", *arguments) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
+    assert re.search(message, line) and "of source 'code'" in line
