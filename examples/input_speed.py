@@ -70,7 +70,7 @@ flags.DEFINE_integer("hosts", 4, "Hosts that share the rows of a step.", 1)
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "The model that is trained.")
 flags.DEFINE_integer("train_batch_size", 8, "Rows of its steps.", 1)
 flags.DEFINE_integer("train_seq_len", 256, "Tokens of such a row.", 1)
-flags.DEFINE_integer("steps", 10, "Its steps that are timed, after two; 0: none, and no second table.", 0)
+flags.DEFINE_integer("steps", 5, "Its steps that are timed, after two; 0: none, and no second table.", 0)
 flags.DEFINE_integer("late_ms", 100, "Time for which late batches are held back.", 0)
 flags.DEFINE_integer("depth", 2, "Batches that are read ahead.", 1)
 
