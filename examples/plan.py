@@ -47,6 +47,7 @@ from dsv3.checks import check
 from dsv3.config import ModelConfig
 from dsv3.plan import (
     HARDWARE,
+    PUBLISHED,
     SCHEDULES,
     Hardware,
     Plan,
@@ -70,10 +71,10 @@ flags.DEFINE_string("config", None, "A config.json or its folder, instead of --p
 flags.DEFINE_string("mesh", None, f"Axes pipe, expert and data with sizes; left-out axes are 1. Default: {PAPER}.")
 flags.DEFINE_enum("schedule", None, [*SCHEDULES, "any"], 'Of the pipeline; "any" is for --search. Default: dualpipe.')
 flags.DEFINE_string("stages", None, "Layers of each pipeline stage, such as 5,4,4,3. Default: what fits and is fastest.")
-flags.DEFINE_integer("batch", 15_360, "Sequences of a step.", 1)
-flags.DEFINE_integer("length", 4096, "Tokens of a sequence.", 1)
+flags.DEFINE_integer("batch", PUBLISHED.batch, "Sequences of a step.", 1)
+flags.DEFINE_integer("length", PUBLISHED.length, "Tokens of a sequence.", 1)
 flags.DEFINE_integer("micro_batch", 1, "Sequences that a device computes at a time.", 1)
-flags.DEFINE_float("tokens", 14.8e12, "Tokens of the whole training.", 1)
+flags.DEFINE_float("tokens", float(PUBLISHED.tokens), "Tokens of the whole training.", 1)
 flags.DEFINE_enum("recompute", "paper", list(RECOMPUTE), "What the backward pass computes again: norms, MLA up-projections "
                   "and SwiGLU (paper), each whole block, or nothing.")  # fmt: skip
 flags.DEFINE_enum("weights_dtype", "bfloat16", ["bfloat16", "fp8", "float32"], "Of the working weights.")
