@@ -157,15 +157,15 @@ def sample_texts(
         if scale >= 1:
             yield from (text for text, _, _ in kept_documents(work, source, tuple(range(count)), "train"))
             continue
-        left = scale * sizes[source]
         numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED)).round().astype(int)).tolist()
-        for i, number in enumerate(numbers):
-            share = left / (len(numbers) - i)  # what one part has too little of, the next ones give
+        taken = 0
+        for i, number in enumerate(numbers, 1):
+            goal = scale * sizes[source] * i / len(numbers)  # what one part has too little of, the next ones give
             for text, size, _ in kept_documents(work, source, (number,), "train"):
-                if share <= 0:
+                if taken >= goal:
                     break
                 yield text
-                share, left = share - size, left - size
+                taken += size
 
 
 def _batches(documents: Iterator[tuple[str, int, int]]) -> Iterator[list[tuple[str, int, int]]]:

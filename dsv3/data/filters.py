@@ -113,10 +113,8 @@ def repeated_ngrams(
     """
     words = text.split()
     ids: dict[str, int] = {}
-    codes = np.array([ids.setdefault(word, len(ids)) for word in words], np.uint64)
+    codes = np.array([ids.setdefault(word, len(ids)) for word in words], np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
     ends = np.cumsum([0, *map(len, words)])
-    with np.errstate(over="ignore"):
-        codes = (codes + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     for n, most in ((2, top_2), (3, top_3), (4, top_4)):
         if _top_characters(codes, ends, n) > most * ends[-1]:
             return "repeated phrases"

@@ -81,9 +81,9 @@ def scan_part(task: ScanTask) -> dict[str, Any]:
       task: what to do.
 
     Returns:
-      What is in the part's `part.json`: "names" of the stored documents; "read": [documents, bytes]; "stored": the same by
-      split; "dropped": by reason documents, bytes and some names, skipped files and rows among them; "clock": CPU seconds
-      and bytes by stage, "scan" being all of them.
+      What is in the part's `part.json`: "names" of the stored documents; "read": [documents, bytes], skipped files
+      and rows among them; "stored": the same by split; "dropped": by reason documents, bytes and some names; "clock": CPU
+      seconds and bytes by stage, "scan" being all of them.
 
     Raises:
       ValueError: a bad row, see `read_corpus`.
@@ -102,7 +102,11 @@ def scan_part(task: ScanTask) -> dict[str, Any]:
             entry["bytes"] += size
             entry["names"] += [name] if len(entry["names"]) < NAMED else []
 
-        for document in clock.each("read", _documents(task, drop)):
+        def skip(name: str, reason: str) -> None:
+            _count(result["read"], 0)
+            drop(name, reason)
+
+        for document in clock.each("read", _documents(task, skip)):
             size = len(document.text.encode())
             _count(result["read"], size)
             text = clock.run("clean", size, clean_text, document.text, task.source.kind)

@@ -44,6 +44,7 @@ def test_code_is_the_text_but_for_ends_of_lines(text):
         ("a\r\nb\rc\x85d\u2028e\u2029f\x0cg", "a\nb\nc\nd\ne\nf\ng"),
         ("  indented\n\tand tabs\t\n", "  indented\n\tand tabs"),
         ("one\n\n\n\n\n\ntwo\n\n\n", "one\n\n\ntwo"),
+        ("one\n\n\n\ntwo\n\n\nthree", "one\n\n\ntwo\n\n\nthree"),
         ("soft\xadhyphen \x1b[1mbold\x07 \ufeffmark", "softhyphen [1mbold mark"),
         ("u\u0308ber x² \ufb01t", "über x² \ufb01t"),
         ("क्\u200dष 👩\u200d💻 a\u200bb", "क्\u200dष 👩\u200d💻 a\u200bb"),

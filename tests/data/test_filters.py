@@ -162,6 +162,7 @@ def test_sets_with_changes():
     assert [name for name, _ in parse_filters("prose,-stop_words")] == SETS["prose"].replace("stop_words,", "").split(",")
     chosen = dict(parse_filters("prose, word_count:min_words=3:max_words=9"))
     assert chosen["word_count"] == {"min_words": 3, "max_words": 9} and list(chosen) == SETS["prose"].split(",")
+    assert dict(parse_filters("word_count:min_words=3,prose,word_count:max_words=9"))["word_count"]["min_words"] == 3
     assert parse_filters("none") == parse_filters("") == ()
     assert parse_filters("language:languages=en+de:min_probability=0.7") == (
         ("language", {"languages": "en+de", "min_probability": 0.7, "sample": 1000}),
