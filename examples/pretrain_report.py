@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from absl import flags
 from command import aligned
-from pretrain_setup import Setup, on_host, say
+from pretrain_setup import Setup, compute_dtype, on_host, say
 
+import dsv3
 from dsv3.compiled import snapshot
 from dsv3.data import compression_bits_per_byte
 from dsv3.eval import make_evaluator
 from dsv3.page import write_page
+from dsv3.plan.count import flops_by_part
 from dsv3.policy import ComputePolicy
 from dsv3.pretrained import save_pretrained
 from dsv3.serve import Completion, Engine, Request
@@ -42,7 +46,9 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     text = "".join(document.text for document in setup.data.documents).encode()
     if averages:
         score["ema_bits_per_byte"] = evaluate(averages, router, setup.data.heldout).bits_per_byte
-    results = {"heldout": score, "compressors": compression_bits_per_byte(text), "training": training_numbers(rows)}
+    training = training_numbers(rows)
+    training |= utilisation(cfg, FLAGS.seq_len, training["tokens_per_second"], compute_dtype())
+    results = {"heldout": score, "compressors": compression_bits_per_byte(text), "training": training}
 
     say("completing held-out text")
     samples = draw_samples(setup, params, router, policy)
@@ -87,6 +93,24 @@ def sections(setup: Setup, results: dict[str, Any], rows, plots: Sequence[Path],
     ]
 
 
+def utilisation(cfg: dsv3.ModelConfig, seq_len: int, tokens_per_second: float, dtype: str) -> dict[str, float]:
+    """Model FLOPs utilisation: the products that a token's training needs, by formula, over the fastest product here.
+
+    The yardstick is a 2048³ product in the compute dtype, warm, the best of five: what this machine gives, not what its
+    maker says.
+    """
+    needed = flops_by_part(cfg, dsv3.model_specs(cfg), length=seq_len).model
+    a = tf.random.stateless_normal([2048, 2048], [0, 1], dtype=dtype)
+    product = tf.function(lambda x: tf.matmul(x, x), autograph=False)
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        product(a).numpy()
+        times.append(time.perf_counter() - begin)
+    peak = 2 * 2048**3 / min(times[1:])
+    return {"flops_a_token": needed, "product_flops": peak, "mfu": tokens_per_second * needed / peak}
+
+
 def balance_table(rows: Sequence[dict[str, Any]], layers: int) -> list[tuple[object, ...]]:
     """How even the load was over the last window of steps, by layer."""
     last = rows[-1]
@@ -114,6 +138,7 @@ def training_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **numbers,
         "tokens_per_second": float(np.median(speeds)),
         "step_seconds": sum(row["seconds"] for row in train),
+        "waited": float(np.median([row["waited"] / row["seconds"] for row in train])),
     }
 
 
@@ -177,6 +202,8 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("  loss at the end", f"{train['loss']:.4f}"),
         ("  next token, MTP, balance", " ".join(f"{v:.4f}" for v in (train["nll"], *train["mtp"], train["balance"]))),
         ("  tokens a second", f"{train['tokens_per_second']:,.0f}"),
+        ("  model FLOPs utilisation", f"{train['mfu']:.1%} of the {train['product_flops'] / 1e9:,.0f} GFLOP/s of a product"),
+        ("  waiting for the data", f"{train['waited']:.2%} of a step"),
     ]
     if train["load_violation"]:
         ratios = " ".join(f"{1 + v:.2f}" for v in train["load_violation"])
