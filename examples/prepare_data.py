@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 
 from absl import app, flags
@@ -120,6 +121,8 @@ def show_whole(setup: Setup) -> int:
     for split, sources in read_manifest(setup.out).splits.items():
         if sources:
             open_shards(setup.out, split, verify="sizes")
+    if not FLAGS.keep_work:
+        shutil.rmtree(setup.work, ignore_errors=True)
     print(tables(read_json(setup.out / "report.json")))
     say(f"{str(setup.out)!r} is whole already")
     return 0

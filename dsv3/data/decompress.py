@@ -11,7 +11,7 @@ from dsv3.data.extra import load_extra
 
 # Suffix → what such a file is called.
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
-_BLOCK = 1 << 16  # compressed bytes that are read at a time
+_BLOCK = 1 << 13  # compressed bytes that are read at a time: what they hold is in memory at once
 
 
 def plain_suffix(name: str) -> str:

@@ -151,7 +151,7 @@ def find_duplicates(
     their signatures and in at least `threshold` of all places; the nearest counts, of equally near ones the first. With s
     the Jaccard similarity of a pair it is found with a probability between P + Q − 1 and min(P, Q), where
     P = `lsh_probability(s, *lsh_bands(threshold, permutations, recall))` and Q = Pr(Binomial(permutations, s) ≥
-    threshold · permutations). Held in memory: about 4 bytes a permutation and 200 bytes a band for each kept document.
+    threshold · permutations). Held in memory: about 4 bytes a permutation and 350 bytes a band for each kept document.
 
     Args:
       documents: (`exact_key`, `minhash_signature`) of each, in order, taken one by one; None as signature: only exact
