@@ -46,7 +46,7 @@ def test_a_training_that_is_killed_many_times_has_the_losses_of_one_that_is_not(
         assert call(pretrain, *same, f"--out={straight}") == 0
     rng, kills, steps = random.Random(1), 0, []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    while kills < 12:
+    while kills < 8:
         with subprocess.Popen(command(*same, f"--out={broken}"), env=environment(), **pipes) as process:
             begin = last = len(train_rows(broken)) if (broken / "log.jsonl").exists() else 0
             until = begin + rng.randrange(1, 40)
