@@ -5,6 +5,14 @@
     packed = pack_sequences(encode_documents(tokenizer, train), length=256)
     batch = batch_at(packed, step=0, batch_size=8, seed=0)  # tokens [8, 257], weights [8, 256]
 
+and of prepared folders, whose shards no memory holds:
+
+    sources = open_shards("prepared")
+    mixture = make_mixture(sources, weights={"code": 0.7, "prose": 0.3})
+    batches = read_batches(sources, mixture, input_init(mixture), shape=lambda tokens: (64, 4096))
+    for batch, state, tokens in prefetch_batches(batches):  # state: a few numbers, from which a run goes on exactly
+        ...
+
 Everything is deterministic: the same corpus, seed and step give the same batch.
 """
 

@@ -179,6 +179,7 @@ def input_state(fields: Mapping[str, Any], mixture: Mixture | None = None) -> In
     check(mixture is None or len(lists[0]) == len(mixture.names), wrong)
     numbers = [*itertools.chain(*lists), fields["steps"], fields["seq_len"], fields["left_out"]]
     check(all(type(number) is int and number >= 0 for number in numbers), wrong)
+    check(fields["seq_len"] > 0 or not any(lists[1]), wrong)
     return InputState(**{**fields, "taken": tuple(lists[0]), "used": tuple(lists[1])})
 
 
@@ -269,8 +270,9 @@ def _advance(
     parts, taken, used, left_out = [], [], [], state.left_out
     for i, count in enumerate(source_rows(mixture, state.steps, batch_size)):
         begin, row, part = state.taken[i], state.used[i], []
+        rows, _ = _group(mixture, i, begin, state.seq_len) if row else (1, 0)
+        check(row < rows, f"{function}: `state` has drawn {row} rows from a group of {rows}: it is of another mixture")
         if row and seq_len != state.seq_len:
-            rows, _ = _group(mixture, i, begin, state.seq_len)
             left_out += (rows - row) * state.seq_len
             begin, row = begin + rows * state.seq_len, 0
         while count:

@@ -87,12 +87,12 @@ def prefetch_batches(batches: Generator[InputBatch, None, None], depth: int = 2)
       ValueError: `depth` below 1; and, in place of the batch that could not be made, whatever `batches` raises.
     """
     check(depth >= 1, f"prefetch_batches: `depth` is {depth}, want at least 1")
-    stopped, reading, problems = threading.Event(), threading.Lock(), []
+    reading, problems = threading.Lock(), []
 
     def elements():
         while True:
             with reading:
-                item = None if stopped.is_set() else _next_or_none(batches, problems)
+                item = _next_or_none(batches, problems)
             if item is None:
                 return
             yield item.batch, json.dumps(item.state._asdict()), item.tokens
@@ -100,13 +100,13 @@ def prefetch_batches(batches: Generator[InputBatch, None, None], depth: int = 2)
     options = tf.data.Options()
     options.experimental_warm_start = True  # begin with the iterator, not with its first element
     dataset = tf.data.Dataset.from_generator(elements, output_signature=_SIGNATURE).prefetch(depth)
-    consumer = _consume(iter(dataset.with_options(options)), problems, lambda: _stop(batches, stopped, reading))
+    consumer = _consume(iter(dataset.with_options(options)), problems, lambda: _stop(batches, reading))
     next(consumer)
     return consumer
 
 
 def _next_or_none(batches: Iterator[InputBatch], problems: list[Exception]) -> InputBatch | None:
-    """The next batch; none at the end and after a problem, which is for the consumer to raise."""
+    """The next batch; none at the end, when it was stopped, and after a problem, which is for the consumer to raise."""
     try:
         return next(batches, None)
     except Exception as error:
@@ -114,9 +114,8 @@ def _next_or_none(batches: Iterator[InputBatch], problems: list[Exception]) -> I
         return None
 
 
-def _stop(batches: Generator[InputBatch, None, None], stopped: threading.Event, reading: threading.Lock) -> None:
+def _stop(batches: Generator[InputBatch, None, None], reading: threading.Lock) -> None:
     """Ends the producer, after the batch that it is at."""
-    stopped.set()
     with reading:
         batches.close()
 

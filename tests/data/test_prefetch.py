@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,7 +158,6 @@ def test_bad_depth():
 
 PROGRAM = """
 import sys
-sys.path.insert(0, "tests/data")
 from test_prefetch import batches, prefetch_batches
 found = prefetch_batches(batches(), 4)
 next(found)
@@ -165,6 +166,8 @@ sys.exit(7)
 
 
 def test_a_process_ends_while_it_reads_ahead():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    here = Path(__file__).resolve()
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 7, done.stderr
     assert "Traceback" not in done.stderr

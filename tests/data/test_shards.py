@@ -1,5 +1,6 @@
 """Shards and manifests: what is written is read back, and whatever is wrong with a folder is said by name."""
 
+import contextlib
 import json
 import os
 import resource
@@ -302,30 +303,33 @@ def test_bad_numbers(tmp_path, name, value):
         write_shard(tmp_path, documents=documents([3]), **arguments)
 
 
-@pytest.fixture
-def small_files():
-    """Lets this process write files of 4,000 bytes at most, which fails as a full disk does: in the middle."""
+@contextlib.contextmanager
+def full_disk(message):
+    """Files of this process end at 4,000 bytes, which fails as a full disk does: in the middle."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        with pytest.raises(OSError, match=message):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, small_files):
+def test_a_full_disk_leaves_nothing(tmp_path):
     write_shard(tmp_path, 0, documents([100]), vocab_size=300)
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(OSError, match=r"write_shard: cannot write to '.*' \(File too large\)"):
+    with full_disk(r"write_shard: cannot write to '.*' \(File too large\)"):
         write_shard(tmp_path, 1, documents([3000]), vocab_size=300)
-    with pytest.raises(OSError, match=r"write_shard: cannot write to '.*' \(File too large\)"):
+    with full_disk(r"write_shard: cannot write to '.*' \(File too large\)"):
         write_shard(tmp_path, 0, documents([1] * 1000), vocab_size=300)  # starts are too many
     assert sorted(os.listdir(tmp_path)) == before and len(before) == 4
     assert len(np.load(tmp_path / "00000.tokens.npy")) == 100
 
 
-def test_a_manifest_that_cannot_be_written(prepared, small_files):
+def test_a_manifest_that_cannot_be_written(prepared):
     manifest = read_manifest(prepared)
     (prepared / "manifest.json").unlink()
-    with pytest.raises(OSError, match=r"write_manifest: cannot write to '.*' \(File too large\)"):
+    with full_disk(r"write_manifest: cannot write to '.*' \(File too large\)"):
         write_manifest(prepared, manifest._replace(settings={"long": "x" * 5000}))
     assert os.listdir(prepared) == ["train"]
 

@@ -279,6 +279,10 @@ def test_bad_steps_and_hosts():
     two = make_mixture({**sources, "b": source_of("b", [5], 5)})
     with pytest.raises(ValueError, match=r"next_rows: `state` has \(1, 1\) sources, want 2"):
         next_rows(two, input_init(mixture), 4, 4)
+    _, state = next_rows(mixture, input_init(mixture), 3, 1)
+    smaller = make_mixture(sources, group_tokens=2)
+    with pytest.raises(ValueError, match="next_rows: `state` has drawn 3 rows from a group of 2: it is of another mixture"):
+        next_rows(smaller, state, 3, 1)
     with pytest.raises(ValueError, match="host_rows: `batch_size` is 10, want a multiple of the 4 hosts"):
         host_rows(10, 0, 4)
     with pytest.raises(ValueError, match="host_rows: `host` is 4, want 0 to 3"):
@@ -297,7 +301,10 @@ def test_other_data_than_the_mixtures():
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": -1}, {"steps": 1.0}, {"taken": [1]}, {"used": [0, True]}, {"taken": 3}, {"more": 1}, {"steps": None}],
+    [
+        *({"steps": -1}, {"steps": 1.0}, {"steps": None}, {"taken": [1]}, {"taken": 3}, {"used": [0, True]}),
+        *({"used": [0, 1]}, {"more": 1}),
+    ],
 )
 def test_states_that_are_none(change):
     mixture = make_mixture({name: source_of(name, [5], 5) for name in "ab"})
