@@ -32,7 +32,7 @@ class Dims:
     """Checks the shapes of one function's arguments and remembers what each letter stands for.
 
     >>> dims = Dims("mlp_apply", D=4)
-    >>> dims("x", tf.zeros([2, 3, 4]), "B T D")
+    >>> dims("x", np.zeros([2, 3, 4]), "B T D")
     >>> dims.B
     2
     """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsv3.data.dedup import Match, find_duplicates
-from dsv3.data.work import SPLITS, read_index, read_scan, read_texts, write_keep
+from dsv3.data.work import SPLITS, read_index, read_names, read_texts, write_keep
 
 EXAMPLES = {"exact": 5, "near": 15}  # pairs that are shown
 _SHOWN = 160  # characters of each
@@ -123,5 +123,5 @@ def _describe(work: str | os.PathLike, source: str, number: int, row: int) -> di
     split = SPLITS[int(heldout[row])]
     before = int((heldout[:row] == heldout[row]).sum())
     text = next(text for i, text in enumerate(read_texts(work, source, number, split)) if i == before)
-    name = read_scan(work, source, number)["names"][row]
+    name = read_names(work, source, number)[row]
     return {"source": source, "name": name, "split": split, "text": text[:_SHOWN]}

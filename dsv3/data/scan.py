@@ -81,9 +81,9 @@ def scan_part(task: ScanTask) -> dict[str, Any]:
       task: what to do.
 
     Returns:
-      What is in the part's `part.json`: "names" of the stored documents; "read": [documents, bytes], skipped files
-      and rows among them; "stored": the same by split; "dropped": by reason documents, bytes and some names; "clock": CPU
-      seconds and bytes by stage, "scan" being all of them.
+      What is in the part's `part.json`: "read": [documents, bytes], skipped files and rows among them; "stored": the same by
+      split; "dropped": by reason documents, bytes and some names; "clock": CPU seconds and bytes by stage, "scan" being all
+      of them.
 
     Raises:
       ValueError: a bad row, see `read_corpus`.
@@ -94,7 +94,7 @@ def scan_part(task: ScanTask) -> dict[str, Any]:
     start = time.process_time()
     with PartFiles(task.work, task.source.name, task.number, task.permutations) as files:
         result = files.result
-        result |= {"names": [], "read": [0, 0], "stored": {split: [0, 0] for split in SPLITS}, "dropped": {}}
+        result |= {"read": [0, 0], "stored": {split: [0, 0] for split in SPLITS}, "dropped": {}}
 
         def drop(name: str, reason: str, size: int = 0) -> None:
             entry = result["dropped"].setdefault(reason, {"documents": 0, "bytes": 0, "names": []})
@@ -117,11 +117,9 @@ def scan_part(task: ScanTask) -> dict[str, Any]:
             size = len(text.encode())
             held = heldout_place(text, task.seed) < task.heldout
             key, signature = clock.run("sign", size, _sign, text, task)
-            clock.run(
-                "store", size, files.add, text, heldout=held, digest=document_hash(text), key=key, signature=signature
-            )
+            known = {"heldout": held, "digest": document_hash(text), "key": key, "signature": signature}
+            clock.run("store", size, files.add, document.name, text, **known)
             _count(result["stored"][SPLITS[held]], size)
-            result["names"].append(document.name)
         clock.add("scan", time.process_time() - start, result["read"][1])
         result["clock"] = clock.totals()
     return result

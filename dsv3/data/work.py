@@ -2,7 +2,8 @@
 
     scan/<source>/00012/    train.zst heldout.zst   texts of the documents that passed the filters, back to back
                             index.npz               sizes, heldout, hashes, keys, signatures of them, in order
-                            part.json               names, counts, what was left out and why, seconds
+                            names.json              what they are called
+                            part.json               counts, what was left out and why, seconds
     keep/<source>/00012.npy                         which of them stay when duplicates are gone
     shards/<split>/<source>/00003.json              entry of the manifest, lengths, seconds of a finished shard
 """
@@ -58,6 +59,7 @@ class PartFiles:
         self._part = self._target.with_name(f".{self._target.name}.{os.getpid()}")
         self._permutations = permutations
         self._rows: list[tuple[int, bool, int, bytes, np.ndarray | None]] = []
+        self._names: list[str] = []
         self.result: dict[str, Any] = {}
 
     def __enter__(self) -> PartFiles:
@@ -70,12 +72,13 @@ class PartFiles:
         self._streams = {split: c.stream_writer(self._files[split], closefd=False) for split, c in compressors.items()}
         return self
 
-    def add(self, text: str, *, heldout: bool, digest: int, key: bytes, signature: np.ndarray | None) -> None:
+    def add(self, name: str, text: str, *, heldout: bool, digest: int, key: bytes, signature: np.ndarray | None) -> None:
         """Stores a document."""
         data = text.encode()
         with self._named_errors():
             self._streams[SPLITS[heldout]].write(data)
         self._rows.append((len(data), heldout, digest, key, signature))
+        self._names.append(name)
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         try:
@@ -95,8 +98,10 @@ class PartFiles:
             os.fsync(file.fileno())
         buffer = io.BytesIO()
         np.savez(buffer, **_as_index(self._rows, self._permutations)._asdict())
-        content = json.dumps(self.result, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        write_files("scan_part", self._part, {"index.npz": [buffer.getvalue()], "part.json": [content]})
+        contents = {"index.npz": [buffer.getvalue()]}
+        for name, content in (("names.json", self._names), ("part.json", self.result)):
+            contents[name] = [json.dumps(content).encode()]
+        write_files("scan_part", self._part, contents)
         with contextlib.suppress(OSError):  # there already, from a process that was given up: the same content
             os.rename(self._part, self._target)
         if not self._target.is_dir():
@@ -118,7 +123,12 @@ def scan_folder(work: str | os.PathLike, source: str, number: int) -> Path:
 
 def read_scan(work: str | os.PathLike, source: str, number: int) -> dict[str, Any]:
     """Returns the `part.json` of a scanned part."""
-    return json.loads((scan_folder(work, source, number) / "part.json").read_bytes().decode("utf-8", "surrogatepass"))
+    return read_json(scan_folder(work, source, number) / "part.json")
+
+
+def read_names(work: str | os.PathLike, source: str, number: int) -> list[str]:
+    """Returns what the stored documents of a scanned part are called, in order."""
+    return read_json(scan_folder(work, source, number) / "names.json")
 
 
 def read_index(work: str | os.PathLike, source: str, number: int, *, signatures: bool = False) -> Index:
@@ -154,9 +164,9 @@ def shard_file(work: str | os.PathLike, split: str, source: str, number: int) ->
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes a JSON file in one step."""
+    """Writes a JSON file in one step, in ASCII: names of files need not be Unicode."""
     path = Path(path)
-    write_files("write_json", path.parent, {path.name: [json.dumps(content, ensure_ascii=False, indent=1).encode(), b"\n"]})
+    write_files("write_json", path.parent, {path.name: [json.dumps(content, indent=1).encode(), b"\n"]})
 
 
 def read_json(path: str | os.PathLike) -> Any:

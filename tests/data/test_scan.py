@@ -10,7 +10,7 @@ from dsv3.data.duplicates import drop_duplicates
 from dsv3.data.encode import kept_documents, plan_shards, sample_texts
 from dsv3.data.scan import ScanTask, scan_part, source_parts
 from dsv3.data.settings import check_sources, make_source
-from dsv3.data.work import read_index, read_keep, read_scan, read_texts, remove_unfinished, scan_folder
+from dsv3.data.work import read_index, read_keep, read_names, read_scan, read_texts, remove_unfinished, scan_folder
 
 OPTIONS = {"heldout": 0.3, "seed": 0, "permutations": 64, "shingle": 5, "unit": "words", "bad_rows": "raise"}
 
@@ -65,7 +65,7 @@ def test_what_was_left_half_written_is_removed(tmp_path):
     (tmp_path / "work" / ".inputs.json.part").write_text("half")
     remove_unfinished(tmp_path / "work")
     left = sorted(path.name for path in (tmp_path / "work").rglob("*"))
-    assert left == ["00000", "a", "heldout.zst", "index.npz", "part.json", "scan", "train.zst"]
+    assert left == ["00000", "a", "heldout.zst", "index.npz", "names.json", "part.json", "scan", "train.zst"]
     assert scan_folder(tmp_path / "work", "a", 0).is_dir()
 
 
@@ -130,7 +130,8 @@ def test_embedded_corpus_in_parts(tmp_path):
     names = []
     for number, part in enumerate(parts):
         task = ScanTask(source=source, number=number, part=part, work=str(tmp_path), **{**OPTIONS, "permutations": 0})
-        names += scan_part(task)["names"]
+        scan_part(task)
+        names += read_names(tmp_path, "reference", number)
     want = [d for d in embedded_corpus() if d.name.startswith("reference/")]
     assert names == [d.name for d in want] and len(parts) > 3
     assert sum(part.bytes for part in parts) == sum(len(d.text.encode()) for d in want)
