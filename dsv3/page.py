@@ -7,15 +7,23 @@ import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-Part = str | Path | Sequence[Sequence[object]]
-"""A section's content: text, which keeps its lines; the path of a PNG or SVG file, which is taken in; or a table's rows, of
-which the first is its head."""
+
+class Table(NamedTuple):
+    """`rows`, of which the first is the head; the first `left` columns begin at the left, and keep their lines."""
+
+    rows: Sequence[Sequence[object]]
+    left: int = 1
+
+
+Part = str | Path | Table
+"""A section's content: text, which keeps its lines; the path of a PNG or SVG file, which is taken in; or a table."""
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}img{max-width:100%}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.15em .8em;border-bottom:1px solid #eee;text-align:right}
-td:first-child,th:first-child{text-align:left}pre{background:#f6f6f6;padding:.8em;overflow-x:auto;white-space:pre-wrap}"""
+td,th{vertical-align:top}.left{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}pre{background:#f6f6f6;padding:.8em;overflow-x:auto;white-space:pre-wrap}"""
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
@@ -42,8 +50,12 @@ def write_page(path: str | os.PathLike, title: str, sections: Sequence[tuple[str
     text = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
     target = Path(path)
     part = target.with_name(f".{target.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, target)
+    try:
+        part.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no Unicode
+        os.replace(part, target)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     return target
 
 
@@ -56,7 +68,9 @@ def _part(part: Part) -> str:
         return f'<img alt="{html.escape(part.stem)}" src="data:{kind};base64,{data}">'
     if isinstance(part, str):
         return f"<pre>{html.escape(part)}</pre>"
-    head, *rows = part
-    lines = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) for tag, row in
-             [("th", head), *(("td", row) for row in rows)]]  # fmt: skip
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    lines = []
+    for number, row in enumerate(part.rows):
+        tag = "td" if number else "th"
+        cells = (f"<{tag}{' class=left' * (i < part.left)}>{html.escape(str(cell))}</{tag}>" for i, cell in enumerate(row))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"

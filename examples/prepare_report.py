@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from dsv3.data.clock import add_totals
 from dsv3.data.encode import BINS
 from dsv3.data.manifest import write_files
 from dsv3.data.work import SPLITS, write_json
+from dsv3.page import Part, Table, write_page
 
 Shards = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 STAGES = {
@@ -146,51 +145,32 @@ def write_report(out: Path, summary: Mapping[str, Any]) -> None:
     plots = {name: _png(draw(summary)) for name, draw in (("sources", _draw_sources), ("lengths", _draw_lengths))}
     write_files("write_report", out / "plots", {f"{name}.png": [data] for name, data in plots.items()})
     write_json(out / "report.json", summary)
-    write_files("write_report", out, {"report.html": [_html(summary, plots).encode("utf-8", "replace")]})
+    write_page(out / "report.html", "Prepared text", _sections(summary, [out / "plots" / f"{name}.png" for name in plots]))
 
 
-def _html(summary: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
+def _sections(summary: Mapping[str, Any], plots: Sequence[Path]) -> list[tuple[str, list[Part]]]:
+    """What report.html shows."""
     found, run = summary["duplicates"], summary["run"]
-    parts = [_html_table(title, rows, left) for title, rows, left in _tables(summary)]
-    pictures = [
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">' for name, data in plots.items()
-    ]
+    (sources, *_), (left_out, *_), (speed, *_) = tables = _tables(summary)
+    shown = {title: Table(rows, left) for title, rows, left in tables}
     text = (
         f"{found['documents']:,} documents were compared; {found['groups']:,} have duplicates, which are left out"
         f" ({found['crossing']:,} of them on the other side of the held-out border). The largest groups have"
         f" {', '.join(map(str, found['largest'])) or 'no'} documents."
     )
-    examples = [["kind", "similarity", "stays", "left out"]]
+    pairs = [["kind", "similarity", "stays", "left out"]]
     for pair in found["examples"]:
         cells = [f"{d['source']}: {d['name']} ({d['split']})\n{d['text']}" for d in (pair["kept"], pair["dropped"])]
-        examples.append([pair["kind"], f"{pair['similarity']:.2f}", *cells])
+        pairs.append([pair["kind"], f"{pair['similarity']:.2f}", *cells])
     names = [["source", "reason", "some of them"]]
     for name, source in summary["sources"].items():
         names += [[name, reason, "\n".join(few)] for reason, few in source["dropped_names"].items() if few]
-    style = (
-        "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse;margin:0 0 2em}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;"
-        "text-align:right;vertical-align:top}.left{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}img{max-width:100%}"
-    )
-    body = [
-        "<h1>Prepared text</h1>", parts[0], *pictures, parts[1], _html_table("Some that are left out", names, 3),
-        f"<h2>Duplicates</h2><p>{html.escape(text)}</p>", _html_table("", examples, 4), parts[2],
-        f"<p>{run['processes']} processes; CPU seconds are sums over all.</p>",
-    ]  # fmt: skip
-    head = f'<meta charset="utf-8"><title>Prepared text</title><style>{style}</style>'
-    return f"<!doctype html><html lang=\"en\"><head>{head}</head><body>{''.join(body)}</body></html>\n"
-
-
-def _html_table(title: str, rows: Sequence[Sequence[str]], left: int) -> str:
-    if len(rows) < 2:
-        return ""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        made = (f'<{tag}{" class=left" * (i < left)}>{html.escape(cell)}</{tag}>' for i, cell in enumerate(cells))
-        return f"<tr>{''.join(made)}</tr>"
-
-    body = "".join(line(row, "td") for row in rows[1:])
-    return (f"<h2>{html.escape(title)}</h2>" if title else "") + f"<table>{line(rows[0], 'th')}{body}</table>"
+    return [
+        (sources, [shown[sources], *plots]),
+        (left_out, [shown[left_out], *([Table(names, 3)] if len(names) > 1 else [])]),
+        ("Duplicates", [text, *([Table(pairs, 4)] if len(pairs) > 1 else [])]),
+        (speed, [shown[speed], f"{run['processes']} processes; CPU seconds are sums over all."]),
+    ]
 
 
 def _figure(height: float):

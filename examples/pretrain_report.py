@@ -18,7 +18,7 @@ import dsv3
 from dsv3.compiled import snapshot
 from dsv3.data import compression_bits_per_byte
 from dsv3.eval import make_evaluator
-from dsv3.page import write_page
+from dsv3.page import Table, write_page
 from dsv3.plan.count import flops_by_part
 from dsv3.policy import ComputePolicy
 from dsv3.pretrained import save_pretrained
@@ -80,16 +80,16 @@ def sections(setup: Setup, results: dict[str, Any], rows, plots: Sequence[Path],
     """What the report in HTML shows: results, plots, what went wrong, settings, samples."""
     trouble = read_rows(setup.out / "trouble.jsonl")
     lines = [(row["kind"], row["step"], row.get("reason") or f"to step {row['to']}") for row in trouble]
-    found = [("what", "step", "why"), *lines] if lines else "Nothing: no step was left out."
+    found = Table([("what", "step", "why"), *lines], left=3) if lines else "Nothing: no step was left out."
     settings = [(name, value) for name, value in flat_settings(setup.settings).items()]
-    balance = [row for row in rows if row["kind"] == "load"]
+    balance, layers = [row for row in rows if row["kind"] == "load"], setup.cfg.num_moe_layers
     return [
-        ("Results", [result_rows(results)]),
+        ("Results", [Table([("", ""), *result_rows(results)], left=2)]),
         ("Training", list(plots)),
-        ("Load of the experts", [balance_table(balance, setup.cfg.num_moe_layers)] if balance else ["No mixture layer."]),
+        ("Load of the experts", [Table(balance_table(balance, layers)) if balance else "No mixture layer."]),
         ("Trouble", [found]),
         ("Samples", [format_samples(samples)]),
-        ("Settings", [[("setting", "value"), *settings]]),
+        ("Settings", [Table([("setting", "value"), *settings], left=2)]),
     ]
 
 

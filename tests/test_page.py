@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from dsv3.page import write_page
+from dsv3.page import Table, write_page
 
 
 class Reader(html.parser.HTMLParser):
@@ -27,7 +27,7 @@ def test_a_page_holds_text_tables_and_images(tmp_path):
     image = tmp_path / "loss.png"
     image.write_bytes(b"\x89PNG picture")
     nasty = "<script>alert(1)</script> & \"more\"\nanother line"
-    sections = [("Numbers", [[("name", "value"), ("<b>", 1.5)], image]), ("Text", [nasty])]
+    sections = [("Numbers", [Table([("name", "value"), ("<b>", 1.5)]), image]), ("Text", [nasty])]
     path = write_page(tmp_path / "report.html", "A & B", sections)
     page = Reader(path.read_text(encoding="utf-8"))
     assert page.tags.count("h2") == 2 and page.tags.count("tr") == 2 and "script" not in page.tags and "b" not in page.tags
