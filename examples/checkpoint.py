@@ -34,11 +34,11 @@ from dsv3.pretrained import save_pretrained
 from dsv3.train.checkpoint import flat_settings
 from dsv3.train.checkpoint_tools import (
     CheckpointFile,
+    checkpoint_config,
     checkpoint_diff,
     checkpoint_model,
     checkpoint_numbers,
     open_checkpoint,
-    settings_config,
 )
 
 FLAGS = flags.FLAGS
@@ -77,6 +77,8 @@ def inspect(files: Sequence[CheckpointFile]) -> int:
     if isinstance(cursor, dict):
         rows = []
         for name, value in cursor.items():
+            if name == "config":
+                continue
             many = isinstance(value, list) and len(value) > 4
             rows.append((f"  {name}", f"{len(value)} values" if many else json.dumps(value)))
         print("\nposition\n" + aligned(rows, left=2))
@@ -101,7 +103,7 @@ def diff(files: Sequence[CheckpointFile]) -> int:
         print("\n" + aligned([("settings", "a", "b"), *rows], left=3))
     if found.only:
         print("\nonly in one, or of another shape\n" + "\n".join(f"  {line}" for line in found.only))
-    changed = sorted((leaf for leaf in found.leaves if leaf.change > 0 or leaf.bad), key=lambda leaf: -leaf.change)
+    changed = sorted((leaf for leaf in found.leaves if leaf.change > 0), key=lambda leaf: -leaf.change)
     print(f"\n{len(changed)} of {len(found.leaves)} leaves differ")
     if changed:
         rows = [("leaf", "|b - a| / |a|", "largest", "not finite in b")]
@@ -123,7 +125,7 @@ def average(files: Sequence[CheckpointFile]) -> int:
         weights = None if FLAGS.weights is None else [float(weight) for weight in FLAGS.weights]
     except ValueError:
         raise ValueError(f"--weights is {','.join(FLAGS.weights)}, want numbers") from None
-    cfg = settings_config(files[0].meta["settings"])
+    cfg = checkpoint_config(files)
     params, router = checkpoint_model(files, cfg, share=FLAGS.share, weights=weights)
     folder = files[0].path.parent.parent / "tokenizer"
     extra = [folder / name for name in TOKENIZER if (folder / name).exists()]

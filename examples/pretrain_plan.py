@@ -9,13 +9,14 @@ import numpy as np
 from absl import flags
 from command import aligned
 
+from dsv3 import pipeline
 from dsv3.checks import check
 from dsv3.config import ModelConfig
 from dsv3.data import Mixture, MixtureUse, check_mixture
 from dsv3.parallel.mesh import parse_axes
 from dsv3.train.schedule import Piece, Stage, TrainSchedule, schedule_at, warmup_cosine
 from dsv3.train.schedule_paper import PAPER_SCHEDULE, scale_schedule, stage_config
-from dsv3.train.schedule_steps import StageSteps, schedule_steps
+from dsv3.train.schedule_steps import StageSteps, schedule_runs, schedule_steps
 
 FLAGS = flags.FLAGS
 FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper
@@ -29,6 +30,9 @@ def check_plan_flags(cfg: ModelConfig) -> None:
         FLAGS.batch_size % FLAGS.accumulate == 0,
         f"--batch_size {FLAGS.batch_size} is not divisible by --accumulate {FLAGS.accumulate}",
     )
+    decay = FLAGS.ema_decay
+    check(decay is None or 0 < decay < 1, f"--ema_decay is {decay}, want a number above 0 and below 1")
+    check(FLAGS.tokens is None or not FLAGS["steps"].present, "--tokens and --steps are both given, want one of them")
     if FLAGS.plan == "paper":
         for name in OWN:
             check(not FLAGS[name].present, f"--{name} is given, but --plan=paper has a curve for it")
@@ -37,7 +41,6 @@ def check_plan_flags(cfg: ModelConfig) -> None:
     for name in ("context_steps",):
         check(not FLAGS[name].present, f"--{name} is given, but only --plan=paper has context stages")
     check(FLAGS.seq_len <= cfg.max_length, f"--seq_len is {FLAGS.seq_len}, the model's maximum is {cfg.max_length}")
-    check(FLAGS.tokens is None or not FLAGS["steps"].present, "--tokens and --steps are both given, want one of them")
     a_step = FLAGS.batch_size * FLAGS.seq_len
     steps = FLAGS.steps if FLAGS.tokens is None else -(-FLAGS.tokens // a_step)
     check(warmup_steps() <= steps, f"--warmup_steps is {warmup_steps()}, want at most --steps {steps}")
@@ -90,13 +93,27 @@ def stage_of(cfg: ModelConfig, schedule: TrainSchedule, stage: int) -> ModelConf
 
 
 def drawn(schedule: TrainSchedule, mixture: Mixture) -> MixtureUse:
-    """What the run takes of each source; a source that runs dry is refused here, before the training."""
+    """What the run takes of each source; a source that runs dry is refused here, before the training.
+
+    Batches that are left out for a spike come on top: there is to be room for those of two times that the run goes back.
+    """
 
     def shape(tokens: int) -> tuple[int, int]:
         values = schedule_at(schedule, tokens)
         return values.batch_size, values.seq_len
 
+    largest = max(run.step_tokens for run in schedule_runs(schedule))
+    check_mixture(mixture, shape, schedule.total_tokens + 2 * FLAGS.patience * largest)
     return check_mixture(mixture, shape, schedule.total_tokens)
+
+
+def check_micro_batches(schedule: TrainSchedule) -> None:
+    """Refuses a pipeline's schedule that cannot order the micro-batches of some step."""
+    ranks = parse_axes(FLAGS.mesh).get("pipe", 1) if FLAGS.mesh else 1
+    for run in schedule_runs(schedule):
+        micro = run.batch_size // min(run.batch_size, micro_batch_rows(run.seq_len)) if FLAGS.plan == "paper" else None
+        if micro is not None and ranks > 1:
+            pipeline.SCHEDULES[FLAGS.schedule](ranks, micro)
 
 
 def stage_table(schedule: TrainSchedule) -> str:

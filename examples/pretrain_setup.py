@@ -19,7 +19,7 @@ from absl import flags
 from command import aligned
 from command_mesh import check_axes
 from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, read_prepared, read_text
-from pretrain_plan import check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
+from pretrain_plan import check_micro_batches, check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
 from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
 
@@ -97,6 +97,8 @@ def prepare(argv: Sequence[str]) -> Setup:
     out, schedule = Path(FLAGS.out), make_schedule()
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
     settings["warmup_steps"] = warmup_steps() if FLAGS.plan == "cosine" else FLAGS.warmup_steps
+    settings["batch_multiple"] = list(schedule.multiples)  # with --plan=paper it depends on the mesh
+    check_micro_batches(schedule)
     clients, mesh = start_mesh(settings)
     _silent = clients.index > 0
     if _silent:

@@ -23,7 +23,7 @@ from dsv3.layout import make_layouts, zero_layouts
 from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
 from dsv3.recipe import RECIPES
-from dsv3.train.checkpoint import Keep, restore_checkpoint
+from dsv3.train.checkpoint import Keep, drop_checkpoints, restore_checkpoint
 from dsv3.train.loop import Actions, Fed, Feed, LoopResult, Row, train_loop
 from dsv3.train.mesh_params import state_layouts
 from dsv3.train.optim import Optimizer, adamw
@@ -80,7 +80,8 @@ def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
         progress = stack.enter_context(Progress(ends[-1], start=done)) if setup.leads else None
         saver = stack.enter_context(
             BackgroundSaver(
-                setup.out / "checkpoints", setup.settings, keep=Keep(FLAGS.keep, FLAGS.keep_every),
+                setup.out / "checkpoints", setup.settings,
+                keep=Keep(FLAGS.keep, FLAGS.keep_every, lambda step: is_anchor(step, ends)),
                 agree=lambda written: agreed(int(not written), setup.mesh) == 0,
             )  # fmt: skip
         )
@@ -96,6 +97,7 @@ def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
 def train_stage(setup: Setup, tools: Tools, number: int, so_far: LoopResult) -> LoopResult:
     """Trains one stage to its end: its architecture, its length of sequences."""
     cfg, end = stage_of(setup.cfg, setup.schedule, number), tools.ends[number]
+    first = tools.ends[number - 1] if number else 0
     if len(tools.ends) > 1:
         stage = setup.schedule.stages[number]
         say(f"stage {stage.name}: sequences of {stage.seq_len:,} tokens, to step {end:,}")
@@ -109,24 +111,41 @@ def train_stage(setup: Setup, tools: Tools, number: int, so_far: LoopResult) -> 
     evaluate = make_evaluate(setup, cfg, tools.plain, setup.schedule.stages[number].seq_len)
     trouble = Trouble(patience=FLAGS.patience) if FLAGS.patience else None
     return train_loop(
-        step, so_far.state, make_feed(setup), steps=end, cursor=so_far.cursor, trouble=trouble,
-        actions=make_actions(setup, tools, number, watch, evaluate),
+        step, so_far.state, make_feed(setup), steps=end, cursor=entered(so_far.cursor, so_far.step, first), trouble=trouble,
+        actions=make_actions(setup, tools, cfg, first, watch, evaluate),
     )  # fmt: skip
 
 
-def make_actions(setup: Setup, tools: Tools, number: int, watch, evaluate) -> Actions:
-    """What the loop calls in a stage, and how often."""
+def is_anchor(step: int, ends: tuple[int, ...]) -> bool:
+    """Whether a run may go back to the checkpoint of a step: a regular one, or one at the border of two stages."""
+    return bool(FLAGS.save_every) and (step % FLAGS.save_every == 0 or step in ends)
+
+
+def entered(cursor: Cursor, step: int, first: int) -> Cursor:
+    """Where a run is at a step of a stage: at its beginning nothing is known yet of how high its losses are."""
+    return cursor._replace(losses=(), norms=()) if step == first else cursor
+
+
+def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, watch, evaluate) -> Actions:
+    """What the loop calls in a stage, which begins at the step `first`, and how often."""
     total, log, progress = tools.ends[-1], tools.log, tools.progress
-    first = tools.ends[number - 1] if number else 0
+    config = cfg.to_hf()
 
     def save(state: TrainState, done: int, cursor: Cursor) -> None:
         if log is not None:
             log.sync()
-        tools.saver.save(state, done, cursor._asdict())
+        tools.saver.save(state, done, {**cursor._asdict(), "config": config})
 
     def go_back(done: int) -> tuple[TrainState, Cursor] | None:
         tools.saver.finish()
-        return tools.restore(lambda step: first <= step <= done and (step % FLAGS.save_every == 0 or step == first))
+        found = tools.restore(lambda step: first <= step <= done and is_anchor(step, tools.ends))
+        if found is None:
+            return None
+        state, cursor = found
+        step = int(whole(state.step))
+        if setup.leads:
+            drop_checkpoints(setup.out / "checkpoints", after=step)
+        return state, entered(cursor, step, first)
 
     def stop_together() -> signal.Signals | None:
         tools.saver.poll()
@@ -199,7 +218,9 @@ def make_restore(setup: Setup, optimizer: Optimizer, layouts) -> Restore:
             )
         except ValueError as error:
             raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
-        return None if found is None else (found.state, Cursor(**found.cursor))
+        if found is None:
+            return None
+        return found.state, Cursor(**{name: value for name, value in found.cursor.items() if name != "config"})
 
     return restore
 

@@ -60,10 +60,12 @@ class Checkpoint(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """Which checkpoints stay: the `last` ones, and those of every `every`-th step (0: none of them)."""
+    """Which checkpoints stay: the `last` ones, those of every `every`-th step (0: none of them), and the latest of a step
+    that is an `anchor`, which a run may have to go back to."""
 
     last: int = 3
     every: int = 0
+    anchor: Callable[[int], bool] = lambda step: False
 
 
 def save_checkpoint(
@@ -201,9 +203,22 @@ def _make_room(root: Path, part: Path, size: int) -> None:
 
 
 def _remove_old(root: Path, final: Path, keep: Keep) -> None:
-    for old in list_checkpoints(root)[: -keep.last]:
-        if old != final and not (keep.every and checkpoint_step(old) % keep.every == 0):
-            shutil.rmtree(old.rename(root / f".{old.name}.gone"), ignore_errors=True)
+    found = list_checkpoints(root)
+    anchors = [path for path in found if keep.anchor(checkpoint_step(path))]
+    for old in found[: -keep.last]:
+        if old not in (final, *anchors[-1:]) and not (keep.every and checkpoint_step(old) % keep.every == 0):
+            _remove(old)
+
+
+def drop_checkpoints(directory: str | os.PathLike, *, after: int) -> None:
+    """Removes the checkpoints of later steps than `after`, to which a run has gone back. One process calls it."""
+    for path in list_checkpoints(directory):
+        if checkpoint_step(path) > after:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.gone")), ignore_errors=True)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -282,7 +297,7 @@ def restore_checkpoint(
         for other in damaged if first else ():
             _set_aside(other)
         return Checkpoint(state, meta["settings"], meta["cursor"], path)
-    count = len(damaged) + len(list(root.glob("step-*.damaged*")))
+    count = len(damaged) + (0 if accept else len(list(root.glob("step-*.damaged*"))))
     check(
         not count,
         f"restore_checkpoint: none of the {count} checkpoints in {os.fspath(directory)!r} is whole, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,9 +113,11 @@ def checkpoint_diff(a: CheckpointFile, b: CheckpointFile, *, share: str = "") ->
     changes = []
     for path in same:
         x, y = (file.read(path).astype(np.float64) for file in (a, b))
-        change, size = np.linalg.norm((y - x).ravel()), np.linalg.norm(x.ravel())
-        relative = 0.0 if change == 0 else float(change / size) if size else float("inf")
-        largest = float(np.abs(y - x).max(initial=0.0))
+        alike = (x == y) | (np.isnan(x) & np.isnan(y))
+        gap = np.where(alike, 0.0, y) - np.where(alike, 0.0, x)
+        change, size = np.linalg.norm(gap.ravel()), np.linalg.norm(x[np.isfinite(x)])
+        relative = 0.0 if change == 0 else float(change / size) if size and np.isfinite(change) else float("inf")
+        largest = float(np.abs(gap).max(initial=0.0)) if np.isfinite(change) else float("inf")
         changes.append(LeafChange(path, relative, largest, int((~np.isfinite(y)).sum())))
     settings = {name: (old.get(name, absent), new.get(name, absent)) for name in names}
     return CheckpointDiff(settings, only, changes, (a.meta["step"], b.meta["step"]))
@@ -128,7 +130,7 @@ def checkpoint_model(
 
     Args:
       files: checkpoints of one model.
-      cfg: its configuration, as in the settings of `pretrain.py`'s checkpoints.
+      cfg: its configuration, see `checkpoint_config`.
       share: `"params"`, or `"ema"` for the averages that the runs kept.
       weights: of each checkpoint; default: equal ones.
 
@@ -179,11 +181,15 @@ def _below(path: str, share: str) -> bool:
     return not share or path == share or path.startswith(f"{share}.")
 
 
-def settings_config(settings: Mapping[str, Any]) -> ModelConfig:
-    """Returns the configuration in a run's settings.
+def checkpoint_config(files: Sequence[CheckpointFile]) -> ModelConfig:
+    """Returns the configuration that a run's checkpoints were trained with, which its stages may change.
 
     Raises:
-      ValueError: they have none.
+      ValueError: they have none, or unlike ones.
     """
-    check(isinstance(settings.get("config"), dict), "settings_config: the settings have no `config`, want those of a run")
-    return ModelConfig.from_hf(settings["config"])
+    found = [(file.meta["cursor"] or {}).get("config") for file in files]
+    for file, config in zip(files, found):
+        check(isinstance(config, dict), f"checkpoint_config: {str(file.path)!r} has no `config`, want one of pretrain.py")
+    same = all(config == found[0] for config in found)
+    check(same, "checkpoint_config: the checkpoints are of stages with unlike configurations, want those of one stage")
+    return ModelConfig.from_hf(found[0])

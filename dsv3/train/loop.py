@@ -53,9 +53,10 @@ class Actions(NamedTuple):
         after the last.
       watch: numbers of a state and a step's metrics, every `watch_every` steps (0: never).
       save: writes a checkpoint of a state, a step and a cursor; called every `save_every` steps (0: never), after the last
-        step, and when stopped.
+        step, when stopped, and after going back.
       restore: reads the latest checkpoint of a step that is a multiple of `save_every` and at most the given one, for a run
-        that has to go back; `None` where there is none. (Where a signal has stopped the run must not matter.)
+        that has to go back, and removes later ones; `None` where there is none. (Where a signal has stopped the run must not
+        matter.)
       rewind: told the step that the run has gone back to, after that.
       stop: asked after each step; anything but `None` ends the loop.
     """
@@ -210,7 +211,7 @@ class _Run:
         )
         self.end()  # what follows was fed for the tokens that this step would have added
         self.stopped = self._actions.stop()
-        if self.cursor.skipped >= self._trouble.patience and self.stopped is None:
+        if self.cursor.skipped >= self._trouble.patience:
             self._go_back(reason)
         elif self.stopped is not None and self._actions.save is not None:
             self._actions.save(self.state, self.done, self.cursor)
@@ -230,3 +231,5 @@ class _Run:
         self._load, self._loads = None, 0
         self._actions.rewind(self.done)
         self._actions.write({**row, "to": self.done})
+        if self._actions.save is not None:  # so that whatever comes now, the run does not go the way that it has left
+            self._actions.save(self.state, self.done, self.cursor)

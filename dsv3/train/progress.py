@@ -50,7 +50,8 @@ class Progress:
         speed = f"{row['tokens_per_second'] * row['seconds'] / pace:,.0f} tokens/s" if pace else "compiled"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
-            self._bar.update(1)
+            self._bar.n = row["step"]  # a run may go back
+            self._bar.refresh()
         elif time.monotonic() - self._shown >= self._every or row["step"] == self._steps:
             self._shown = time.monotonic()
             left = f"  ETA {format_seconds((self._steps - row['step']) * pace)}" if pace else ""

@@ -51,6 +51,8 @@ class RunLog:
             root.mkdir(parents=True, exist_ok=True)
             if not step:
                 self._trouble.unlink(missing_ok=True)
+            elif self._trouble.exists():  # without what a crash has left unfinished at its end
+                _write_rows(self._trouble, read_rows(self._trouble))
         self._open(step)
 
     def _open(self, step: int) -> None:
@@ -76,6 +78,8 @@ class RunLog:
         if row["kind"] in TROUBLE:
             with _writing(self._trouble), open(self._trouble, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row | {"time": round(time.time(), 1)}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             return
         with _writing(self._path):
             self._file.write(json.dumps(row) + "\n")
@@ -150,10 +154,14 @@ def cut_rows(path: str | os.PathLike, step: int) -> list[dict[str, Any]]:
     file, rows = Path(path), read_rows(path)
     stay = [row for row in rows if row["step"] <= step] if step else []
     if file.exists():
-        part = file.with_name(f".{file.name}.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in stay), encoding="utf-8")
-        os.replace(part, file)
+        _write_rows(file, stay)
     return stay
+
+
+def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(part, file)
 
 
 def row_scalars(row: Mapping[str, Any]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorflow.experimental import dtensor
 
 from dsv3.train.checkpoint import Keep, SaveJob, begin_save
 from dsv3.train.checkpoint_files import block_values
@@ -43,6 +45,9 @@ class BackgroundSaver:
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if kind is None:
             self.finish()
+        elif dtensor.num_clients() == 1:  # what went wrong with the training is not to cost the checkpoint before it
+            with contextlib.suppress(OSError):
+                self.finish()
         elif self._thread is not None:  # the others may not come any more; what was written stays hidden and is removed
             self._thread.join()
 

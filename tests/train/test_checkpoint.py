@@ -13,7 +13,14 @@ from safetensors import safe_open
 
 from dsv3 import adamw, train_init, tree
 from dsv3.compiled import place
-from dsv3.train.checkpoint import Keep, check_settings, list_checkpoints, restore_checkpoint, save_checkpoint
+from dsv3.train.checkpoint import (
+    Keep,
+    check_settings,
+    drop_checkpoints,
+    list_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from tests.small import KEY, model_config
 
 SETTINGS = {"lr": 0.003, "seed": 0, "config": {"hidden_size": 12, "rope_scaling": None}}
@@ -74,6 +81,14 @@ def test_every_so_many_steps_one_stays_for_good(tmp_path):
     for step in range(10, 80, 10):
         save_checkpoint(tmp_path, example(), {}, step=step, keep=Keep(2, every=30))
     assert [path.name[-2:] for path in list_checkpoints(tmp_path)] == ["30", "60", "70"]
+
+
+def test_the_one_that_a_run_may_have_to_go_back_to_stays(tmp_path):
+    for step in (10, 20, 23, 24, 26):
+        save_checkpoint(tmp_path, example(), {}, step=step, keep=Keep(2, anchor=lambda step: step % 10 == 0))
+    assert [path.name[-2:] for path in list_checkpoints(tmp_path)] == ["20", "24", "26"]
+    drop_checkpoints(tmp_path, after=20)
+    assert os.listdir(tmp_path) == ["step-00000020"]
 
 
 def test_the_cursor_comes_back_as_json(tmp_path):

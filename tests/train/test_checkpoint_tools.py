@@ -13,11 +13,11 @@ import dsv3
 from dsv3 import adamw, load_pretrained, train_init, tree
 from dsv3.train.checkpoint import save_checkpoint
 from dsv3.train.checkpoint_tools import (
+    checkpoint_config,
     checkpoint_diff,
     checkpoint_model,
     checkpoint_numbers,
     open_checkpoint,
-    settings_config,
 )
 from dsv3.train.watch import component_of
 from tests.small import model_config
@@ -34,7 +34,8 @@ def run(tmp_path_factory):
         state = train_init([0, step], CFG, adamw(0.1, moment_dtype="bfloat16"), ema=True)
         router = tree.map_leaves(lambda b, n=step: b + 0.5 * n, state.router)
         settings = {**SETTINGS, "lr": 0.2} if step == 3 else SETTINGS
-        save_checkpoint(folder, state._replace(router=router), settings, step=step, cursor={"data": [step, [4, 2]]})
+        cursor = {"data": [step, [4, 2]], "config": CFG.to_hf()}
+        save_checkpoint(folder, state._replace(router=router), settings, step=step, cursor=cursor)
     return folder
 
 
@@ -85,13 +86,15 @@ def test_what_is_not_finite_and_what_only_one_has(tmp_path):
     old, new = (open_checkpoint(tmp_path / f"step-0000000{n}") for n in (1, 2))
     found = checkpoint_diff(old, new)
     assert found.only == ["b [2]", "b [3]", "c []"]
-    assert [(leaf.path, leaf.bad) for leaf in found.leaves] == [("a", 1)]
+    assert [(leaf.path, leaf.bad, leaf.change) for leaf in found.leaves] == [("a", 1, float("inf"))]
+    for a, b in ((new, old), (new, new)):
+        assert [leaf.change for leaf in checkpoint_diff(a, b, share="a").leaves] == [0.0 if a is b else float("inf")]
     assert checkpoint_numbers(new)["a"].bad == 1 and checkpoint_numbers(new)["a"].norm == 1.0
 
 
 def test_the_mean_of_parameters(run):
     files = [open_checkpoint(run / f"step-0000000{n}") for n in (1, 2, 3)]
-    cfg = settings_config(files[0].meta["settings"])
+    cfg = checkpoint_config(files)
     assert cfg == CFG
     params, router = checkpoint_model(files[:2], cfg, weights=[1, 3])
     want = tree.map_leaves(lambda a, b: 0.25 * a.numpy() + 0.75 * b.numpy(), params_of(1), params_of(2))
@@ -115,8 +118,11 @@ def test_wrong_means_are_named(run, tmp_path):
             checkpoint_model(arguments, CFG, **options)
     with pytest.raises(ValueError, match="`params.embed` in .* has shape .*, want"):
         checkpoint_model(files, model_config(num_hidden_layers=2, num_nextn_predict_layers=1, vocab_size=11))
-    with pytest.raises(ValueError, match="the settings have no `config`"):
-        settings_config({})
+    with pytest.raises(ValueError, match="checkpoint_config: .* has no `config`, want one of pretrain.py"):
+        checkpoint_config([open_checkpoint(tmp_path)])
+    save_checkpoint(tmp_path, {"a": tf.zeros([1])}, {}, step=2, cursor={"config": CFG.replace(vocab_size=99).to_hf()})
+    with pytest.raises(ValueError, match="of stages with unlike configurations, want those of one stage"):
+        checkpoint_config([*files, open_checkpoint(tmp_path)])
 
 
 # The program
