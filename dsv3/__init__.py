@@ -48,7 +48,11 @@ def __getattr__(name: str) -> Any:
     module = f"{__name__}.{name}"
     if not name.startswith("_"):
         try:
-            return importlib.import_module(module)
+            package = importlib.import_module(module)
+            for home in _NAMES:  # with the modules that have public names, as `dsv3.nn.mla`
+                if home.startswith(f"{name}."):
+                    importlib.import_module(f"{__name__}.{home}")
+            return package
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise

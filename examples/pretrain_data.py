@@ -35,6 +35,7 @@ from dsv3.data import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from dsv3.data.mixture import GROUP_TOKENS
 
 FLAGS = flags.FLAGS
 TOKENIZER_CHARS = 20_000_000  # text that a tokenizer is trained on, at most
@@ -48,7 +49,7 @@ class Data(NamedTuple):
     Attributes:
       sources, mixture: of the training text. tokenizer: of all.
       heldout: tokens of the held-out documents; documents: the same as text.
-      curve: of the first of them, for the losses during the training.
+      curve: of the first of each source, for the losses during the training.
       digest: names the data.
     """
 
@@ -107,12 +108,12 @@ def read_prepared(vocab_size: int) -> Data:
         shares |= {"weights": numbers_by_name("mixture"), "repeats": None}
     if FLAGS.epochs:
         shares["epochs"] = numbers_by_name("epochs")
-    mixture = make_mixture(sources, **shares, seed=FLAGS.seed)
+    mixture = make_mixture(sources, **shares, seed=FLAGS.seed, group_tokens=group_tokens(sources))
     heldout = join_sources(open_shards(root, "heldout", tokenizer=name), HELDOUT_TOKENS)
     bounds = zip(heldout.starts[:-1], heldout.starts[1:])
     documents = [Document(str(i), tokenizer.decode(heldout.tokens[a:b].tolist())) for i, (a, b) in enumerate(bounds)]
-    curve = encode_documents(tokenizer, up_to(documents, CURVE_CHARS))
-    return Data(sources, mixture, tokenizer, heldout, documents, curve, manifest_digest(manifest))
+    few = join_sources(open_shards(root, "heldout", tokenizer=name), CURVE_CHARS // 4)
+    return Data(sources, mixture, tokenizer, heldout, documents, few, manifest_digest(manifest))
 
 
 def join_sources(sources: Mapping[str, ShardSource], most: int) -> TokenStream:
@@ -157,7 +158,14 @@ def encode_text(
         check_token_ids("corpus", "tokens", stream.tokens, vocab_size)
     name = "embedded" if FLAGS.corpus is None else "corpus"
     sources = {name: memory_source(name, streams[0], vocab_size=vocab_size)}
-    return Data(sources, make_mixture(sources, seed=FLAGS.seed), tokenizer, streams[1], heldout, streams[2], digest)
+    mixture = make_mixture(sources, seed=FLAGS.seed, group_tokens=group_tokens(sources))
+    return Data(sources, mixture, tokenizer, streams[1], heldout, streams[2], digest)
+
+
+def group_tokens(sources: Mapping[str, ShardSource]) -> int:
+    """Within how many tokens rows are shuffled: at most an eighth of the smallest source, as the rest of a group is left out
+    when the length of sequences changes."""
+    return max(1, min(GROUP_TOKENS, min(source.tokens for source in sources.values()) // 8))
 
 
 def corpus_tokenizer(folder: Path, train: Sequence[Document], vocab_size: int, *, kept: bool) -> tuple[Tokenizer, str]:

@@ -17,7 +17,7 @@ from dsv3.plan.explain import PUBLISHED
 ORIGINS = ("published", "measured", "assumed", "chosen", "computed")
 SMALL_VOCAB = 2**16  # ids below it are stored in two bytes, others in four
 INDEX_BYTES = 24  # of a document: where it starts, its bytes, its hash
-SIGNATURE_BYTES = 8  # of a number of a MinHash signature
+SIGNATURE_BYTES = 4  # of a number of a MinHash signature
 
 
 def _field(default: float, origin: str, what: str) -> float:
@@ -147,7 +147,8 @@ class Reading(NamedTuple):
     """What the training reads while it runs.
 
     Attributes:
-      tokens_per_second: of all hosts. bytes_per_second: stored tokens that they read. host_bytes: bytes/s of one host.
+      tokens_per_second: of all hosts. bytes_per_second: stored tokens that they use, which is also the most that one host
+        reads. host_bytes: bytes/s that one host uses.
       rows, windows: sequences and windows of all hosts that begin in a second.
     """
 
@@ -181,7 +182,7 @@ class Saving(NamedTuple):
 def data_storage(plan: DataPlan) -> Storage:
     """Returns what is stored for a training by `plan`.
 
-    A document has 8 bytes each for its start, its number of bytes and its hash; a signature has 8 for each permutation. So
+    A document has 8 bytes each for its start, its number of bytes and its hash; a signature has 4 for each permutation. So
     many documents come as would at the length of those that stay.
     """
     read = plan.prepared_bytes / plan.kept
@@ -224,7 +225,9 @@ def prepare_hosts(plan: DataPlan, core_hours: float) -> int:
 def data_reading(plan: DataPlan) -> Reading:
     """Returns what the hosts of `plan` read at the speed of the whole training.
 
-    Sequences overlap by one token, so that a sequence of T has T + 1. Each host reads its own sequences and no others.
+    Sequences overlap by one token, so that a sequence of T has T + 1. A host uses its own sequences and no others, but it
+    reads whole windows, whose other sequences are other hosts': between its share and, where every window has a sequence
+    for it, all that the hosts use together.
     """
     speed = plan.tokens / plan.seconds
     size = speed * plan.token_bytes * (plan.length + 1) / plan.length

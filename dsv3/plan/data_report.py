@@ -93,12 +93,13 @@ def reading_report(plan: DataPlan) -> str:
     found, tokens = data_reading(plan), data_storage(plan).tokens
     rows = [
         ("tokens/s", f"{found.tokens_per_second:,.0f}", f"{found.tokens_per_second / plan.hosts:,.0f}"),
-        ("MB/s", f"{found.bytes_per_second / 1e6:.3f}", f"{found.host_bytes / 1e6:.4f}"),
+        ("MB/s, used", f"{found.bytes_per_second / 1e6:.3f}", f"{found.host_bytes / 1e6:.4f}"),
+        ("MB/s, at most read", f"{found.bytes_per_second * plan.hosts / 1e6:,.1f}", f"{found.bytes_per_second / 1e6:.3f}"),
         ("sequences/s", f"{found.rows:.1f}", f"{found.rows / plan.hosts:.3f}"),
         ("windows/s", f"{found.windows:.3f}", f"{found.windows / plan.hosts:.5f}"),
     ]
     part = tokens * plan.repeats / plan.hosts
-    text = f"a host reads {part / 1e9:,.0f} GB in {plan.seconds / 86400:.1f} days"
+    text = f"a host uses {part / 1e9:,.0f} GB in {plan.seconds / 86400:.1f} days"
     return text_table(("read while it trains", f"{plan.hosts} hosts", "one host"), rows) + "\n" + text
 
 

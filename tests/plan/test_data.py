@@ -39,7 +39,7 @@ def test_the_published_run_by_hand():
     assert (plan.hosts, plan.token_bytes) == (256, 4)
     found = data_storage(plan)
     assert found.tokens == 14.8e12 * 4 and found.index == 14.8e9 * 24 and found.text == 14.8e12 * 4
-    assert found.raw == 14.8e12 * 4 / 0.5 * 0.35 and found.signatures == 14.8e9 / 0.5 * 128 * 8
+    assert found.raw == 14.8e12 * 4 / 0.5 * 0.35 and found.signatures == 14.8e9 / 0.5 * 128 * 4
     assert found.shards == 55_135 == -(-59_200 * 10**9 // 2**30) and found.windows == -(-14_800 * 10**9 // 2**20)
     reading = data_reading(plan)
     seconds = 2.664e6 / 2048 * 3600  # 54.2 days

@@ -1,13 +1,15 @@
 """Checkpoints that are looked at, compared and averaged; also by the program, as its user calls it."""
 
+import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from absl.testing import flagsaver
 
 import dsv3
 from dsv3 import adamw, load_pretrained, train_init, tree
@@ -127,73 +129,90 @@ def test_wrong_means_are_named(run, tmp_path):
 
 # The program
 
+# Flags are the process's own, so the program runs in one of its own: one for all cases.
+DRIVER = """
+import contextlib, io, json, sys
+import checkpoint
+from absl.testing import flagsaver
+
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), flagsaver.flagsaver():
+        try:
+            code = checkpoint.main(checkpoint.parse_flags(["checkpoint.py", *arguments]))
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BAD = {
+    "no command": ([], "no command, want inspect, diff or average"),
+    "unknown": (["look", "{run}"], "unknown command 'look'"),
+    "one of two": (["diff", "{run}"], "diff got 1 checkpoints, want 2"),
+    "none": (["average"], "average got 0 checkpoints, want at least 1"),
+    "no place": (["average", "{run}"], "average wants --out"),
+    "a place that is taken": (["average", "{run}", "--out={run}"], "is there already, want a new folder"),
+    "moments": (["average", "{run}", "--out={new}", "--share=opt"], "--share is 'opt', want params or ema"),
+    "no numbers": (["average", "{run}", "--out={new}", "--weights=a"], "--weights is a, want numbers"),
+    "nothing there": (["inspect", "{new}"], "is no checkpoint and holds none"),
+    "damage": (["inspect", "{damaged}"], "is damaged (the checksum of state.safetensors is wrong in `a`)"),
+}
+GOOD = {
+    "inspect": ["inspect", "{run}"],
+    "diff": ["diff", "{run}/step-00000001", "{run}/step-00000003", "--top=2"],
+    "alike": ["diff", "{run}/step-00000001", "{run}/step-00000001", "--share=all"],
+    "average": ["average", "{run}/step-00000001", "{run}/step-00000002", "--out={mean}"],
+}
+
 
 @pytest.fixture(scope="module")
-def program():
-    folder = pathlib.Path(__file__).resolve().parents[2] / "examples"
-    sys.path.insert(0, str(folder))
-    try:
-        import checkpoint
-
-        yield checkpoint
-    finally:
-        sys.path.remove(str(folder))
-
-
-def call(program, *arguments):
-    with flagsaver.flagsaver():
-        try:
-            return program.main(program.parse_flags(["checkpoint.py", *map(str, arguments)]))
-        except SystemExit as end:
-            return end.code
-
-
-def test_inspect_prints_everything_and_finds_damage(program, run, capsys, tmp_path):
-    assert call(program, "inspect", run) == 0
-    printed = capsys.readouterr().out
-    lines = ("step 3, 1 file(s)", "lr    0.2", "data  [3, [4, 2]]", "params/experts", "opt/mu/mtp", "checksum is right")
-    for line in lines:
-        assert line in printed, line
-    save_checkpoint(tmp_path, {"a": tf.zeros([5])}, {}, step=1)
-    file = tmp_path / "step-00000001" / "state.safetensors"
+def called(run, tmp_path_factory):
+    """Exit code, output and errors of each case; and where the averaged model is."""
+    folder = tmp_path_factory.mktemp("program")
+    save_checkpoint(folder / "damaged", {"a": tf.zeros([5])}, {}, step=1)
+    file = folder / "damaged" / "step-00000001" / "state.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
-    assert call(program, "inspect", tmp_path) == 2
-    assert "is damaged (the checksum of state.safetensors is wrong in `a`)" in capsys.readouterr().err
+    places = {"run": run, "new": folder / "new", "damaged": folder / "damaged", "mean": folder / "mean"}
+    cases = {**GOOD, **{name: arguments for name, (arguments, _) in BAD.items()}}
+    wanted = [[argument.format(**places) for argument in arguments] for arguments in cases.values()]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", DRIVER, json.dumps(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(cases, map(json.loads, done.stdout.splitlines()))) | {"mean": folder / "mean"}
 
 
-def test_diff_says_what_differs(program, run, capsys):
-    one, three = run / "step-00000001", run / "step-00000003"
-    assert call(program, "diff", one, three, "--top=2") == 1
-    printed = capsys.readouterr().out
+def test_inspect_prints_everything(called):
+    code, printed, _ = called["inspect"]
+    assert code == 0
+    for line in ("step 3, 1 file(s)", "lr 0.2", "data [3, [4, 2]]", "params/experts", "opt/mu/mtp", "checksum is right"):
+        assert re.sub(r" +", " ", line) in re.sub(r" +", " ", printed), line
+
+
+def test_diff_says_what_differs(called):
+    code, printed, _ = called["diff"]
     count = len(tree.flatten(params_of(1)))
-    norms = sum(component_of(path) in ("norms",) or path.endswith("norm") for path in tree.to_dict(params_of(1)))
-    assert f"{count - norms} of {count} leaves differ" in printed and f"... and {count - norms - 2} more" in printed
-    assert re.search(r"lr +0.1 +0.2\n", printed)
-    assert call(program, "diff", one, one, "--share=all") == 0
+    norms = sum(path.endswith("norm") for path in tree.to_dict(params_of(1)))
+    assert code == 1 and f"{count - norms} of {count} leaves differ" in printed
+    assert f"... and {count - norms - 2} more" in printed and re.search(r"lr +0.1 +0.2\n", printed)
+    assert called["alike"][0] == 0
 
 
-def test_average_writes_a_model(program, run, tmp_path, capsys):
-    out = tmp_path / "mean"
-    checkpoints = [run / f"step-0000000{n}" for n in (1, 2)]
-    assert call(program, "average", *checkpoints, f"--out={out}") == 0
-    cfg, params, router = load_pretrained(out, dtype="float32")
+def test_average_writes_a_model(called):
+    code, printed, errors = called["average"]
+    assert code == 0, errors
+    cfg, params, router = load_pretrained(called["mean"], dtype="float32")
     assert cfg == CFG and float(tf.reduce_mean(router.moe)) == pytest.approx(0.75)
     want = 0.5 * (params_of(1).embed.numpy() + params_of(2).embed.numpy())
     np.testing.assert_allclose(params.embed, want, atol=2**-8)  # stored in bfloat16
     assert dsv3.model_apply(params, router, [[1, 2]], cfg=cfg).logits.shape == [1, 2, CFG.vocab_size]
-    assert "the mean of 2 checkpoint(s)" in capsys.readouterr().out
-    for arguments, message in [
-        ((), "no command, want inspect, diff or average"),
-        (("look", run), "unknown command 'look'"),
-        (("diff", run), "diff got 1 checkpoints, want 2"),
-        (("average",), "average got 0 checkpoints, want at least 1"),
-        (("average", run), "average wants --out"),
-        (("average", run, f"--out={out}"), "is there already, want a new folder"),
-        (("average", run, f"--out={tmp_path / 'x'}", "--share=opt"), "--share is 'opt', want params or ema"),
-        (("average", run, f"--out={tmp_path / 'x'}", "--weights=a"), "--weights is a, want numbers"),
-        (("inspect", tmp_path / "none"), "is no checkpoint and holds none"),
-    ]:
-        assert call(program, *arguments) == 2, arguments
-        assert message in capsys.readouterr().err
+    assert "the mean of 2 checkpoint(s)" in printed
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line(called, what):
+    code, _, errors = called[what]
+    lines = [line for line in errors.splitlines() if line.startswith("checkpoint: ")]
+    assert code == 2 and len(lines) == 1 and BAD[what][1] in lines[0], errors

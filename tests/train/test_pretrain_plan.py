@@ -26,12 +26,16 @@ from dsv3.data import (
 from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import list_checkpoints
 from dsv3.train.checkpoint_tools import open_checkpoint
+from dsv3.train.records import read_rows
 from tests.more import more
 from tests.train.test_pretrain_example import call, pretrain, refused, train_rows  # noqa: F401 (a fixture)
 
 PLAN = (
     "--preset=tiny --vocab_size=300 --plan=paper --batch_size=32 --seq_len=8 --accumulate=8 --steps=90 --context_steps=3 "
     "--warmup_steps=2 --eval_every=0 --save_every=20 --watch_every=30 --ema_decay=0.9"
+).split()
+SHORT = (
+    "--preset=tiny --vocab_size=300 --steps=20 --batch_size=4 --seq_len=8 --eval_every=0 --save_every=5 --patience=3"
 ).split()
 
 
@@ -175,6 +179,33 @@ def test_bad_input_is_one_line(pretrain, data, broken, tmp_path, what):  # noqa:
 def test_a_flipped_byte_ends_the_run_with_its_name(pretrain, broken, tmp_path, capsys):  # noqa: F811
     arguments, message = BAD["a flipped byte"]
     arguments = [argument.format(tmp=broken) for argument in arguments]
-    assert call(pretrain, *PLAN, f"--out={tmp_path / 'run'}", *arguments) == 1
+    assert call(pretrain, *SHORT, "--steps=400", f"--out={tmp_path / 'run'}", *arguments) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
     assert re.search(message, line) and "of source 'code'" in line
+
+
+def test_bad_batches_take_the_run_back_and_are_not_seen_again(pretrain, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Batches 12 to 14 have weights that are no numbers: left out, until the run is back at step 10, and on behind them."""
+    feed_of, out = sys.modules["pretrain_train"].make_feed, tmp_path / "run"
+
+    def poisoned(setup):
+        feed = feed_of(setup)
+
+        def poison(position, tokens):
+            for fed in feed(position, tokens):
+                bad = 12 < fed.data["steps"] <= 15
+                yield fed._replace(weights=fed.weights * np.float32("inf") if bad else fed.weights)
+
+        return poison
+
+    monkeypatch.setattr("pretrain_train.make_feed", poisoned)
+    monkeypatch.setattr(pretrain, "report", lambda *arguments: None)
+    assert call(pretrain, f"--data={data}", *SHORT, f"--out={out}") == 0
+    rows, trouble = train_rows(out), read_rows(out / "trouble.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 21)) and all(np.isfinite(row["loss"]) for row in rows)
+    assert [row["kind"] for row in trouble] == ["skipped"] * 3 + ["rollback"]
+    assert [row["data"]["steps"] for row in trouble] == [12, 13, 14, 10]
+    assert (trouble[-1]["step"], trouble[-1]["to"], trouble[-1]["data_after"]["steps"]) == (12, 10, 15)
+    cursor = open_checkpoint(out).meta["cursor"]
+    assert (cursor["data"]["steps"], cursor["rollbacks"], cursor["skipped"]) == (25, 1, 0)
+    assert "back from step 12 to the checkpoint of step 10" in capsys.readouterr().err
