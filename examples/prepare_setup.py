@@ -165,11 +165,8 @@ def list_inputs(source: SourceSettings, parts: Sequence[Part]) -> list[list[Any]
     rows = {}
     for piece in (piece for part in parts for piece in part.pieces):
         file = Path(source.path) / piece.name if piece.name else Path(source.path)
-        try:
-            stat = file.stat()
-            rows[piece.name] = [piece.name or file.name, stat.st_size, stat.st_mtime_ns]
-        except OSError:  # it will be skipped, if it cannot be read then either
-            rows[piece.name] = [piece.name or file.name, 0, 0]
+        stat = file.stat()
+        rows[piece.name] = [piece.name or file.name, stat.st_size, stat.st_mtime_ns]
     return list(rows.values())
 
 
