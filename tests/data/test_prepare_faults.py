@@ -1,0 +1,43 @@
+"""What may go wrong in `examples/prepare_data.py`: sources that lose their text, processes that die, a killed deletion."""
+
+import json
+import random
+import sys
+
+import pytest
+
+from dsv3.data import heldout_place, make_mixture, open_shards, read_manifest
+from tests.data.test_prepare_example import PROGRAM, ROOT, call, documents, sentence
+
+FLAGS = "--processes=1 --vocab_size=300 --heldout=0.2 --near=0 --fim=0 --filters=none".split()
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    """Flags of two sources; what the second one has to train on is all in the first, what it holds out is its own."""
+    rng = random.Random(0)
+    texts = [sentence(rng, 30) for _ in range(60)]
+    train = [text for text in texts if heldout_place(text) >= 0.2]
+    held = [text for text in texts if heldout_place(text) < 0.2]
+    assert len(held) > 5
+    for name, rows in (("first", [*train, *held[:2]]), ("second", [*train[:9], *held[2:]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    flags = [f"--source={name}={tmp_path}/{name}.jsonl" for name in ("first", "second")]
+    return [sys.executable, str(PROGRAM), *flags, *FLAGS, f"--out={tmp_path}/out"], held
+
+
+def test_a_source_with_nothing_but_held_out_text_keeps_that(two_sources, tmp_path):
+    arguments, held = two_sources
+    done = call(arguments)
+    assert done.returncode == 0, done.stderr
+    assert "source 'second' has nothing to train on: only what is held out stays" in done.stdout
+    out, report = tmp_path / "out", json.loads((tmp_path / "out" / "report.json").read_text())
+    for source in report["sources"].values():
+        assert source["read"]["documents"] == source["documents"] + sum(source["dropped"].values())
+    manifest = read_manifest(out)
+    assert list(manifest.splits["train"]) == ["first"] and list(manifest.splits["heldout"]) == ["first", "second"]
+    assert manifest.sources["second"]["documents"] == len(held) - 2 and manifest.sources["second"]["dropped"] == {
+        "exact duplicate": 9
+    }  # fmt: skip
+    assert documents(out, "heldout") == {"first": held[:2], "second": held[2:]}
+    assert make_mixture(open_shards(out), **manifest.settings["mixture"]).names == ("first",)
