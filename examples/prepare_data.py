@@ -97,8 +97,10 @@ def main(argv: list[str]) -> int:
             return fail(f"{stopped}; {again}", 128 + stopped.signal)
         except KeyboardInterrupt:
             return fail(f"interrupted; {again}", 130)
-        except (ValueError, MemoryError) as error:
+        except ValueError as error:
             return fail(error, 1)
+        except MemoryError as error:  # often without a word
+            return fail(str(error) or "memory is short: try fewer --processes", 1)
         except OSError as error:
             return fail(error, 1, f"; once that is put right, {again.removeprefix('to go on, ')}")
     return 0

@@ -41,3 +41,40 @@ def test_a_source_with_nothing_but_held_out_text_keeps_that(two_sources, tmp_pat
     }  # fmt: skip
     assert documents(out, "heldout") == {"first": held[:2], "second": held[2:]}
     assert make_mixture(open_shards(out), **manifest.settings["mixture"]).names == ("first",)
+
+
+DIED = """
+import os, pathlib, signal, sys, time
+from prepare_pool import Stage, open_pool, run_stage
+
+with open_pool(2, pathlib.Path(sys.argv[1])) as pool:
+    os.kill(pool.submit(os.getpid).result(), signal.SIGKILL)
+    while not pool._broken:
+        time.sleep(0.01)
+    try:
+        run_stage(pool, 2, Stage("stage", abs, [1], int, lambda task: False), lambda: None)
+    except MemoryError as error:
+        print(error)
+"""
+
+
+def test_a_process_that_died_idle_is_one_line(tmp_path):
+    done = call([sys.executable, "-c", DIED, str(tmp_path)], cwd=ROOT / "examples")
+    assert done.stdout == "a process died, perhaps for want of memory: try fewer --processes\n", done.stderr
+
+
+NO_MEMORY = """
+import sys
+import prepare_data
+
+def run(setup, stop):
+    raise MemoryError
+
+prepare_data.run = run
+sys.exit(prepare_data.main(prepare_data.parse_flags(sys.argv)))
+"""
+
+
+def test_an_error_without_a_message_gets_one(two_sources):
+    done = call([sys.executable, "-c", NO_MEMORY, *two_sources[0][2:]], cwd=ROOT / "examples")
+    assert (done.returncode, done.stderr) == (1, "prepare_data: memory is short: try fewer --processes\n")
