@@ -1,7 +1,9 @@
 """What may go wrong in `examples/prepare_data.py`: sources that lose their text, processes that die, a killed deletion."""
 
+import importlib
 import json
 import random
+import shutil
 import sys
 
 import pytest
@@ -78,3 +80,32 @@ sys.exit(prepare_data.main(prepare_data.parse_flags(sys.argv)))
 def test_an_error_without_a_message_gets_one(two_sources):
     done = call([sys.executable, "-c", NO_MEMORY, *two_sources[0][2:]], cwd=ROOT / "examples")
     assert (done.returncode, done.stderr) == (1, "prepare_data: memory is short: try fewer --processes\n")
+
+
+@pytest.mark.parametrize("kill", range(4))
+def test_a_deletion_that_is_killed_leaves_no_shard_marked_done(tmp_path, monkeypatch, kill):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    setup = importlib.import_module("prepare_setup")
+    for name in ("work/shards/train/a/00000.json", "train/a/00000.tokens.npy", "heldout/a/x", "run.json", "manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    remove, calls = shutil.rmtree, []
+
+    def killed(path, *rest, **options):
+        calls.append(path)
+        if len(calls) == kill:
+            raise KeyboardInterrupt
+        remove(path, *rest, **options)
+
+    monkeypatch.setattr(setup.shutil, "rmtree", killed)
+    try:
+        setup.delete(tmp_path)
+        assert not list(tmp_path.iterdir())
+    except KeyboardInterrupt:
+        assert not (tmp_path / "manifest.json").exists() and (tmp_path / "run.json").exists()
+        done, shards = tmp_path / "work" / "shards", tmp_path / "train" / "a" / "00000.tokens.npy"
+        assert shards.exists() or not done.exists()
+        setup.sweep(tmp_path)
+        assert not (tmp_path / setup.DELETED).exists()
+        setup.delete(tmp_path)
+        assert not list(tmp_path.iterdir())
