@@ -57,6 +57,7 @@ def run(setup: Setup, stop: Stop) -> None:
         dropped = find_all_duplicates(setup, stop)
         shards = plan_all_shards(setup)
         sources = [source for source in setup.sources if shards["train"][source.name]]
+        check_weights(sources)
         tokenizer = make_tokenizer(setup, shards["train"])
         encode = encode_stage(setup, shards, tokenizer)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # where this process does it itself: one core, too
@@ -139,6 +140,14 @@ def plan_all_shards(setup: Setup) -> Shards:
         if not found and FLAGS.heldout and shards["train"][name]:
             say(f"source {name!r} has so few documents that none is held out (--heldout={FLAGS.heldout}, --chunk)")
     return shards
+
+
+def check_weights(sources: Sequence[SourceSettings]) -> None:
+    """Refuses, before any tokenising, weights that make no mixture of the sources which have something to train on."""
+    try:
+        mixture_settings(sources)
+    except ValueError as error:
+        raise ValueError(f"{error}; only {', '.join(s.name for s in sources)} have something to train on") from None
 
 
 def make_tokenizer(setup: Setup, shards: Mapping[str, Sequence[tuple[tuple[int, ...], int]]]) -> Tokenizer:

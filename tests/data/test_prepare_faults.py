@@ -45,6 +45,14 @@ def test_a_source_with_nothing_but_held_out_text_keeps_that(two_sources, tmp_pat
     assert make_mixture(open_shards(out), **manifest.settings["mixture"]).names == ("first",)
 
 
+def test_weights_that_are_left_must_make_a_mixture_before_any_tokenising(two_sources, tmp_path):
+    done = call([*two_sources[0], "--weight=first=0", "--weight=second=1"])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("prepare_data: mixture_settings: the weights sum to zero") and "only first have" in last
+    assert not (tmp_path / "out" / "tokenizer").exists() and not (tmp_path / "out" / "train").exists()
+
+
 DIED = """
 import os, pathlib, signal, sys, time
 from prepare_pool import Stage, open_pool, run_stage
