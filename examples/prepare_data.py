@@ -56,6 +56,7 @@ WHAT = {
     "weight": "Share of the mixture.", "repeats": "Epochs, relative to other sources'; instead of weights.",
     "epochs": "Most epochs of a source.",
 }  # fmt: skip
+BAD_ROWS = "A row without text, or a compressed or Parquet file that is not whole, ends the run, or is counted and left out."
 
 flags.DEFINE_multi_string("source", [], "A source, name=path; repeat for several.")
 flags.DEFINE_string("sources", None, "JSON file of sources, instead of --source.")
@@ -76,7 +77,7 @@ flags.DEFINE_enum("shingle_unit", "words", UNITS, "Units of the runs; characters
 flags.DEFINE_float("fim", FIM_RATE, "Share of the training documents that is written for filling in the middle.")
 flags.DEFINE_integer("part_bytes", 2**26, "Input bytes of a part, which one process does at a time; and of a shard.", 1)
 flags.DEFINE_integer("window_tokens", WINDOW_TOKENS, "Tokens within which documents are shuffled later.", 1)
-flags.DEFINE_enum("bad_rows", "raise", ["raise", "skip"], "A row without text ends the run, or is counted and left out.")
+flags.DEFINE_enum("bad_rows", "raise", ["raise", "skip"], BAD_ROWS)
 flags.DEFINE_bool("keep_work", False, "Leave work/ when the folder is whole.")
 
 
@@ -96,8 +97,10 @@ def main(argv: list[str]) -> int:
             return fail(f"{stopped}; {again}", 128 + stopped.signal)
         except KeyboardInterrupt:
             return fail(f"interrupted; {again}", 130)
-        except (ValueError, MemoryError) as error:
+        except ValueError as error:
             return fail(error, 1)
+        except MemoryError as error:  # often without a word
+            return fail(str(error) or "memory is short: try fewer --processes", 1)
         except OSError as error:
             return fail(error, 1, f"; once that is put right, {again.removeprefix('to go on, ')}")
     return 0

@@ -75,18 +75,23 @@ def run_stage(pool: Executor, processes: int, stage: Stage, stop: Callable[[], s
     left = (task for task in stage.tasks if not stage.is_done(task))
     while True:
         while len(waiting) < 2 * processes and (task := next(left, None)) is not None:
-            waiting[pool.submit(stage.function, task)] = task
+            waiting[_unless_broken(pool.submit, stage.function, task)] = task
         if not waiting:
             return time.monotonic() - start
         ended, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
         if (number := stop()) is not None:
             raise Stopped(number)
         for future in ended:
-            try:
-                future.result()
-            except BrokenProcessPool:
-                raise MemoryError("a process died, perhaps for want of memory: try fewer --processes") from None
+            _unless_broken(future.result)
             meter.update(stage.size(waiting.pop(future)))
+
+
+def _unless_broken(function: Callable, *arguments: Any) -> Any:
+    """Calls something of a pool: a process may have died at work, or while there was none for it."""
+    try:
+        return function(*arguments)
+    except BrokenProcessPool:
+        raise MemoryError("a process died, perhaps for want of memory: try fewer --processes") from None
 
 
 def wait_for_workers(folder: Path, seconds: float = 10.0) -> bool:

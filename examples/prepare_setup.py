@@ -35,6 +35,7 @@ from dsv3.data.work import remove_unfinished, write_json
 
 FLAGS = flags.FLAGS
 RUN_FILE = "run.json"
+DELETED = ".work.deleted"  # the work folder while it is being deleted
 PARTS = ("manifest.json", "report.json", "report.html", "plots", "train", "heldout", "tokenizer", "work", RUN_FILE)
 # Flags that decide the content of the folder; the number of processes does not.
 DECIDING = "heldout seed near permutations shingle shingle_unit part_bytes window_tokens fim bad_rows".split()
@@ -165,11 +166,8 @@ def list_inputs(source: SourceSettings, parts: Sequence[Part]) -> list[list[Any]
     rows = {}
     for piece in (piece for part in parts for piece in part.pieces):
         file = Path(source.path) / piece.name if piece.name else Path(source.path)
-        try:
-            stat = file.stat()
-            rows[piece.name] = [piece.name or file.name, stat.st_size, stat.st_mtime_ns]
-        except OSError:  # it will be skipped, if it cannot be read then either
-            rows[piece.name] = [piece.name or file.name, 0, 0]
+        stat = file.stat()
+        rows[piece.name] = [piece.name or file.name, stat.st_size, stat.st_mtime_ns]
     return list(rows.values())
 
 
@@ -233,6 +231,7 @@ def resume(out: Path, settings: Mapping[str, Any], inputs: Mapping[str, list[lis
 
 def sweep(out: Path) -> None:
     """Removes what processes that were ended have left half-written."""
+    shutil.rmtree(out / DELETED, ignore_errors=True)
     for folder in (out / "work", out / "train", out / "heldout"):
         remove_unfinished(folder)
 
@@ -265,6 +264,16 @@ def changed_file(listed: Path, source: str, rows: list[list[Any]]) -> str:
 
 
 def delete(out: Path) -> None:
-    """Deletes what was prepared. `run.json` goes last: until then the folder is known to be this program's."""
+    """Deletes what was prepared, so that it may be killed at any moment.
+
+    First the manifest goes, as the folder is not whole any more; then, in one step, what says which shards are done.
+    `run.json` goes last: until then the folder is known to be this program's.
+    """
+    (out / PARTS[0]).unlink(missing_ok=True)
+    if (out / DELETED).exists():
+        shutil.rmtree(out / DELETED)
+    if (out / "work").exists():
+        (out / "work").rename(out / DELETED)
+        shutil.rmtree(out / DELETED)
     for part in PARTS:
         shutil.rmtree(out / part) if (out / part).is_dir() else (out / part).unlink(missing_ok=True)

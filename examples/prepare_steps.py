@@ -57,8 +57,9 @@ def run(setup: Setup, stop: Stop) -> None:
         dropped = find_all_duplicates(setup, stop)
         shards = plan_all_shards(setup)
         sources = [source for source in setup.sources if shards["train"][source.name]]
+        check_weights(sources)
         tokenizer = make_tokenizer(setup, shards["train"])
-        encode = encode_stage(setup, shards, sources, tokenizer)
+        encode = encode_stage(setup, shards, tokenizer)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # where this process does it itself: one core, too
         wall["tokenise"] = run_stage(pool, processes, encode, stop)
     done: dict[str, dict[str, list[dict[str, Any]]]] = {split: {} for split in SPLITS}
@@ -132,13 +133,21 @@ def plan_all_shards(setup: Setup) -> Shards:
     }
     for name, found in shards["train"].items():
         if not found:
-            say(f"source {name!r} has nothing to train on: all is held out or said by sources before it; it gets no shard")
-            shards["heldout"][name] = []
+            held = "only what is held out stays" if shards["heldout"][name] else "sources before it say all of it"
+            say(f"source {name!r} has nothing to train on: {held}")
     check(any(shards["train"].values()), "no source has anything to train on")
     for name, found in shards["heldout"].items():
         if not found and FLAGS.heldout and shards["train"][name]:
             say(f"source {name!r} has so few documents that none is held out (--heldout={FLAGS.heldout}, --chunk)")
     return shards
+
+
+def check_weights(sources: Sequence[SourceSettings]) -> None:
+    """Refuses, before any tokenising, weights that make no mixture of the sources which have something to train on."""
+    try:
+        mixture_settings(sources)
+    except ValueError as error:
+        raise ValueError(f"{error}; only {', '.join(s.name for s in sources)} have something to train on") from None
 
 
 def make_tokenizer(setup: Setup, shards: Mapping[str, Sequence[tuple[tuple[int, ...], int]]]) -> Tokenizer:
@@ -156,8 +165,8 @@ def make_tokenizer(setup: Setup, shards: Mapping[str, Sequence[tuple[tuple[int, 
     return load_tokenizer(folder)
 
 
-def encode_stage(setup: Setup, shards: Shards, sources: Sequence[SourceSettings], tokenizer: Tokenizer) -> Stage:
-    """Making all shards."""
+def encode_stage(setup: Setup, shards: Shards, tokenizer: Tokenizer) -> Stage:
+    """Making all shards, those of sources that have only something held out among them."""
     common = {
         "work": str(setup.work), "out": str(setup.out), "vocab_size": vocab_size(tokenizer), "fim": FLAGS.fim,
         "window_tokens": FLAGS.window_tokens, "seed": FLAGS.seed,
@@ -165,7 +174,7 @@ def encode_stage(setup: Setup, shards: Shards, sources: Sequence[SourceSettings]
     tasks = [
         EncodeTask(split=split, source=source.name, number=number, parts=parts, bytes=size, **common)
         for split in SPLITS
-        for source in sources
+        for source in setup.sources
         for number, (parts, size) in enumerate(shards[split][source.name])
     ]
 

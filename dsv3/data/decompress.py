@@ -11,6 +11,7 @@ from dsv3.data.extra import load_extra
 
 # Suffix → what such a file is called.
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_WINDOW = 1 << 31  # bytes that zstd may look back, as after `zstd --long=31`; a file has in memory what it was made with
 _BLOCK = 1 << 13  # compressed bytes that are read at a time: what they hold is in memory at once
 
 
@@ -32,7 +33,7 @@ def open_binary(file: str | os.PathLike, function: str = "open_binary") -> Binar
       function: who reads it, for messages.
 
     Returns:
-      A stream. What was cut off or changed raises `EOFError` when it is read.
+      A stream. What was cut off or changed raises `EOFError` when it is read, with the format's own message.
 
     Raises:
       OSError: the file cannot be opened.
@@ -54,7 +55,7 @@ def _decompressor(suffix: str, function: str):
         return load_extra(function, "bz2").BZ2Decompressor
     if suffix == ".xz":
         return load_extra(function, "lzma").LZMADecompressor
-    return load_extra(function, "zstandard").ZstdDecompressor().decompressobj
+    return load_extra(function, "zstandard").ZstdDecompressor(max_window_size=_WINDOW).decompressobj
 
 
 class _Decompressed(io.RawIOBase):
@@ -90,6 +91,8 @@ class _Decompressed(io.RawIOBase):
             self._one = self._make()
         try:
             self._ready = memoryview(self._one.decompress(data))
+        except MemoryError:  # says nothing of the file
+            raise
         except Exception as error:  # OSError, ValueError and the modules' own
             raise EOFError(str(error)) from None
         if not self._one.eof:

@@ -9,6 +9,7 @@ Nothing is held but the document, line or batch of rows that is being read.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -61,6 +62,10 @@ class NotTextError(Exception):
     """A file does not hold what its name says; the message goes on after the file's name."""
 
 
+class NotWholeError(Exception):
+    """A compressed or Parquet file ends too early or is damaged, perhaps behind rows that were read; message as above."""
+
+
 class _BadRow(NamedTuple):
     """A row without a document: its document's name, its number in the piece, and what is wrong."""
 
@@ -82,17 +87,19 @@ def read_corpus(
     Args:
       path: a file or a folder.
       text_field: field or column that holds the text.
-      bad_rows: "raise" ends with an error at a row without text; "skip" reports it and goes on.
-      on_skip: called as `on_skip(name, reason)` for each file of a folder that is not as its name says, each empty document,
-        and each bad row that is skipped. Without it one warning at the end says how many there were.
+      bad_rows: "raise" ends with an error at a row without text, and where a compressed or Parquet file is cut off or
+        damaged; "skip" reports it and goes on.
+      on_skip: called as `on_skip(name, reason)` for each file of a folder that is not UTF-8 text, each empty document, and
+        what `bad_rows` skips. Without it one warning at the end says how many there were.
 
     Returns:
       An iterator of documents. The path is checked at once, the contents as they are read.
 
     Raises:
       FileNotFoundError: the path does not exist.
-      ValueError: no document at all; a bad row, named by file and line or row; a single file that is not UTF-8 text; a
-        package that the format needs is missing.
+      OSError: a file cannot be read; it is named, and never skipped: what is read does not depend on a passing error.
+      ValueError: no document at all; a bad row, named by file and line or row; a file that is not whole; a single file that
+        is not UTF-8 text; a package that the format needs is missing.
     """
     check_choice("read_corpus", "bad_rows", bad_rows, ("raise", "skip"))
     return _read_all(Path(path), list_parts(path)[0], text_field, bad_rows, on_skip)
@@ -113,6 +120,7 @@ def list_parts(path: str | os.PathLike, *, part_bytes: int | None = None) -> lis
 
     Raises:
       FileNotFoundError: the path does not exist.
+      OSError: a file cannot be looked at.
       ValueError: a folder without text files, or `part_bytes` below 1.
     """
     check(part_bytes is None or part_bytes >= 1, f"list_parts: `part_bytes` is {part_bytes}, want at least 1 or None")
@@ -149,7 +157,7 @@ def read_part(
       An iterator of documents, none of them empty; there may be none.
 
     Raises:
-      ValueError: as `read_corpus`.
+      OSError, ValueError: as `read_corpus`.
     """
     check_choice("read_part", "bad_rows", bad_rows, ("raise", "skip"))
     return _read_part(Path(path), part, text_field, bad_rows, on_skip or (lambda name, reason: None))
@@ -199,8 +207,10 @@ def _read_part(root: Path, part: Part, text_field: str, bad_rows: str, skip: OnS
                 else:
                     skip(found.name, "is empty")
         except NotTextError as error:
-            want = f"a {TABLE} file" if plain_suffix(file.name) == TABLE else "UTF-8 text"
-            check(bool(piece.name), f"read_corpus: {str(file)!r} {error}, want {want}")
+            check(bool(piece.name), f"read_corpus: {str(file)!r} {error}, want UTF-8 text")
+            skip(name, str(error))
+        except NotWholeError as error:
+            check(bad_rows == "skip", f"read_corpus: {str(file)!r} {error}, want a whole file, or bad rows skipped")
             skip(name, str(error))
 
 
@@ -223,8 +233,8 @@ def _cut_file(root: Path, file: Path, part_bytes: int | None) -> Iterator[Piece]
     name = file.relative_to(root).as_posix() if file != root else ""
     try:
         size = file.stat().st_size
-    except OSError:  # reading it will tell why
-        size = 0
+    except OSError as error:
+        raise _unreadable(file, error) from None
     if part_bytes is None or size <= part_bytes or file.suffix.lower() in COMPRESSED:
         yield Piece(name, 0, None, size)
     elif _is_table(file.name):
@@ -240,7 +250,7 @@ def _cut_table(file: Path, name: str, size: int, part_bytes: int) -> Iterator[Pi
     try:
         with _open_table(file) as table:
             groups = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
-    except NotTextError:  # reading it will tell why
+    except NotWholeError:  # reading it will tell why
         groups = []
     if len(groups) < 2:
         yield Piece(name, 0, None, size)
@@ -273,9 +283,14 @@ def _piece_documents(file: Path, name: str, piece: Piece, text_field: str) -> It
             else:
                 yield Document(name, decode_text(stream.read()))
     except OSError as error:
-        raise NotTextError(f"cannot be read ({error.strerror})") from None
-    except EOFError:
-        raise NotTextError(f"is not a whole {COMPRESSED[file.suffix.lower()]} file") from None
+        raise _unreadable(file, error) from None
+    except EOFError as error:
+        raise NotWholeError(f"is not a whole {COMPRESSED[file.suffix.lower()]} file ({error})") from None
+
+
+def _unreadable(file: Path, error: OSError) -> OSError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return OSError(error.errno or errno.EIO, f"read_corpus: cannot read {str(file)!r} ({reason})")
 
 
 def _numbered(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -336,8 +351,8 @@ def _table_documents(file: Path, name: str, piece: Piece, text_field: str) -> It
                     yield _row_document(f"{name}:{number}", number, row, text_field)
         except UnicodeDecodeError:
             raise NotTextError(f"is not UTF-8 (behind row {number})") from None
-        except (OSError, load_extra("read_corpus", "pyarrow").ArrowException):
-            raise NotTextError(f"is not a whole Parquet file (behind row {number})") from None
+        except (OSError, load_extra("read_corpus", "pyarrow").ArrowException) as error:
+            raise _table_error(file, error, f" (behind row {number})") from None
 
 
 def _open_table(file: Path):
@@ -345,10 +360,15 @@ def _open_table(file: Path):
     arrow, parquet = load_extra("read_corpus", "pyarrow"), load_extra("read_corpus", "pyarrow.parquet")
     try:
         return parquet.ParquetFile(file)
-    except arrow.ArrowException:
-        raise NotTextError("is not a whole Parquet file") from None
-    except OSError as error:
-        raise NotTextError(f"cannot be read ({error.strerror or 'not a whole Parquet file'})") from None
+    except (OSError, arrow.ArrowException) as error:
+        raise _table_error(file, error) from None
+
+
+def _table_error(file: Path, error: Exception, place: str = "") -> Exception:
+    """An error of the system has a number; without one the content is at fault."""
+    if isinstance(error, OSError) and error.errno:
+        return _unreadable(file, error)
+    return NotWholeError(f"is not a whole Parquet file{place}")
 
 
 def _place(file: Path, piece: Piece, bad: _BadRow) -> str:

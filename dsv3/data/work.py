@@ -139,11 +139,23 @@ def read_index(work: str | os.PathLike, source: str, number: int, *, signatures:
 
 
 def read_texts(work: str | os.PathLike, source: str, number: int, split: str) -> Iterator[str]:
-    """Yields the stored texts of a scanned part that are in a split, duplicates among them."""
-    index = read_index(work, source, number)
-    with load_extra("read_texts", "zstandard").open(scan_folder(work, source, number) / f"{split}.zst", "rb") as stream:
-        for size in index.sizes[index.heldout == (split == "heldout")].tolist():
-            yield stream.read(size).decode()
+    """Yields the stored texts of a scanned part that are in a split, duplicates among them.
+
+    Raises:
+      OSError: the file is cut off or damaged; it is named.
+    """
+    index, zstd = read_index(work, source, number), load_extra("read_texts", "zstandard")
+    file = scan_folder(work, source, number) / f"{split}.zst"
+    damaged = f"read_texts: {str(file)!r} is damaged, want its folder deleted, so that the part is scanned again"
+    try:
+        with zstd.open(file, "rb") as stream:
+            for size in index.sizes[index.heldout == (split == "heldout")].tolist():
+                data = stream.read(size)
+                if len(data) != size:
+                    raise OSError(f"{damaged} ({len(data)} bytes of a text of {size})")
+                yield data.decode()
+    except (zstd.ZstdError, UnicodeDecodeError) as error:
+        raise OSError(f"{damaged} ({error})") from None
 
 
 def write_keep(work: str | os.PathLike, source: str, number: int, keep: Sequence[bool]) -> None:

@@ -58,6 +58,18 @@ def test_a_part_that_fails_leaves_nothing(tmp_path):
     assert list((tmp_path / "work" / "scan" / "a").iterdir()) == []
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+def test_damaged_texts_are_an_error_that_names_the_file(tmp_path, damage):
+    """A stream of zstd that is cut off ends without an error of its own."""
+    rng = random.Random(4)
+    scan(tmp_path, "a", [text(rng) for _ in range(60)])
+    file = scan_folder(tmp_path / "work", "a", 0) / "train.zst"
+    data = file.read_bytes()
+    file.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "other": data[:6] + bytes(200) + data[206:]}[damage])
+    with pytest.raises(OSError, match=rf"^read_texts: '{file}' is damaged, want its folder deleted"):
+        list(read_texts(tmp_path / "work", "a", 0, "train"))
+
+
 def test_what_was_left_half_written_is_removed(tmp_path):
     scan(tmp_path, "a", ["one"])
     (tmp_path / "work" / "scan" / "a" / ".00001.77").mkdir()

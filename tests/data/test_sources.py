@@ -1,6 +1,7 @@
 """Reading corpora: formats, parts, and what is wrong with a file or a row."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -82,21 +83,19 @@ def test_folder_is_sorted_and_skips_what_is_not_text(tmp_path):
     (tmp_path / "zero.txt").write_bytes(b"a\0b")
     (tmp_path / "empty.txt").write_bytes(b" \n")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 100)[:-9])
-    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     write_rows(tmp_path / "c.jsonl", [{"text": "three"}, {"text": ""}])
     skipped = {}
-    found = list(read_corpus(tmp_path, on_skip=skipped.__setitem__))
+    found = list(read_corpus(tmp_path, bad_rows="skip", on_skip=skipped.__setitem__))
     assert found == [("a.md", "one"), ("b/two.py", "two"), ("c.jsonl:1", "three")]
     assert skipped == {
         "latin.txt": "is not UTF-8 (byte 3)",
         "zero.txt": "is binary (a zero byte at 1)",
         "empty.txt": "is empty",
-        "cut.txt.gz": "is not a whole gzip file",
-        "gone.txt": "cannot be read (No such file or directory)",
+        "cut.txt.gz": "is not a whole gzip file (the file ends within a compressed stream)",
         "c.jsonl:2": "is empty",
     }
-    with pytest.warns(UserWarning, match=r"skipped 6 in .*the first: c.jsonl:2 is empty"):
-        assert list(read_corpus(tmp_path)) == found
+    with pytest.warns(UserWarning, match=r"skipped 5 in .*the first: c.jsonl:2 is empty"):
+        assert list(read_corpus(tmp_path, bad_rows="skip")) == found
 
 
 def test_nothing_skipped_no_warning(tmp_path):
@@ -170,6 +169,66 @@ def test_bad_rows_can_be_skipped_and_are_told(tmp_path):
         read_corpus(tmp_path, bad_rows="drop")
 
 
+def test_a_file_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch):
+    """Whatever `bad_rows`: a passing error of the system must not decide what a corpus has."""
+    (tmp_path / "a.txt").write_text("one")
+    table = write_table(tmp_path / "b.parquet", {"text": ["two"]})
+    (part,) = list_parts(tmp_path)
+    for file in (table, tmp_path / "a.txt"):
+        file.rename(tmp_path / ".hidden")
+        with pytest.raises(OSError, match=rf"read_corpus: cannot read '.*{file.name}' \(No such file or directory\)$"):
+            list(read_part(tmp_path, part, bad_rows="skip"))
+        (tmp_path / ".hidden").rename(file)
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, "Error reading bytes from file. Detail: [errno 5] Input/output error")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", failing)
+    with pytest.raises(OSError, match=r"read_corpus: cannot read '.*b.parquet' \(Input/output error\)$"):
+        list(read_corpus(tmp_path, bad_rows="skip"))
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")  # its first byte gives EIO
+    with pytest.raises(OSError, match=r"read_corpus: cannot read '.*a.txt' \(Input/output error\)$"):
+        list(read_corpus(tmp_path, bad_rows="skip"))
+    (tmp_path / "c.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="read_corpus: cannot read '.*c.txt'"):
+        list_parts(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "parquet"])
+def test_a_file_of_rows_that_is_cut_off_is_a_bad_row(tmp_path, suffix):
+    rows = [np.random.default_rng(i).bytes(500).hex() for i in range(600)]
+    (tmp_path / "b.txt").write_text("fine")
+    if suffix == "parquet":
+        file = write_table(tmp_path / "a.parquet", {"text": rows}, 300)
+        column = pq.read_metadata(file).row_group(1).column(0)
+        with file.open("r+b") as stream:  # the head of a page of the second group; the end of the file is there
+            stream.seek(column.dictionary_page_offset or column.data_page_offset)
+            stream.write(b"\xff" * 40)
+    else:
+        file = write_rows(tmp_path / f"a.jsonl.{suffix}", [{"text": row} for row in rows])
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    skipped = []
+    with pytest.raises(ValueError, match=rf"read_corpus: '.*{file.name}' is not a whole .*, want a whole file"):
+        list(read_corpus(tmp_path))
+    found = [d.text for d in read_corpus(tmp_path, bad_rows="skip", on_skip=lambda *skip: skipped.append(skip))]
+    assert found == [*rows[: len(found) - 1], "fine"] and 0 < len(found) - 1 < 600
+    assert len(skipped) == 1 and skipped[0][0] == file.name and skipped[0][1].startswith("is not a whole ")
+
+
+def test_zstd_with_a_long_window(tmp_path):
+    """As `zstd --long=31` makes it; what cannot be read has the library's own message."""
+    file, text = tmp_path / "a.txt.zst", b"text " * 1000
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    one = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # of unknown size: the window is kept
+    file.write_bytes(one.compress(text) + one.flush())
+    assert zstandard.get_frame_parameters(file.read_bytes()).window_size == 2**31
+    assert list(read_corpus(file)) == [("a.txt.zst", text.decode())]
+    file.write_bytes(b"no" + file.read_bytes())
+    with pytest.raises(ValueError, match=r"is not a whole zstd file \(zstd decompress.* Unknown frame descriptor\)"):
+        list(read_corpus(file))
+
+
 # Parquet
 
 
@@ -203,11 +262,12 @@ def test_wrong_tables_are_named(tmp_path):
         list(read_corpus(file, text_field="content"))
     write_table(file, {"text": ["x" * 99] * 5000})
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="a.parquet' is not a whole Parquet file, want a .parquet file"):
+    with pytest.raises(ValueError, match="a.parquet' is not a whole Parquet file, want a whole file, or bad rows skipped"):
         list(read_corpus(file))
     (tmp_path / "b.txt").write_text("fine")
     skipped = []
-    assert list(read_corpus(tmp_path, on_skip=lambda *skip: skipped.append(skip))) == [("b.txt", "fine")]
+    found = read_corpus(tmp_path, bad_rows="skip", on_skip=lambda *skip: skipped.append(skip))
+    assert list(found) == [("b.txt", "fine")]
     assert skipped == [("a.parquet", "is not a whole Parquet file")]
 
 
