@@ -64,8 +64,10 @@ def weights_of(micro):
 TWO_CHUNKS = functools.partial(pipeline.interleaved, chunks=2)
 CASES = [
     ("pipe:2,data:2", pipeline.zb1p, 3),
-    ("pipe:4,expert:2", pipeline.dualpipe, 8),
-    *more(("pipe:2,expert:2", TWO_CHUNKS, 2), ("pipe:2,expert:2", pipeline.dualpipe_v, 4)),
+    *more(
+        ("pipe:4,expert:2", pipeline.dualpipe, 8), ("pipe:2,expert:2", TWO_CHUNKS, 2),
+        ("pipe:2,expert:2", pipeline.dualpipe_v, 4),
+    ),
 ]
 
 

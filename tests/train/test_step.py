@@ -11,6 +11,7 @@ from dsv3.compiled import snapshot
 from dsv3.train.optim import Optimizer, OptimStats
 from tests import oracles
 from tests.compare import PLAIN, XLA, assert_close, assert_trees_close, error
+from tests.more import more
 from tests.small import KEY, model_config, random_params, random_router, random_tokens
 
 CFG = model_config(num_hidden_layers=2, num_nextn_predict_layers=1)
@@ -199,7 +200,7 @@ def test_weights_of_other_micro_batches_are_refused(parts):
         train_update(start(sgd()), parts_of(tokens, 2), np.ones([parts, 2, LENGTH]), cfg=CFG, optimizer=sgd())
 
 
-@pytest.mark.parametrize("policy", [PLAIN, XLA])
+@pytest.mark.parametrize("policy", [PLAIN, *more(XLA)])
 def test_any_number_of_micro_batches_is_one_function(policy):
     """A batch that grows is more micro-batches of one shape, which compile once, and once more when they first change."""
     step = make_train_step(CFG, sgd(), policy=policy)

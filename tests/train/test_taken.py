@@ -11,6 +11,7 @@ from dsv3.train.optim import square_sums
 from dsv3.train.state import Limits, within_limits
 from dsv3.train.step import train_specs
 from tests.compare import PLAIN, assert_close, assert_trees_close
+from tests.more import more
 from tests.small import KEY, model_config, random_tokens
 from tests.train.test_mesh_step import layouts_of
 
@@ -33,7 +34,7 @@ def values(state):
     return tree.map_leaves(lambda leaf: np.array(leaf.numpy()), dsv3.gather_state(state))
 
 
-@pytest.mark.parametrize(("policy", "axes"), [("plain", None), ("fused", None), ("plain", "data:2,expert:2")])
+@pytest.mark.parametrize(("policy", "axes"), [("fused", None), *more(("plain", None), ("plain", "data:2,expert:2"))])
 def test_a_step_beyond_the_limits_leaves_the_state_as_it_was(policy, axes):
     optimizer = adamw(1e-2, fuse=policy == "fused")
     state, layouts = start(optimizer, axes, ema=True)
@@ -57,7 +58,7 @@ def test_a_step_beyond_the_limits_leaves_the_state_as_it_was(policy, axes):
         assert step.traces() == 1
 
 
-@pytest.mark.parametrize(("policy", "axes"), [("plain", None), ("fused", None), ("plain", "expert:2")])
+@pytest.mark.parametrize(("policy", "axes"), [("plain", "expert:2"), *more(("plain", None), ("fused", None))])
 def test_a_gradient_that_is_not_finite_changes_nothing(policy, axes):
     optimizer = adamw(1e-2, fuse=policy == "fused")
     state, layouts = start(optimizer, axes)
@@ -82,7 +83,7 @@ def test_delayed_scales_forget_a_step_that_was_not_taken():
     assert_trees_close(new, state, 0.0)
 
 
-@pytest.mark.parametrize(("policy", "axes"), [("plain", None), ("fused", None), ("plain", "data:2,expert:2")])
+@pytest.mark.parametrize(("policy", "axes"), [("fused", None), *more(("plain", None), ("plain", "data:2,expert:2"))])
 def test_the_average_follows_the_parameters(policy, axes):
     optimizer = adamw(1e-2, fuse=policy == "fused")
     state, layouts = start(optimizer, axes, ema=True)
