@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TextIO
 
 from absl import flags
 
@@ -30,6 +33,28 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [[f"{cell:{'<' if i < left else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+_lock: TextIO | None = None  # the open lock file: it is held as long as the process lives, or until it locks another folder
+
+
+def lock_folder(out: Path) -> None:
+    """Makes the folder of --out and locks it for this process.
+
+    Raises:
+      ValueError: another process has locked it.
+      OSError: it cannot be written.
+    """
+    global _lock
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _lock = open(out / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(f"cannot write to --out {str(out)!r} ({error.strerror})") from None
+    try:
+        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"--out {str(out)!r} is in use by another process") from None
 
 
 def cut_corpus(source: Iterable[Document]) -> list[Document]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from command import lock_folder
 from prepare_pool import wait_for_workers
 
 from dsv3.checks import check
@@ -171,9 +171,6 @@ def list_inputs(source: SourceSettings, parts: Sequence[Part]) -> list[list[Any]
     return list(rows.values())
 
 
-_lock = None  # the open lock file: it is held as long as the process lives
-
-
 def claim_folder(out: Path) -> None:
     """Makes the folder and locks it. It deletes nothing.
 
@@ -181,16 +178,7 @@ def claim_folder(out: Path) -> None:
       ValueError: the folder is in use or holds something else.
       OSError: it cannot be written.
     """
-    global _lock
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _lock = open(out / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise OSError(f"cannot write to --out {str(out)!r} ({error.strerror})") from None
-    try:
-        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"--out {str(out)!r} is in use by another process") from None
+    lock_folder(out)
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     ours = not others or RUN_FILE in others
     check(ours, f"--out {str(out)!r} holds {others[:1]} but nothing that this program began; want an empty folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from absl import flags
-from command import aligned
+from command import aligned, lock_folder
 from command_mesh import check_axes
 from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, read_prepared, read_text
 from pretrain_plan import check_micro_batches, check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
@@ -225,9 +224,6 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
     )  # fmt: skip
 
 
-_lock = None  # the open lock file: it is held as long as the process lives
-
-
 def claim_folder(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Makes the folder and locks it; returns the settings of the run in it, `None` for a new run. It deletes nothing.
 
@@ -235,16 +231,7 @@ def claim_folder(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | Non
       ValueError: the folder is in use, holds something else, or a run with other settings.
       OSError: it cannot be written.
     """
-    global _lock
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _lock = open(out / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise OSError(f"cannot write to --out {str(out)!r} ({error.strerror})") from None
-    try:
-        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"--out {str(out)!r} is in use by another process") from None
+    lock_folder(out)
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if not others:
         return None

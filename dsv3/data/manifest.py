@@ -24,7 +24,7 @@ from dsv3.data.tokenizer import SpecialIds
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = ("tokens.npy", "starts.npy", "bytes.npy", "hashes.npy")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _KEYS = {"tokenizer": str, "vocab_size": int, "special": dict, "settings": dict, "sources": dict, "splits": dict}
 _COUNTS = ("tokens", "documents", "bytes")
 
@@ -206,7 +206,7 @@ def _check_content(function: str, root: Path, content: Mapping[str, Any]) -> Non
         check(isinstance(sources, Mapping), f"{where}: split {split!r} is {sources!r:.60}, want sources by name")
         for source, entries in sources.items():
             for name in (split, source):
-                check(bool(_NAME.fullmatch(name)), f"{where}: {name!r} is no name for a folder (letters, digits, _ . -)")
+                check(bool(FOLDER_NAME.fullmatch(name)), f"{where}: {name!r} is no name for a folder (letters, digits, _.-)")
             for entry in entries:
                 fault = _entry_fault(entry)
                 check(not fault, f"{where}: a shard of {split}/{source} {fault}")

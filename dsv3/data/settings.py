@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 from dsv3.checks import check
 from dsv3.data.clean import KINDS
 from dsv3.data.filters import SETS, FilterSettings, parse_filters
+from dsv3.data.manifest import FOLDER_NAME
 
 UNKNOWN = "unknown"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def make_source(function: str, values: Mapping[str, Any]) -> SourceSettings:
         else:
             check(isinstance(value, str), f"{where}: `{field}` is a {type(value).__name__}, want a string")
     source = SourceSettings(**values)
-    check(bool(_NAME.fullmatch(source.name)), f"{where}: want a name of letters, digits, _ . - for its folder")
+    check(bool(FOLDER_NAME.fullmatch(source.name)), f"{where}: want a name of letters, digits, _ . - for its folder")
     check(source.kind in KINDS, f"{where}: `kind` is {source.kind!r}, want one of {', '.join(KINDS)}")
     check(source.chunk is None or source.chunk >= 1, f"{where}: `chunk` is {source.chunk}, want at least 1")
     for field, least in (("weight", 0.0), ("repeats", 0.0), ("epochs", math.ulp(0.0))):

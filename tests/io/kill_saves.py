@@ -20,6 +20,7 @@ import numpy as np
 from dsv3 import RouterState, model_specs, tree
 from dsv3.io import atomic
 from dsv3.pretrained import save_pretrained
+from tests.killing import count_calls, in_child
 from tests.small import model_config
 
 CFG = model_config(num_nextn_predict_layers=0, num_hidden_layers=1, first_k_dense_replace=1)
@@ -41,35 +42,6 @@ def digest(directory: pathlib.Path) -> str:
     return found.hexdigest()
 
 
-def count_calls(stop: int | None, where: list[str]) -> None:
-    """Wraps what a save does to the disk: notes each call in `where`, and kills the process before call `stop`."""
-
-    def wrap(owner, name):
-        inner = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            if len(where) == stop:
-                os.kill(os.getpid(), signal.SIGKILL)
-            where.append(name)
-            return inner(*args, **kwargs)
-
-        setattr(owner, name, call)
-
-    for owner, name in CALLS:
-        wrap(owner, name)
-
-
-def in_child(action) -> int:
-    """Forks, runs `action` in the child, and returns its process id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return pid
-
-
 def main(folder: pathlib.Path) -> None:
     """Kills saves before each of their calls, and then at random times."""
     target = folder / "model"
@@ -80,7 +52,7 @@ def main(folder: pathlib.Path) -> None:
     reading, writing = os.pipe()
 
     def record():
-        count_calls(None, names)
+        count_calls(CALLS, None, names)
         save(target, 2.0)
         os.write(writing, json.dumps(names).encode())
 
@@ -102,7 +74,7 @@ def main(folder: pathlib.Path) -> None:
 
     def killed_before(call: int):
         def action():
-            count_calls(call, [])
+            count_calls(CALLS, call, [])
             save(target, 2.0)
 
         return action

@@ -21,6 +21,7 @@ import tensorflow as tf
 from dsv3.train import checkpoint
 from dsv3.train.checkpoint import Keep, restore_checkpoint, save_checkpoint
 from dsv3.train.saving import BackgroundSaver
+from tests.killing import count_calls, in_child
 
 SHAPE, KEEP = [64, 1024], Keep(2)
 CALLS = [(builtins, "open"), (os, "fsync"), (pathlib.Path, "rename"), (pathlib.Path, "mkdir"), (checkpoint.shutil, "rmtree")]
@@ -41,35 +42,6 @@ class Leaf:
 def save(folder: pathlib.Path, step: int) -> None:
     """A checkpoint whose values are all its step."""
     save_checkpoint(folder, {"x": Leaf(step)}, {}, step=step, cursor={"data": step}, keep=KEEP)
-
-
-def count_calls(stop: int | None, where: list[str]) -> None:
-    """Wraps what a save does to the disk: notes each call, and kills the process before call `stop`."""
-
-    def wrap(owner, name):
-        inner = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            if len(where) == stop:
-                os.kill(os.getpid(), signal.SIGKILL)
-            where.append(name)
-            return inner(*args, **kwargs)
-
-        setattr(owner, name, call)
-
-    for owner, name in CALLS:
-        wrap(owner, name)
-
-
-def in_child(action) -> int:
-    """Forks, runs `action` in the child, and returns its process id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return pid
 
 
 def told_by_child(action) -> object:
@@ -104,7 +76,7 @@ def main(folder: pathlib.Path) -> None:
             for step in (1, 2):
                 save(place, step)
             step = 2 if again else 3
-            pid = in_child(lambda p=place, s=step, c=call: (count_calls(c, []), save(p, s)))
+            pid = in_child(lambda p=place, s=step, c=call: (count_calls(CALLS, c, []), save(p, s)))
             killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
             results.append({"call": name, "again": again, "killed": killed, "wanted": [2, step],
                             "found": told_by_child(lambda p=place: restored(p))})  # fmt: skip
@@ -127,7 +99,7 @@ def recorded(folder: pathlib.Path, step: int) -> list[str]:
     for before in (1, 2):
         save(folder, before)
     names: list[str] = []
-    count_calls(None, names)
+    count_calls(CALLS, None, names)
     save(folder, step)
     return list(names)
 
