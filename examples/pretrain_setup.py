@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import flags
 from command import aligned, lock_folder
 from command_mesh import check_axes
-from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, read_prepared, read_text
+from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, given_tokenizer, read_prepared, read_text
 from pretrain_plan import check_micro_batches, check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
 from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
@@ -26,6 +26,7 @@ import dsv3
 from dsv3 import tree
 from dsv3.checks import check
 from dsv3.data import MixtureUse, check_tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_fingerprint
+from dsv3.data.passkey import passkey_form
 from dsv3.parallel.clients import Clients, read_clients, start_clients
 from dsv3.parallel.collectives import gather_mesh
 from dsv3.parallel.mesh import make_mesh, parse_axes, whole
@@ -39,10 +40,10 @@ RUN_FILE = "run.json"
 # Flags that decide the numbers of a run; the others may change from one part of it to the next.
 DECIDING = (
     "seed plan steps tokens batch_size accumulate seq_len context_steps lr warmup_steps weight_decay clip mtp_weight "
-    "balance_weight bias_rate heldout dtype fp8 ema_decay patience"
+    "balance_weight bias_rate heldout dtype fp8 ema_decay patience passkey passkey_keys yarn_factor context_lr"
 ).split()
 PARTS = (
-    *"checkpoints tensorboard tokenizer plots export export_ema".split(),
+    *"checkpoints tensorboard tokenizer plots export export_ema passkey".split(),
     *"log.jsonl trouble.jsonl results.json samples.txt report.html".split(),
     RUN_FILE,
 )
@@ -79,8 +80,8 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def prepare(argv: Sequence[str]) -> Setup:
-    """Checks everything that can be wrong, cheapest first, and prepares the data.
+def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) -> Setup:
+    """Checks everything that can be wrong, cheapest first, and prepares the data; `look` checks more before files appear.
 
     Of several processes the first makes the folder, the tokenizer and the settings; the others wait for them.
 
@@ -91,11 +92,12 @@ def prepare(argv: Sequence[str]) -> Setup:
     check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
     cfg = read_config()
     check_flags(cfg)
-    if FLAGS.tokenizer is not None:
-        check_tokenizer(load_tokenizer(FLAGS.tokenizer), cfg.vocab_size)
+    if FLAGS.data is None and given_tokenizer() is not None:
+        check_tokenizer(load_tokenizer(given_tokenizer()), cfg.vocab_size)
     out, schedule = Path(FLAGS.out), make_schedule()
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
-    settings["warmup_steps"] = warmup_steps() if FLAGS.plan == "cosine" else FLAGS.warmup_steps
+    settings["warmup_steps"] = FLAGS.warmup_steps if FLAGS.plan == "paper" else warmup_steps()
+    settings["init"] = None if FLAGS.init is None else checkpoint_digest(FLAGS.init)
     settings["batch_multiple"] = list(schedule.multiples)  # with --plan=paper it depends on the mesh
     check_micro_batches(schedule)
     clients, mesh = start_mesh(settings)
@@ -104,17 +106,23 @@ def prepare(argv: Sequence[str]) -> Setup:
         meet(mesh)
     saved = None if _silent else claim_folder(out, settings)
     data = read_data(out, cfg, settings, saved)
+    if FLAGS.passkey:
+        least = passkey_form(data.tokenizer, FLAGS.passkey_keys).least
+        check(FLAGS.seq_len >= least, f"--passkey wants --seq_len of at least {least}, got {FLAGS.seq_len}")
     ids = special_ids(data.tokenizer)
     cfg = cfg.replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)
     tokens, longest = sum(data.mixture.tokens), max(stage.seq_len for stage in schedule.stages)
     want = f"want at least {longest + 1} for one sequence of length {longest}"
     check(tokens > longest, f"the corpus has {tokens} tokens, {want}")
     use = drawn(schedule, data.mixture)
+    setup = Setup(cfg, out, settings, data, schedule, clients, mesh)
+    if look is not None:
+        look(setup)
     if not _silent:
         write_setup(out, saved, settings, data.tokenizer)
         meet(mesh)
     describe(cfg, data, schedule, use)
-    return Setup(cfg, out, settings, data, schedule, clients, mesh)
+    return setup
 
 
 def read_data(out: Path, cfg: dsv3.ModelConfig, settings: dict[str, Any], saved: Mapping[str, Any] | None) -> Data:
@@ -183,13 +191,32 @@ def compute_dtype() -> str:
 
 
 def read_config() -> dsv3.ModelConfig:
-    """The architecture of --config or --preset, with --vocab_size."""
+    """The architecture of --init, --config or --preset, with --vocab_size."""
+    if FLAGS.init is not None:
+        for name in ("config", "preset", "vocab_size"):
+            given = FLAGS[name].value is not None if name != "preset" else FLAGS[name].present
+            check(not given, f"--init and --{name} are both given, want one of them")
+        cfg = dsv3.ModelConfig.from_hf(FLAGS.init)
+        if FLAGS.plan == "context":
+            length = FLAGS.seq_len if FLAGS["seq_len"].present else cfg.max_length
+            FLAGS["seq_len"].value = length
+            cfg = cfg.replace(max_length=length)
+        return cfg
     check(
         FLAGS.config is None or not FLAGS["preset"].present,
         "--config and --preset are both given, want one of them",
     )
     cfg = dsv3.preset(FLAGS.preset) if FLAGS.config is None else dsv3.ModelConfig.from_hf(FLAGS.config)
     return cfg if FLAGS.vocab_size is None else cfg.replace(vocab_size=FLAGS.vocab_size)
+
+
+def checkpoint_digest(folder: str) -> str:
+    """Names the checkpoint of --init by its configuration and by names, sizes and heads of its files of weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read(1 << 20))
+    return digest.hexdigest()
 
 
 def check_flags(cfg: dsv3.ModelConfig) -> None:
@@ -212,6 +239,7 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
         for name in ("zero", "schedule", "expert_nodes"):
             check(not FLAGS[name].present, f"--{name} is given, but no --mesh")
         return
+    check(not FLAGS.jit, "--jit and --mesh are both given, but on a mesh operations are compiled one by one")
     recipe = RECIPES.get(FLAGS.fp8)
     check(
         recipe is None or recipe.scaling != "delayed",

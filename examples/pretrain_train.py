@@ -15,13 +15,16 @@ from pretrain_setup import Setup, agreed, on_host, say
 
 import dsv3
 from dsv3 import pipeline
+from dsv3.checks import check
 from dsv3.compiled import place
 from dsv3.config import ModelConfig
 from dsv3.data import input_init, input_state, prefetch_batches, read_batches
+from dsv3.data.passkey import passkey_form, passkey_rows
 from dsv3.eval import make_evaluator
 from dsv3.layout import make_layouts, zero_layouts
 from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
+from dsv3.pretrained import load_pretrained
 from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import Keep, drop_checkpoints, restore_checkpoint
 from dsv3.train.loop import Actions, Fed, Feed, LoopResult, Row, train_loop
@@ -33,7 +36,7 @@ from dsv3.train.saving import BackgroundSaver
 from dsv3.train.schedule import curve_schedule, schedule_at
 from dsv3.train.schedule_steps import schedule_steps
 from dsv3.train.state import TrainState
-from dsv3.train.step import make_train_step, train_init, train_specs
+from dsv3.train.step import make_train_step, place_state, train_init, train_specs, train_state
 from dsv3.train.trouble import Cursor, Trouble
 from dsv3.train.watch import make_watch
 
@@ -63,8 +66,14 @@ def total_steps(setup: Setup) -> int:
     return sum(stage.steps for stage in schedule_steps(setup.schedule))
 
 
-def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
+StageEnd = Callable[[int, TrainState], None]
+
+
+def train(setup: Setup, plain: ComputePolicy, at_end: StageEnd | None = None) -> LoopResult:
     """Trains from the latest checkpoint, or from the start, to the last step or to a signal.
+
+    `at_end(number, state)` is called when `number` stages are done, 0 before the first, also by a run that goes on right
+    there.
 
     Held-out losses are those of the compute dtype, as `plain` has it: they tell what FP8 did to the parameters.
     """
@@ -88,9 +97,13 @@ def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
         tools = Tools(optimizer, layouts, plain, restore, saver, stop, log, progress, ends)
         result = LoopResult(state, done, None, cursor)
         del state
-        for number, end in enumerate(ends):
+        for number, (first, end) in enumerate(zip((0, *ends), ends)):
+            if at_end is not None and result.step == first:
+                at_end(number, result.state)
             if result.step < end and result.stopped is None:
                 result = train_stage(setup, tools, number, result)
+        if at_end is not None and result.step == ends[-1]:
+            at_end(len(ends), result.state)
         return result
 
 
@@ -176,6 +189,7 @@ def trouble_line(row: Row) -> str:
 def make_feed(setup: Setup) -> Feed:
     """Batches of the mixture, read ahead of the step; every process reads the whole batch, as the step wants it."""
     mixture, schedule = setup.data.mixture, setup.schedule
+    form = passkey_form(setup.data.tokenizer, FLAGS.passkey_keys) if FLAGS.passkey else None
 
     def shape(tokens: int) -> tuple[int, int]:
         values = schedule_at(schedule, tokens)
@@ -186,7 +200,10 @@ def make_feed(setup: Setup) -> Feed:
         batches = read_batches(setup.data.sources, mixture, state, shape, tokens=tokens)
         with contextlib.closing(prefetch_batches(batches)) as ahead:
             for item in ahead:
-                yield Fed(*cut_batch(*(np.asarray(part) for part in item.batch)), item.state._asdict())
+                tokens, weights = (np.asarray(part) for part in item.batch)
+                if FLAGS.passkey:
+                    tokens = passkey_rows(form, tokens, share=FLAGS.passkey, seed=FLAGS.seed)
+                yield Fed(*cut_batch(tokens, weights), item.state._asdict())
 
     return feed
 
@@ -229,12 +246,23 @@ def start(setup: Setup, optimizer: Optimizer, layouts, restore: Restore) -> tupl
     """The state and the cursor of the latest checkpoint, or of a new model."""
     found = restore(lambda step: True)
     if found is None:
-        state, cursor = train_init([0, FLAGS.seed], setup.cfg, optimizer, layouts, **state_parts()), Cursor()
+        state, cursor = new_state(setup, optimizer, layouts), Cursor()
     else:
         state, cursor = found
         say(f"going on from step {int(whole(state.step))} of {setup.out / 'checkpoints'}")
     del found
     return (place(state) if layouts is None else state), cursor  # with no other reference to it, it does not exist twice
+
+
+def new_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
+    """The state of a new model, or of that of --init."""
+    if FLAGS.init is None:
+        return train_init([0, FLAGS.seed], setup.cfg, optimizer, layouts, **state_parts())
+    cfg, params, router = load_pretrained(FLAGS.init, dtype="float32")
+    found, wanted = cfg.num_mtp_layers, setup.cfg.num_mtp_layers
+    check(found == wanted, f"--init {FLAGS.init!r} has {found} MTP modules, want {wanted}, as its config.json says")
+    state = train_state(params, router, optimizer, **state_parts())
+    return state if layouts is None else place_state(state, layouts)
 
 
 def make_optimizer(setup: Setup) -> Optimizer:
