@@ -56,7 +56,7 @@ from pretrain_train import total_steps, train
 import dsv3
 from dsv3 import pipeline
 from dsv3.data.passkey import KEYS
-from dsv3.policy import ACCELERATOR, ComputePolicy, default_policy
+from dsv3.policy import ComputePolicy, default_policy
 from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.state import TrainState
@@ -126,7 +126,6 @@ flags.DEFINE_enum(
 flags.DEFINE_integer("expert_nodes", 1, "With --mesh: nodes that expert is cut into; rows go to a node once.", 1)
 flags.DEFINE_bool("zero", True, "With --mesh: each device stores and updates a part of what all use (ZeRO-1).")
 flags.DEFINE_enum("loop", "unroll", ["unroll", "scan"], "Layers as a repeated graph or as a loop.")
-flags.DEFINE_bool("jit", False, "Compile the whole step: on a CPU faster for models below about a million parameters.")
 
 
 _program = "pretrain"  # the one that runs, for its messages
@@ -173,8 +172,7 @@ def main(argv: list[str], extension: Extension | None = None) -> int:
 def run(setup: Setup, again: str, extension: Extension | None = None) -> int:
     """Trains and reports; returns the exit code."""
     dtype = compute_dtype()
-    plain = ACCELERATOR if FLAGS.jit else default_policy()
-    plain = plain.replace(dtype=None if dtype == "float32" else dtype, remat=FLAGS.remat, loop=FLAGS.loop)
+    plain = default_policy().replace(dtype=None if dtype == "float32" else dtype, remat=FLAGS.remat, loop=FLAGS.loop)
     at_end = None if extension is None else functools.partial(extension.at_end, setup, plain)
     try:
         result, total = train(setup, plain, at_end), total_steps(setup)

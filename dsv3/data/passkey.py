@@ -138,8 +138,8 @@ def passkey_rows(form: PasskeyForm, tokens: np.ndarray, *, share: float, seed: i
 
     Such a row is cut at random into documents, from the shortest that a problem fits into to the whole row, evenly in the
     logarithm of the length. Half of them are passkey problems with the number at a random depth, half are a passage of 8
-    tokens or more, in an order drawn at random, that comes again until the document is full: all but its first time can
-    be told from it and from nothing else, which teaches copying in fewer tokens. Which rows, cuts and numbers follow from
+    tokens or more, all different and in an order drawn at random, that comes again until the document is full: all but
+    its first time can be told from it and from nothing else, which teaches copying in fewer tokens. Which rows, cuts and numbers follow from
     a hash of the row's tokens and the seed: nothing else is to be remembered, and a training that goes on sees the same
     rows.
 
@@ -181,7 +181,7 @@ def _problems(form: PasskeyForm, filler: np.ndarray, draw: np.random.Generator) 
             row.append(filler[at:])
             break
         if draw.random() < 0.5:
-            passage = draw.permutation(filler[at : at + int(draw.integers(_PASSAGE, length // 2 + 1))])
+            passage = draw.permutation(np.unique(filler))[: int(draw.integers(_PASSAGE, length // 2 + 1))]
             row += [np.array([form.bos], np.int32), np.resize(passage, length - 2), np.array([form.eos], np.int32)]
             at += length
             continue

@@ -35,8 +35,8 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 SMALL = (
-    "--nojit --passkey_keys=digits --batch_size=8 --seq_len=96 "
-    " --context_steps=2 --grid_lengths=90,700 --grid_depths=0,1 --grid_trials=1 "
+    "--passkey_keys=digits --batch_size=8 --seq_len=96 "
+    "--context_steps=2 --grid_lengths=90,700 --grid_depths=0,1 --grid_trials=1 "
     "--eval_every=0 --save_every=2 --watch_every=0 --heldout=0.2"
 ).split()
 
