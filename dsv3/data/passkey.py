@@ -137,11 +137,11 @@ def passkey_rows(form: PasskeyForm, tokens: np.ndarray, *, share: float, seed: i
     """Turns a share of rows into exercises in retrieval, with the rows' own tokens as filler.
 
     Such a row is cut at random into documents, from the shortest that a problem fits into to the whole row, evenly in the
-    logarithm of the length. Half of them are passkey problems with the number at a random depth, half are a passage of 8
-    tokens or more, all different and in an order drawn at random, that comes again until the document is full: all but
-    its first time can be told from it and from nothing else, which teaches copying in fewer tokens. Which rows, cuts and numbers follow from
-    a hash of the row's tokens and the seed: nothing else is to be remembered, and a training that goes on sees the same
-    rows.
+    logarithm of the length. Half of them are passkey problems with the key at a random depth, half are a passage of 8 of the
+    row's tokens or more, all different and in an order drawn at random, that comes again until the document is full: all
+    but its first time can be told from it and from nothing else, which teaches copying in fewer tokens. Which rows, cuts
+    and keys follow from a hash of the row's tokens and the seed: nothing else is to be remembered, and a training that goes
+    on sees the same rows.
 
     Args:
       form: of the tokenizer.
