@@ -17,8 +17,6 @@ Examples:
   python examples/extend_context.py
   python examples/extend_context.py --steps 40 --context_steps 4 --grid_trials 2 --out runs/short
   python examples/extend_context.py --init runs/mine/export --seq_len 256 --corpus texts --context_steps 50 --out runs/long
-  python examples/extend_context.py --init DeepSeek-V3-Base-4K --data runs/prepared --dtype bfloat16 --remat block \\
-      --batch_size 15360 --accumulate 15360 --context_steps 1000 --context_lr 7.3e-6 --passkey 0 --out runs/128k
 """
 
 from __future__ import annotations
@@ -34,6 +32,7 @@ from absl import app, flags
 from command import aligned, flag_parser
 from pretrain_plan import stage_of
 from pretrain_setup import Setup, agreed, on_host, say
+from pretrain_train import Stop
 
 import dsv3
 from dsv3.checks import check
@@ -50,17 +49,23 @@ flags.DEFINE_list("grid_lengths", None, "Tokens of the prompts. Default: half a 
 flags.DEFINE_list("grid_depths", ["0", "0.25", "0.5", "0.75", "1"], "Where the key is told, 0: first, 1: last.")
 flags.DEFINE_integer("grid_trials", 16, "Problems for each length and depth.", 1)
 
-for _name, _value in {
-    "plan": "context", "preset": "narrow", "out": "runs/context", "steps": 3000, "batch_size": 16, "seq_len": 128,
-    "passkey": 0.75, "passkey_keys": "words", "context_steps": 100, "context_lr": 5e-4, "save_every": 500,
-}.items():  # fmt: skip
-    FLAGS.set_default(_name, _value)
+FLAGS.set_default("plan", "context")
+FLAGS.set_default("out", "runs/context")
+# For the narrow model that is trained where none is given.
+NARROW = {
+    "preset": "narrow", "steps": 5000, "batch_size": 16, "seq_len": 128, "passkey": 1.0, "passkey_keys": "words",
+    "context_steps": 200, "context_lr": 2e-3, "save_every": 500,
+}  # fmt: skip
 
 ROOM = 10  # tokens of an answer, at most
 
 
 def main(argv: list[str]) -> int:
     """Runs everything; see `pretrain.main`."""
+    if FLAGS.init is None:
+        for name, value in NARROW.items():
+            if not FLAGS[name].present:
+                FLAGS.set_default(name, value)
     return pretrain.main(argv, pretrain.Extension("extend_context", check_setup, measure, sections))
 
 
@@ -73,8 +78,17 @@ def check_setup(setup: Setup) -> None:
         fits = form.least <= length <= reach - ROOM
         check(fits, f"--grid_lengths has {length}, want {form.least} to {reach - ROOM}, what the last stage has room for")
         check(length <= filler, f"--grid_lengths has {length}, but the held-out text only {filler} tokens")
+    check(bool(grid_depths()), "--grid_depths is empty, want at least one")
+    check(bool(grid_lengths(setup)), f"no stage has sequences of {form.least} tokens, which a problem takes")
     for depth in grid_depths():
         check(0 <= depth <= 1, f"--grid_depths has {depth}, want 0 to 1")
+    wanted = (grid_lengths(setup), grid_depths(), FLAGS.grid_trials)
+    for name, grid in grids_there(setup).items():
+        check(
+            FLAGS.fresh or (grid.lengths, grid.depths, grid.trials) == wanted,
+            f"the grid {name!r} in {str(setup.out)!r} has lengths, depths and trials {grid.lengths}, {grid.depths}, "
+            f"{grid.trials}; want the same by --grid_lengths, --grid_depths, --grid_trials",
+        )
 
 
 def grid_lengths(setup: Setup) -> list[int]:
@@ -108,10 +122,21 @@ def points(setup: Setup, done: int) -> dict[str, dsv3.ModelConfig]:
     return {"before": plain, "YaRN, untrained": stage_of(setup.cfg, setup.schedule, done)}
 
 
-def measure(setup: Setup, policy: ComputePolicy, done: int, state: TrainState) -> None:
-    """Makes the grids that are due and not there yet."""
+class Interrupted(Exception):
+    """A signal came in the middle of a grid."""
+
+
+def measure(setup: Setup, policy: ComputePolicy, done: int, state: TrainState, stop: Stop) -> None:
+    """Makes the grids that are due and not there yet; a signal ends it, and a grid that is not complete is not kept."""
+
+    def go_on(read: int) -> None:
+        if stop():
+            raise Interrupted
+
     for name, cfg in points(setup, done).items():
         target = grid_file(setup, name)
+        if agreed(stop() or 0, setup.mesh):
+            return
         if not agreed(int(setup.leads and not target.exists()), setup.mesh):
             continue
         params, router = on_host(setup, (state.params, state.router))
@@ -122,10 +147,13 @@ def measure(setup: Setup, policy: ComputePolicy, done: int, state: TrainState) -
         lengths, depths = grid_lengths(setup), grid_depths()
         count = len(lengths) * len(depths) * FLAGS.grid_trials
         say(f"passkey problems, {name}: {count} prompts of up to {lengths[-1]:,} tokens")
-        grid = passkey_grid(
-            cfg, params, router, form, setup.data.heldout.tokens, lengths=lengths, depths=depths, trials=FLAGS.grid_trials,
-            seed=FLAGS.seed, policy=policy,
-        )  # fmt: skip
+        try:
+            grid = passkey_grid(
+                cfg, params, router, form, setup.data.heldout.tokens, lengths=lengths, depths=depths, seed=FLAGS.seed,
+                trials=FLAGS.grid_trials, policy=policy, progress=go_on,
+            )  # fmt: skip
+        except Interrupted:
+            continue
         save_grid(target, grid)
         say(aligned(grid_rows({name: grid})) + f"\n{time.monotonic() - begin:.0f} s")
 
@@ -144,7 +172,7 @@ def grids_there(setup: Setup) -> dict[str, PasskeyGrid]:
 def grid_rows(grids: dict[str, PasskeyGrid]) -> list[tuple[str, ...]]:
     """Keys found by length, over all depths; in brackets at the depth where fewest are found."""
     first = next(iter(grids.values()))
-    rows = [("keys found (at the worst depth)", *(f"{length:,}" for length in first.lengths))]
+    rows = [(f"keys found of {first.trials} (at the worst depth)", *(f"{length:,}" for length in first.lengths))]
     for name, grid in grids.items():
         rows.append((name, *(f"{sum(row) / len(row):.0%} ({min(row):.0%})" for row in grid.found)))
     return rows

@@ -26,7 +26,7 @@ Examples:
   python examples/pretrain.py --data runs/prepared --mixture code:2,prose:1 --epochs prose:4 --out runs/mixed
   python examples/pretrain.py --data runs/prepared --plan paper --batch_size 32 --seq_len 64 --accumulate 4 \
       --context_steps 20 --out runs/plan
-  python examples/pretrain.py --init DeepSeek-V3-Base --plan context --seq_len 4096 --data runs/prepared --out runs/128k
+  python examples/pretrain.py --init runs/mine/export --plan context --seq_len 256 --context_steps 50 --out runs/long
   python examples/pretrain.py --fp8 paper --out runs/fp8
   python examples/pretrain.py --mesh data:2,expert:2
   python examples/pretrain.py --mesh pipe:2,expert:2 --accumulate 4 --schedule dualpipe
@@ -51,7 +51,7 @@ from command import flag_parser
 from pretrain_plan import stage_of
 from pretrain_report import report
 from pretrain_setup import Setup, compute_dtype, prepare, say
-from pretrain_train import total_steps, train
+from pretrain_train import Stop, total_steps, train
 
 import dsv3
 from dsv3 import pipeline
@@ -70,8 +70,8 @@ flags.DEFINE_string("corpus", None, "Text to train on: a file or a folder. Defau
 flags.DEFINE_float("heldout", 0.02, "Share of the documents, or of the pieces of fewer than 100, that is never trained on.")
 flags.DEFINE_string("init", None, "Start with the parameters, architecture and tokenizer of a checkpoint directory.")
 flags.DEFINE_float(
-    "passkey", 0.0, "Share of the rows that become passkey problems: finding something again, for models too small to learn "
-    "it from text.", 0.0, 1.0,
+    "passkey", 0.0, "Share of the rows that become exercises in finding something again, for models too small to learn it "
+    "from text: half are passkey problems.", 0.0, 1.0,
 )  # fmt: skip
 flags.DEFINE_enum("passkey_keys", "digits", KEYS, "What is to be found: numbers of five digits, or four words.")
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")
@@ -136,13 +136,13 @@ class Extension(NamedTuple):
 
     Attributes:
       program: its name. check: looks at its flags, given the setup, before the training.
-      at_end: called with the setup, the policy, the number of stages that are done and the state, see `train`.
+      at_end: called with the setup and the policy, and as `train` says.
       sections: called after the training for more sections of the report.
     """
 
     program: str
     check: Callable[[Setup], None]
-    at_end: Callable[[Setup, ComputePolicy, int, TrainState], None]
+    at_end: Callable[[Setup, ComputePolicy, int, TrainState, Stop], None]
     sections: Callable[[Setup], list]
 
 
@@ -176,7 +176,7 @@ def run(setup: Setup, again: str, extension: Extension | None = None) -> int:
     at_end = None if extension is None else functools.partial(extension.at_end, setup, plain)
     try:
         result, total = train(setup, plain, at_end), total_steps(setup)
-        if result.step < total:
+        if result.step < total or (extension is not None and result.stopped is not None):
             say(f"{result.stopped.name}: saved at step {result.step} of {total}; to go on, {again}")
             return 128 + result.stopped
         last = len(setup.schedule.stages) - 1

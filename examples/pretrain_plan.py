@@ -63,6 +63,11 @@ def check_context_flags(cfg: ModelConfig) -> None:
     for name in ("steps", "tokens"):
         given = FLAGS.init is not None and FLAGS[name].present
         check(not given, f"--{name} is given, but with --init and --plan=context there are only stages of --context_steps")
+    for name in OWN:
+        given = FLAGS.init is not None and FLAGS[name].present
+        check(not given, f"--{name} is given, but the stages of --plan=context have the paper's")
+    both = FLAGS.init is not None and FLAGS["lr"].present and rate is not None
+    check(not both, "--lr and --context_lr are both given, but with --init there is one rate; want one of them")
 
 
 def only_context() -> bool:
@@ -72,15 +77,19 @@ def only_context() -> bool:
 
 def context_steps() -> int:
     """Steps of a stage of --plan=context: as given, or a tenth of the training before it."""
-    return FLAGS.context_steps or max(1, FLAGS.steps // 10)
+    return FLAGS.context_steps or max(1, first_steps() // 10)
+
+
+def first_steps() -> int:
+    """Steps of the first stage, if all its batches are as large as the largest."""
+    return FLAGS.steps if FLAGS.tokens is None else max(1, FLAGS.tokens // (FLAGS.batch_size * FLAGS.seq_len))
 
 
 def warmup_steps() -> int:
     """Steps of warm-up: as given, or a twentieth of the run; a tenth of a context stage that it begins with."""
     if only_context():
         return context_steps() // 10 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
-    steps = FLAGS.steps if FLAGS.tokens is None else FLAGS.tokens // (FLAGS.batch_size * FLAGS.seq_len)
-    return steps // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+    return first_steps() // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
 
 
 def make_schedule() -> TrainSchedule:

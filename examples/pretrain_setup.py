@@ -30,6 +30,7 @@ from dsv3.data.passkey import passkey_form
 from dsv3.parallel.clients import Clients, read_clients, start_clients
 from dsv3.parallel.collectives import gather_mesh
 from dsv3.parallel.mesh import make_mesh, parse_axes, whole
+from dsv3.pretrained import pretrained_config
 from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import check_settings
 from dsv3.train.schedule import TrainSchedule
@@ -40,8 +41,10 @@ RUN_FILE = "run.json"
 # Flags that decide the numbers of a run; the others may change from one part of it to the next.
 DECIDING = (
     "seed plan steps tokens batch_size accumulate seq_len context_steps lr warmup_steps weight_decay clip mtp_weight "
-    "balance_weight bias_rate heldout dtype fp8 ema_decay patience passkey passkey_keys yarn_factor context_lr"
+    "balance_weight bias_rate heldout dtype fp8 ema_decay patience"
 ).split()
+# These do, too; one that has the value here is no setting, as in runs that were made before it was there.
+LATER = {"passkey": 0.0, "passkey_keys": "digits", "yarn_factor": 40.0, "context_lr": None, "init": None}
 PARTS = (
     *"checkpoints tensorboard tokenizer plots export export_ema passkey".split(),
     *"log.jsonl trouble.jsonl results.json samples.txt report.html".split(),
@@ -97,7 +100,9 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     out, schedule = Path(FLAGS.out), make_schedule()
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
     settings["warmup_steps"] = FLAGS.warmup_steps if FLAGS.plan == "paper" else warmup_steps()
-    settings["init"] = None if FLAGS.init is None else checkpoint_digest(FLAGS.init)
+    settings |= {name: FLAGS[name].value for name, none in LATER.items() if FLAGS[name].value != none}
+    if FLAGS.init is not None:
+        settings["init"] = checkpoint_digest(FLAGS.init)
     settings["batch_multiple"] = list(schedule.multiples)  # with --plan=paper it depends on the mesh
     check_micro_batches(schedule)
     clients, mesh = start_mesh(settings)
@@ -108,7 +113,8 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     data = read_data(out, cfg, settings, saved)
     if FLAGS.passkey:
         least = passkey_form(data.tokenizer, FLAGS.passkey_keys).least
-        check(FLAGS.seq_len >= least, f"--passkey wants --seq_len of at least {least}, got {FLAGS.seq_len}")
+        shortest = min(stage.seq_len for stage in schedule.stages)
+        check(shortest >= least, f"--passkey wants sequences of at least {least} tokens, got {shortest}")
     ids = special_ids(data.tokenizer)
     cfg = cfg.replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)
     tokens, longest = sum(data.mixture.tokens), max(stage.seq_len for stage in schedule.stages)
@@ -196,9 +202,11 @@ def read_config() -> dsv3.ModelConfig:
         for name in ("config", "preset", "vocab_size"):
             given = FLAGS[name].value is not None if name != "preset" else FLAGS[name].present
             check(not given, f"--init and --{name} are both given, want one of them")
-        cfg = dsv3.ModelConfig.from_hf(FLAGS.init)
-        if FLAGS.plan == "context":
+        check(FLAGS.tokenizer is None, "--init and --tokenizer are both given; a checkpoint directory has its own tokenizer")
+        cfg = pretrained_config(FLAGS.init)
+        if FLAGS.plan == "context" and cfg.mla.rope.yarn is None:
             length = FLAGS.seq_len if FLAGS["seq_len"].present else cfg.max_length
+            check(length <= cfg.max_length, f"--seq_len is {length}, the maximum of --init is {cfg.max_length}")
             FLAGS["seq_len"].value = length
             cfg = cfg.replace(max_length=length)
         return cfg
@@ -287,7 +295,9 @@ def agree(saved: Mapping[str, Any] | None, settings: Mapping[str, Any], out: Pat
     if saved is None:
         return
     try:
-        check_settings({name: saved.get(name) for name in settings}, settings, where=f"the run in {str(out)!r}")
+        known = [*settings, *(name for name in LATER if name in saved and name not in settings)]
+        old, new = ({name: of.get(name) for name in known} for of in (saved, settings))
+        check_settings(old, new, where=f"the run in {str(out)!r}")
     except ValueError as error:
         raise ValueError(f"{error}; another --out keeps both, --fresh starts anew") from None
 

@@ -15,11 +15,11 @@ from pretrain_setup import Setup, agreed, on_host, say
 
 import dsv3
 from dsv3 import pipeline
-from dsv3.checks import check
 from dsv3.compiled import place
 from dsv3.config import ModelConfig
 from dsv3.data import input_init, input_state, prefetch_batches, read_batches
 from dsv3.data.passkey import passkey_form, passkey_rows
+from dsv3.data.prefetch import InputBatch
 from dsv3.eval import make_evaluator
 from dsv3.layout import make_layouts, zero_layouts
 from dsv3.parallel.mesh import whole
@@ -66,14 +66,15 @@ def total_steps(setup: Setup) -> int:
     return sum(stage.steps for stage in schedule_steps(setup.schedule))
 
 
-StageEnd = Callable[[int, TrainState], None]
+Stop = Callable[[], signal.Signals | None]
+StageEnd = Callable[[int, TrainState, Stop], None]
 
 
 def train(setup: Setup, plain: ComputePolicy, at_end: StageEnd | None = None) -> LoopResult:
     """Trains from the latest checkpoint, or from the start, to the last step or to a signal.
 
-    `at_end(number, state)` is called when `number` stages are done, 0 before the first, also by a run that goes on right
-    there.
+    `at_end(number, state, stop)` is called when `number` stages are done, 0 before the first, and again by a run that goes
+    on right there; once `stop()` names a signal it is to return.
 
     Held-out losses are those of the compute dtype, as `plain` has it: they tell what FP8 did to the parameters.
     """
@@ -97,13 +98,14 @@ def train(setup: Setup, plain: ComputePolicy, at_end: StageEnd | None = None) ->
         tools = Tools(optimizer, layouts, plain, restore, saver, stop, log, progress, ends)
         result = LoopResult(state, done, None, cursor)
         del state
-        for number, (first, end) in enumerate(zip((0, *ends), ends)):
-            if at_end is not None and result.step == first:
-                at_end(number, result.state)
-            if result.step < end and result.stopped is None:
-                result = train_stage(setup, tools, number, result)
-        if at_end is not None and result.step == ends[-1]:
-            at_end(len(ends), result.state)
+        for number, end in enumerate((0, *ends)):
+            if number and result.step < end and result.stopped is None:
+                result = train_stage(setup, tools, number - 1, result)
+            if at_end is not None and result.step == end and result.stopped is None:
+                saver.finish()  # it may take long: the checkpoint of the border is to be there
+                at_end(number, result.state, stop)
+                caught = agreed(stop() or 0, setup.mesh)
+                result = result._replace(stopped=signal.Signals(caught) if caught else None)
         return result
 
 
@@ -195,15 +197,19 @@ def make_feed(setup: Setup) -> Feed:
         values = schedule_at(schedule, tokens)
         return values.batch_size, values.seq_len
 
+    def exercises(batches: Iterator[InputBatch]) -> Iterator[InputBatch]:
+        with contextlib.closing(batches):
+            for item in batches:
+                tokens = passkey_rows(form, np.asarray(item.batch.tokens), share=FLAGS.passkey, seed=FLAGS.seed)
+                yield item._replace(batch=item.batch._replace(tokens=tokens))
+
     def feed(data: Any, tokens: int) -> Iterator[Fed]:
         state = input_init(mixture) if data is None else input_state(data, mixture)
         batches = read_batches(setup.data.sources, mixture, state, shape, tokens=tokens)
+        batches = batches if form is None else exercises(batches)
         with contextlib.closing(prefetch_batches(batches)) as ahead:
             for item in ahead:
-                tokens, weights = (np.asarray(part) for part in item.batch)
-                if FLAGS.passkey:
-                    tokens = passkey_rows(form, tokens, share=FLAGS.passkey, seed=FLAGS.seed)
-                yield Fed(*cut_batch(tokens, weights), item.state._asdict())
+                yield Fed(*cut_batch(*(np.asarray(part) for part in item.batch)), item.state._asdict())
 
     return feed
 
@@ -258,9 +264,7 @@ def new_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
     """The state of a new model, or of that of --init."""
     if FLAGS.init is None:
         return train_init([0, FLAGS.seed], setup.cfg, optimizer, layouts, **state_parts())
-    cfg, params, router = load_pretrained(FLAGS.init, dtype="float32")
-    found, wanted = cfg.num_mtp_layers, setup.cfg.num_mtp_layers
-    check(found == wanted, f"--init {FLAGS.init!r} has {found} MTP modules, want {wanted}, as its config.json says")
+    _, params, router = load_pretrained(FLAGS.init, dtype="float32")
     state = train_state(params, router, optimizer, **state_parts())
     return state if layouts is None else place_state(state, layouts)
 

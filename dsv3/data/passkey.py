@@ -137,11 +137,11 @@ def passkey_rows(form: PasskeyForm, tokens: np.ndarray, *, share: float, seed: i
     """Turns a share of rows into exercises in retrieval, with the rows' own tokens as filler.
 
     Such a row is cut at random into documents, from the shortest that a problem fits into to the whole row, evenly in the
-    logarithm of the length. Half of them are passkey problems with the key at a random depth, half are a passage of 8 of the
-    row's tokens or more, all different and in an order drawn at random, that comes again until the document is full: all
-    but its first time can be told from it and from nothing else, which teaches copying in fewer tokens. Which rows, cuts
-    and keys follow from a hash of the row's tokens and the seed: nothing else is to be remembered, and a training that goes
-    on sees the same rows.
+    logarithm of the length. Half of them are passkey problems with the key at a random depth, half are a passage of 8 of
+    the row's tokens or more (where it has so many different ones), all different and in an order drawn at random, that
+    comes again until the document is full: all but its first time can be told from it and from nothing else, which teaches
+    copying in fewer tokens. Which rows, cuts and keys follow from a hash of the row's tokens and the seed: nothing else is
+    to be remembered, and a training that goes on sees the same rows.
 
     Args:
       form: of the tokenizer.
@@ -164,24 +164,22 @@ def passkey_rows(form: PasskeyForm, tokens: np.ndarray, *, share: float, seed: i
         digest = hashlib.blake2b(row.tobytes(), digest_size=16, salt=salt, person=b"dsv3 passkey").digest()
         draw = np.random.default_rng(int.from_bytes(digest, "little"))
         if draw.random() < share:
-            row[:] = _problems(form, row.copy(), draw)
+            row[:] = _exercises(form, row.copy(), draw)
     return rows
 
 
-def _problems(form: PasskeyForm, filler: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """A row full of problems."""
+def _exercises(form: PasskeyForm, filler: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """A row full of exercises."""
     width, row, at = len(filler), [], 0
+    ordinary = np.setdiff1d(filler, [form.bos, form.eos])
     while at < width:
         left = width - at
         length = left
         if left >= 2 * form.least:
             length = int(form.least * (left / form.least) ** draw.random())
             length = left if left - length < form.least else length
-        if left < form.least:
-            row.append(filler[at:])
-            break
-        if draw.random() < 0.5:
-            passage = draw.permutation(np.unique(filler))[: int(draw.integers(_PASSAGE, length // 2 + 1))]
+        if draw.random() < 0.5 and len(ordinary) >= _PASSAGE:
+            passage = draw.permutation(ordinary)[: int(draw.integers(_PASSAGE, length // 2 + 1))]
             row += [np.array([form.bos], np.int32), np.resize(passage, length - 2), np.array([form.eos], np.int32)]
             at += length
             continue

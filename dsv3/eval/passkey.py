@@ -75,6 +75,8 @@ def passkey_grid(
     check(trials >= 1, f"passkey_grid: `trials` is {trials}, want at least 1")
     for name, values in (("lengths", lengths), ("depths", depths)):
         check(len(values) > 0, f"passkey_grid: `{name}` is empty, want at least one")
+    growing = list(lengths) == sorted(set(lengths))
+    check(growing, f"passkey_grid: `lengths` is {tuple(lengths)}, want each longer than the one before it")
     longest, room = max(lengths), 2 * DIGITS
     fits = longest + room <= cfg.max_length
     check(fits, f"passkey_grid: `lengths` has {longest}, want at most {cfg.max_length - room}, max_length={cfg.max_length}")
@@ -123,8 +125,15 @@ def save_grid(path: str | os.PathLike, grid: PasskeyGrid) -> None:
 
 
 def load_grid(path: str | os.PathLike) -> PasskeyGrid:
-    """Reads what `save_grid` wrote."""
-    return PasskeyGrid(**json.loads(Path(path).read_text(encoding="utf-8")))
+    """Reads what `save_grid` wrote.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        return PasskeyGrid(**json.loads(Path(path).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_grid: {str(path)!r} holds no grid ({error})") from None
 
 
 def plot_grids(path: str | os.PathLike, grids: Mapping[str, PasskeyGrid], trained: Mapping[str, int] | None = None) -> Path:

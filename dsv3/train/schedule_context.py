@@ -30,16 +30,16 @@ def context_schedule(
 ) -> TrainSchedule:
     """Returns a training's schedule with stages of longer contexts behind it, as the paper has them.
 
-    A stage has sequences `factor · seq_len` long and as many tokens a step as `batch_size` sequences of `seq_len`, to whole
-    sequences. λ, α and γ are those of the paper's context stages: 0.1, 1e-4 and 0.
+    A stage has sequences `factor · seq_len` long and about as many tokens a step as `batch_size` sequences of `seq_len`: a
+    whole number of `batch_multiple`, at least one. λ, α and γ are those of the paper's context stages: 0.1, 1e-4 and 0.
 
     Args:
-      before: the training of before, which ends with sequences of `seq_len`; `None`: the model comes trained.
+      before: the training of before, without YaRN, which ends with sequences of `seq_len`; `None`: the model comes trained.
       seq_len: tokens of a sequence that the model knows, which YaRN stretches.
       batch_size: sequences of that length in a step.
       steps: of each stage.
       learning_rate: constant.
-      warmup_steps: of these, in the first stage: a new optimiser's moments are of few gradients.
+      warmup_steps: of these, in the first stage, if nothing comes before: a new optimiser's moments are of few gradients.
       factors: of the stages.
       yarn_factor: of all of them, at least the largest factor.
       batch_multiple: as of `TrainSchedule`, one for each stage behind `before`. Default: 1.
@@ -65,9 +65,13 @@ def context_schedule(
     check(growing, f"{name}: `factors` is {tuple(factors)}, want growing ones above 1")
     check(yarn_factor >= factors[-1], f"{name}: `yarn_factor` is {yarn_factor:g}, want at least {factors[-1]}, by `factors`")
     multiples = tuple(batch_multiple or (1,) * len(factors))
+    check(min(multiples, default=0) >= 1, f"{name}: `batch_multiple` is {multiples}, want at least 1 each")
     check(len(multiples) == len(factors), f"{name}: `batch_multiple` has {len(multiples)} numbers, want {len(factors)}")
     stages, curves, begin = (), {curve: () for curve in CURVES}, 0
     if before is not None:
+        check(not warmup_steps, f"{name}: `warmup_steps` is {warmup_steps}, want 0 behind a training")
+        ends, yarn = before.stages[-1].seq_len, any(stage.yarn_factor for stage in before.stages)
+        check(ends == seq_len and not yarn, f"{name}: `before` wants sequences of {seq_len} tokens at its end and no YaRN")
         begin = before.total_tokens
         stages, curves = before.stages, {curve: _until(getattr(before, curve), begin) for curve in CURVES}
         last = schedule_steps(before)[-1]
@@ -76,7 +80,7 @@ def context_schedule(
     for factor, multiple in zip(factors, multiples[-len(factors):]):
         length = factor * seq_len
         size = max(1, round(batch_size / factor / multiple)) * multiple
-        warm = begin + warmup_steps * size * length if factor == factors[0] else begin
+        warm = begin + warmup_steps * size * length
         begin += steps * size * length
         stages = (*stages, Stage(f"context {factor}x", begin, length, yarn_factor=yarn_factor))
         late = {"bias_rate": _LATE.bias_rate, "mtp_weight": _LATE.mtp_weight, "balance_weight": _LATE.balance_weight}

@@ -100,6 +100,27 @@ def test_bad_input_is_named(form):
         passkey_rows(form, np.zeros([2, form.least], np.int32), share=0.5)
 
 
+def test_passages_hold_no_border_of_documents(form, monkeypatch):
+    rows = np.random.default_rng(1).integers(3, 259, [50, 3 * form.least]).astype(np.int32)
+    rows[:, ::9], rows[:, 1::9] = form.eos, form.bos
+
+
+    def bare(form, filler, *, length, number, **_):
+        return passkey.PasskeyProblem(np.full(length, 9, np.int32), np.full(len(form.key(number)), 9, np.int32), number)
+
+    with monkeypatch.context() as patched:  # problems have their filler's borders: without them only passages could have any
+        patched.setattr(passkey, "passkey_problem", bare)
+        made = passkey_rows(form, rows, share=1.0)
+    for row in made:
+        begins = np.flatnonzero(row == form.bos)
+        assert not len(begins) or (row == form.eos).sum() >= len(begins)
+        for document in np.split(row, begins)[1:]:
+            inside = document[1 : np.flatnonzero(document == form.eos)[0]]
+            assert form.bos not in inside and len(inside) >= 2 * passkey._PASSAGE
+    same = np.full([5, 3 * form.least], 7, np.int32)
+    assert all(places(row, form.asked) for row in passkey_rows(form, same, share=1.0))
+
+
 def test_words_are_keys_too():
     text = " ".join(f"{a}{b}{c}{d}" for a in "bdfgkl" for b in "aeiou" for c in "mnrst" for d in "aeo")
     form = passkey_form(train_tokenizer([f" {text}"] * 3, 600), "words")

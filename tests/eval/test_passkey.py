@@ -65,17 +65,20 @@ def test_a_number_is_found_when_all_its_tokens_come(form, monkeypatch):
     assert not set(Oracle.seen) & set(first)
 
 
-def test_a_real_model_reads_the_prompts(form):
+def test_a_real_model_reads_the_prompts(form, monkeypatch):
     """Against greedy decoding by whole forward passes."""
     cfg = dsv3.preset("tiny").replace(max_length=400, vocab_size=300)
     params, router = dsv3.model_init([0, 3], cfg), dsv3.router_init(cfg)
+    told, score = [], passkey._score
+    monkeypatch.setattr(passkey, "_score", lambda tokens, problem: (told.append(list(tokens)), score(tokens, problem))[1])
     grid = passkey_grid(cfg, params, router, form, FILLER, lengths=(110,), depths=(0.5,), trials=2)
     hits = []
-    for problem in passkey_problems(form, FILLER, length=110, depth=0.5, trials=2):
+    for problem, said in zip( passkey_problems(form, FILLER, length=110, depth=0.5, trials=2), told, strict=True):
         tokens = problem.prompt.tolist()
         for _ in problem.answer:
             logits = dsv3.model_apply(params, router, [tokens], cfg=cfg).logits
             tokens.append(int(np.argmax(logits[0, -1])))
+        assert tokens[110:] == said
         hits.append(np.mean(np.array(tokens[110:]) == problem.answer))
     assert grid.tokens == [[pytest.approx(np.mean(hits))]] and grid.found == [[np.mean([hit == 1 for hit in hits])]]
 
@@ -97,6 +100,7 @@ def test_bad_input_is_named(form):
         ({"trials": 0}, "`trials` is 0, want at least 1"),
         ({"depths": ()}, "`depths` is empty"),
         ({"lengths": ()}, "`lengths` is empty"),
+        ({"lengths": (100, 90)}, "`lengths` is \\(100, 90\\), want each longer"),
         ({"lengths": (120,)}, "`lengths` has 120, want at most 118, max_length=128"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -62,8 +62,10 @@ def folder(tmp_path_factory):
     asked = "The pass key is 12345. Remember it. What is the pass key?"
     save_tokenizer(train_tokenizer([TEXT, asked], 320), folder / "model")
     longer = cfg.replace(rope_scaling=dsv3.preset("deepseek-v3").to_hf()["rope_scaling"])
-    (folder / "yarn").mkdir()
-    (folder / "yarn" / "config.json").write_text(json.dumps(longer.to_hf()))
+    dsv3.save_pretrained(folder / "yarn", longer, dsv3.model_init([0, 1], longer), dsv3.router_init(longer))
+    save_tokenizer(train_tokenizer([TEXT, asked], 320), folder / "yarn")
+    (folder / "empty").mkdir()
+    (folder / "empty" / "config.json").write_text(json.dumps(cfg.to_hf()))
     return folder
 
 
@@ -81,6 +83,11 @@ def results(folder):
         "depth": [*init, "--grid_depths=0,2", "--out=bad"],
         "share": [*init, "--passkey=2", "--out=bad"],
         "yarn already": [*init, "--init=yarn", "--out=bad"],
+        "no weights": [*init, "--init=empty", "--out=bad"],
+        "no depth": [*init, "--grid_depths=", "--out=bad"],
+        "beyond the model": [*init, "--seq_len=200", "--out=bad"],
+        "paper's weight": [*init, "--mtp_weight=0.2", "--out=bad"],
+        "two tokenizers": [*init, "--tokenizer=yarn", "--out=bad"],
         "no model": [*init, "--init=nowhere", "--out=bad"],
         "rows too short": ["--corpus=corpus.txt", *SMALL, "--preset=tiny", "--vocab_size=320", "--seq_len=32", "--out=bad"],
     }
@@ -89,8 +96,8 @@ def results(folder):
 
 @pytest.mark.skipif(not MORE, reason="a long case")
 def test_a_trained_model_gets_longer_contexts(folder):
-    command = ["--init=model", "--corpus=corpus.txt", *SMALL, "--out=long"]
-    (code, out, err), again = run(folder, [command, command])
+    command = ["--init=model", "--corpus=corpus.txt", "--passkey=0.5", *SMALL, "--out=long"]
+    (code, out, err), again, other = run(folder, [command, command, [*command, "--grid_trials=2"]])
     assert code == 0, err
     rows = [row for row in read_rows(folder / "long" / "log.jsonl") if row["kind"] == "train"]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -108,6 +115,7 @@ def test_a_trained_model_gets_longer_contexts(folder):
     yarn = exported.mla.rope.yarn
     assert (yarn.factor, yarn.original_length, exported.max_length) == (40.0, 96, 40 * 96)
     assert again[0] == 0 and "going on from step 4" in again[1] and "passkey problems" not in again[1]
+    assert other[0] == 2 and "'before' in 'long' has lengths, depths and trials [90, 700], [0.0, 1.0], 1" in other[2]
 
 
 @pytest.mark.parametrize(
@@ -123,8 +131,13 @@ def test_a_trained_model_gets_longer_contexts(folder):
         ("depth", "--grid_depths has 2.0, want 0 to 1"),
         ("share", "flag --passkey=2"),
         ("yarn already", "--plan=context extends the context itself, want a model without YaRN"),
+        ("no weights", "empty"),
+        ("no depth", "--grid_depths is empty, want at least one"),
+        ("beyond the model", "--seq_len is 200, the maximum of --init is 128"),
+        ("paper's weight", "--mtp_weight is given, but the stages of --plan=context have the paper's"),
+        ("two tokenizers", "--init and --tokenizer are both given"),
         ("no model", "nowhere"),
-        ("rows too short", "--passkey wants --seq_len of at least"),
+        ("rows too short", "--passkey wants sequences of at least"),
     ],
 )
 def test_bad_input_is_one_line(folder, results, case, words):

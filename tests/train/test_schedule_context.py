@@ -82,6 +82,10 @@ GOOD = {"seq_len": 8, "batch_size": 4, "steps": 3, "learning_rate": 1e-3}
         ({"factors": ()}, "`factors` is \\(\\), want growing ones"),
         ({"yarn_factor": 16.0}, "`yarn_factor` is 16, want at least 32"),
         ({"batch_multiple": (1,)}, "`batch_multiple` has 1 numbers, want 2"),
+        ({"batch_multiple": (1, 0)}, "`batch_multiple` is \\(1, 0\\), want at least 1 each"),
+        ({"before": training(length=16)}, "`before` wants sequences of 8 tokens"),
+        ({"before": PAPER_SCHEDULE, "seq_len": 131_072}, "`before` wants sequences of 131072 tokens at its end and no YaRN"),
+        ({"before": training(length=8), "warmup_steps": 1}, "`warmup_steps` is 1, want 0 behind a training"),
     ],
 )
 def test_what_cannot_be_is_named(change, words):
@@ -93,4 +97,4 @@ def test_a_curve_that_is_cut_is_refused():
     long = training(tokens=2000)
     cut = TrainSchedule(**{**vars(training()), "learning_rate": long.learning_rate})
     with pytest.raises(ValueError, match="a curve of `before` goes on after its last stage"):
-        context_schedule(cut, **GOOD)
+        context_schedule(cut, **(GOOD | {"seq_len": 16}))
