@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -137,7 +138,8 @@ def update_leaves(fn: Callable[..., Sequence[tf.Tensor]], leaves: Sequence[tf.Te
     result is the same, and whoever reads the old tensors still gets the old values.
 
     Args:
-      fn: a pure element-wise function that XLA can compile.
+      fn: a pure element-wise function that XLA can compile. The same one for many leaves, also of several steps, is compiled
+        once for each shape; it must not read tensors of the graph that is traced.
       leaves: tensors of the state.
       args: more tensors for `fn`.
     """
@@ -145,16 +147,22 @@ def update_leaves(fn: Callable[..., Sequence[tf.Tensor]], leaves: Sequence[tf.Te
     if edge is None or any(id(leaf) not in edge.read or leaf.graph is not graph for leaf in leaves):
         return list(fn(*leaves, *args))
     variables = [edge.read.pop(id(leaf))[1] for leaf in leaves]  # once only: after that a leaf is not as it came
-
-    @tf.function(jit_compile=True, autograph=False)
-    def kernel(*args):
-        for variable, value in zip(variables, fn(*[v.read_value() for v in variables], *args), strict=True):
-            variable.assign(value, read_value=False)
-
-    kernel(*args)
+    _leaf_kernel(fn)(variables, args)
     new = [variable.read_value() for variable in variables]
     edge.written.update((id(tensor), (tensor, variable)) for tensor, variable in zip(new, variables))
     return new
+
+
+@functools.lru_cache(maxsize=32)
+def _leaf_kernel(fn: Callable[..., Sequence[tf.Tensor]]) -> Callable[..., None]:
+    """One function for all leaves that `fn` updates, in all steps: those of one shape are compiled once."""
+
+    @tf.function(jit_compile=True, autograph=False)
+    def kernel(variables, args):
+        for variable, value in zip(variables, fn(*[v.read_value() for v in variables], *args), strict=True):
+            variable.assign(value, read_value=False)
+
+    return kernel
 
 
 def _own(variables: Iterable[tf.Variable]) -> None:

@@ -24,7 +24,7 @@ Examples:
   python examples/pretrain.py --corpus texts --preset small --out runs/small --steps 20000 --batch_size 32 \\
       --accumulate 8 --seq_len 1024 --lr 1e-3 --dtype bfloat16 --remat block
   python examples/pretrain.py --data runs/prepared --mixture code:2,prose:1 --epochs prose:4 --out runs/mixed
-  python examples/pretrain.py --data runs/prepared --plan paper --batch_size 32 --seq_len 64 --accumulate 4 \
+  python examples/pretrain.py --data runs/prepared --plan paper --batch_size 32 --seq_len 64 --accumulate 4 \\
       --context_steps 20 --out runs/plan
   python examples/pretrain.py --init runs/mine/export --plan context --seq_len 256 --context_steps 50 --out runs/long
   python examples/pretrain.py --fp8 paper --out runs/fp8
@@ -106,6 +106,9 @@ flags.DEFINE_float("balance_weight", 1e-4, "Weight of the sequence-wise balance 
 flags.DEFINE_float("bias_rate", 1e-3, "How far a step moves the router's selection bias.", 0.0)
 flags.DEFINE_float("ema_decay", None, "Keep an average of the parameters with this decay a step, and export it.", 0.0, 1.0)
 
+flags.DEFINE_integer(
+    "read_ahead", 0, "Batches that tf.data reads while a step computes, for slow storage; 0: read between steps.", 0
+)
 flags.DEFINE_integer("eval_every", None, "Steps between held-out losses; 0: none. Default: a tenth of --steps.", 0)
 flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0: only at the end and when interrupted.", 0)
 flags.DEFINE_integer("keep", 2, "Checkpoints that stay, the last ones.", 1)

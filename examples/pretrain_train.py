@@ -47,12 +47,13 @@ Restore = Callable[[Callable[[int], bool]], tuple[TrainState, Cursor] | None]
 class Tools(NamedTuple):
     """What all stages share: how the parameters are stored and updated, where rows and checkpoints go, what ends the run.
 
-    The first process has `log` and `progress`; `ends`: steps at which stages end.
+    The first process has `log` and `progress`; `begin` makes the state of step 0; `ends`: steps at which stages end.
     """
 
     optimizer: Optimizer
     layouts: Any
     plain: ComputePolicy
+    begin: Callable[[], TrainState]
     restore: Restore
     saver: BackgroundSaver
     stop: Callable[[], signal.Signals | None]
@@ -79,15 +80,15 @@ def train(setup: Setup, plain: ComputePolicy, at_end: StageEnd | None = None) ->
     Held-out losses are those of the compute dtype, as `plain` has it: they tell what FP8 did to the parameters.
     """
     optimizer, layouts = make_optimizer(setup), make_mesh_layouts(setup)
-    restore = make_restore(setup, optimizer, layouts)
+    begin, restore = make_begin(setup, optimizer, layouts), make_restore(setup, optimizer, layouts)
     stages = schedule_steps(setup.schedule)
     ends = tuple(stage.first + stage.steps for stage in stages)
-    state, cursor = start(setup, optimizer, layouts, restore)
-    done = int(whole(state.step))
+    held = [start(setup, begin, restore)]
+    known = None if held[0].cursor.data is None else held[0].step
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        log = stack.enter_context(RunLog(setup.out, step=done)) if setup.leads else None
-        progress = stack.enter_context(Progress(ends[-1], start=done)) if setup.leads else None
+        log = stack.enter_context(RunLog(setup.out, step=known)) if setup.leads else None
+        progress = stack.enter_context(Progress(ends[-1], start=held[0].step)) if setup.leads else None
         saver = stack.enter_context(
             BackgroundSaver(
                 setup.out / "checkpoints", setup.settings,
@@ -95,22 +96,21 @@ def train(setup: Setup, plain: ComputePolicy, at_end: StageEnd | None = None) ->
                 agree=lambda written: agreed(int(not written), setup.mesh) == 0,
             )  # fmt: skip
         )
-        tools = Tools(optimizer, layouts, plain, restore, saver, stop, log, progress, ends)
-        result = LoopResult(state, done, None, cursor)
-        del state
+        tools = Tools(optimizer, layouts, plain, begin, restore, saver, stop, log, progress, ends)
         for number, end in enumerate((0, *ends)):
-            if number and result.step < end and result.stopped is None:
-                result = train_stage(setup, tools, number - 1, result)
-            if at_end is not None and result.step == end and result.stopped is None:
+            if number and held[0].step < end and held[0].stopped is None:
+                held.append(train_stage(setup, tools, number - 1, held))
+            if at_end is not None and held[0].step == end and held[0].stopped is None:
                 saver.finish()  # it may take long: the checkpoint of the border is to be there
-                at_end(number, result.state, stop)
+                at_end(number, held[0].state, stop)
                 caught = agreed(stop() or 0, setup.mesh)
-                result = result._replace(stopped=signal.Signals(caught) if caught else None)
-        return result
+                held.append(held.pop()._replace(stopped=signal.Signals(caught) if caught else None))
+        return held.pop()
 
 
-def train_stage(setup: Setup, tools: Tools, number: int, so_far: LoopResult) -> LoopResult:
-    """Trains one stage to its end: its architecture, its length of sequences."""
+def train_stage(setup: Setup, tools: Tools, number: int, held: list[LoopResult]) -> LoopResult:
+    """Trains one stage to its end: its architecture, its length of sequences. Takes where it begins out of `held`: with
+    another reference to that state a run that goes back would have two."""
     cfg, end = stage_of(setup.cfg, setup.schedule, number), tools.ends[number]
     first = tools.ends[number - 1] if number else 0
     if len(tools.ends) > 1:
@@ -125,10 +125,9 @@ def train_stage(setup: Setup, tools: Tools, number: int, so_far: LoopResult) -> 
     watch = make_watch(cfg, tools.optimizer, tools.layouts, policy=policy)
     evaluate = make_evaluate(setup, cfg, tools.plain, setup.schedule.stages[number].seq_len)
     trouble = Trouble(patience=FLAGS.patience) if FLAGS.patience else None
-    return train_loop(
-        step, so_far.state, make_feed(setup), steps=end, cursor=entered(so_far.cursor, so_far.step, first), trouble=trouble,
-        actions=make_actions(setup, tools, cfg, first, watch, evaluate),
-    )  # fmt: skip
+    cursor = entered(held[0].cursor, held[0].step, first)
+    actions = make_actions(setup, tools, cfg, first, watch, evaluate)
+    return train_loop(step, held.pop().state, make_feed(setup), steps=end, cursor=cursor, trouble=trouble, actions=actions)
 
 
 def is_anchor(step: int, ends: tuple[int, ...]) -> bool:
@@ -153,10 +152,14 @@ def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, watch
 
     def go_back(done: int) -> tuple[TrainState, Cursor] | None:
         tools.saver.finish()
-        found = tools.restore(lambda step: first <= step <= done and is_anchor(step, tools.ends))
+        found = tools.restore(lambda step: max(first, 1) <= step <= done and is_anchor(step, tools.ends))
+        if found is None and first == 0:
+            found = tools.begin(), Cursor()
         if found is None:
             return None
         state, cursor = found
+        del found
+        state = in_variables(setup, state)
         step = int(whole(state.step))
         if setup.leads:
             drop_checkpoints(setup.out / "checkpoints", after=step)
@@ -184,12 +187,13 @@ def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, watch
 def trouble_line(row: Row) -> str:
     """What went wrong, for people."""
     if row["kind"] == "rollback":
-        return f"back from step {row['step']} to the checkpoint of step {row['to']}; the data between is left out"
+        to = f"the checkpoint of step {row['to']}" if row["to"] else "the start"
+        return f"back from step {row['step']} to {to}; the data between is left out"
     return f"after step {row['step']} a batch was left out: {row['reason']}"
 
 
 def make_feed(setup: Setup) -> Feed:
-    """Batches of the mixture, read ahead of the step; every process reads the whole batch, as the step wants it."""
+    """Batches of the mixture, with --read_ahead read before they are wanted; every process reads whole ones, as steps do."""
     mixture, schedule = setup.data.mixture, setup.schedule
     form = passkey_form(setup.data.tokenizer, FLAGS.passkey_keys) if FLAGS.passkey else None
 
@@ -207,8 +211,10 @@ def make_feed(setup: Setup) -> Feed:
         state = input_init(mixture) if data is None else input_state(data, mixture)
         batches = read_batches(setup.data.sources, mixture, state, shape, tokens=tokens)
         batches = batches if form is None else exercises(batches)
-        with contextlib.closing(prefetch_batches(batches)) as ahead:
-            for item in ahead:
+        if FLAGS.read_ahead:
+            batches = prefetch_batches(batches, FLAGS.read_ahead)
+        with contextlib.closing(batches):
+            for item in batches:
                 yield Fed(*cut_batch(*(np.asarray(part) for part in item.batch)), item.state._asdict())
 
     return feed
@@ -248,16 +254,27 @@ def make_restore(setup: Setup, optimizer: Optimizer, layouts) -> Restore:
     return restore
 
 
-def start(setup: Setup, optimizer: Optimizer, layouts, restore: Restore) -> tuple[TrainState, Cursor]:
-    """The state and the cursor of the latest checkpoint, or of a new model."""
+def make_begin(setup: Setup, optimizer: Optimizer, layouts) -> Callable[[], TrainState]:
+    """How to make the state of a new model."""
+    return lambda: new_state(setup, optimizer, layouts)
+
+
+def start(setup: Setup, begin: Callable[[], TrainState], restore: Restore) -> LoopResult:
+    """Where the latest checkpoint is, or a new model."""
     found = restore(lambda step: True)
     if found is None:
-        state, cursor = new_state(setup, optimizer, layouts), Cursor()
+        found = begin(), Cursor()
     else:
-        state, cursor = found
-        say(f"going on from step {int(whole(state.step))} of {setup.out / 'checkpoints'}")
+        say(f"going on from step {int(whole(found[0].step))} of {setup.out / 'checkpoints'}")
+    state, cursor = found
     del found
-    return (place(state) if layouts is None else state), cursor  # with no other reference to it, it does not exist twice
+    state = in_variables(setup, state)
+    return LoopResult(state, int(whole(state.step)), None, cursor)
+
+
+def in_variables(setup: Setup, state: TrainState) -> TrainState:
+    """A state as a step takes it: with no other reference to it left, it does not exist twice."""
+    return place(state) if setup.mesh is None else state
 
 
 def new_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:

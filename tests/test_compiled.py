@@ -237,6 +237,21 @@ def test_update_leaves_overwrites():
     assert address(state["a"]) == where and state["a"].numpy().tolist() == [2.0] * 1024
 
 
+def test_leaves_of_one_shape_share_a_kernel():
+    seen = []
+
+    def add(a, x):
+        seen.append(a.shape.as_list())
+        return (a + x,)
+
+    state = {"a": tf.zeros([2]), "b": tf.ones([2]), "c": tf.zeros([3])}
+    for x in (1.0, 10.0):  # two steps of one function
+        step = compile_step(lambda s, x: ({name: update_leaves(add, (leaf,), x)[0] for name, leaf in s.items()}, ()))
+        state, _ = step(state, tf.constant(x))
+    assert [leaf.numpy().tolist() for leaf in state.values()] == [[11.0] * 2, [12.0] * 2, [11.0] * 3]
+    assert seen == [[2], [3]]
+
+
 def row_write(state, x):
     return state | {"a": RowWrite(tf.fill([1, 1, 1], x), tf.constant([1]))}, ()
 
