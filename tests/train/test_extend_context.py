@@ -46,7 +46,7 @@ def run(folder, cases):
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps([list(map(str, case)) for case in cases])], capture_output=True,
-        timeout=280, cwd=folder, env=environment,
+        timeout=600, cwd=folder, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     return [json.loads(line) for line in done.stdout.decode().splitlines()]
