@@ -60,11 +60,7 @@ def load_pretrained(
         `"float8"` for a checkpoint whose blocks are not 128×128.
     """
     name = _dtype_name("load_pretrained", dtype, ("float32", "bfloat16", "float8", "int8"))
-    problems, (cfg, stored, pieces, block) = _open("load_pretrained", directory)
-    check(
-        name != "float8" or block == WEIGHT_BLOCK,
-        f"load_pretrained: `dtype` is 'float8', want 'bfloat16', 'float32' or 'int8' for FP8 in blocks of {block}",
-    )
+    problems, (cfg, stored, pieces, block) = _open("load_pretrained", directory, name)
     specs = model_specs(cfg)
     leaves = {path: _leaf_spec(path, spec, name) for path, spec in tree.items(specs)}
     leaves |= {path: tf.TensorSpec(shape, tf.float32) for path, shape in _router_shapes(cfg).items()}
@@ -87,7 +83,7 @@ def pretrained_config(directory: str | os.PathLike[str]) -> ModelConfig:
     return _open("pretrained_config", directory)[1][0]
 
 
-def _open(function: str, directory: str | os.PathLike[str]):
+def _open(function: str, directory: str | os.PathLike[str], dtype: str = "float32"):
     """Opens a directory and accounts for all its tensors: problems, and (cfg, stored, pieces, block)."""
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -96,6 +92,10 @@ def _open(function: str, directory: str | os.PathLike[str]):
         raise FileNotFoundError(f"{function}: {directory} holds no config.json")
     hf = read_json(directory)
     cfg, block = ModelConfig.from_hf(hf), fp8_block(hf)
+    check(
+        dtype != "float8" or block == WEIGHT_BLOCK,
+        f"{function}: `dtype` is 'float8', want 'bfloat16', 'float32' or 'int8' for FP8 in blocks of {block}",
+    )
     problems = Problems(function, directory)
     stored = open_directory(directory, problems)
     cfg, stored = settle_mtp(cfg, hf, stored, problems)
