@@ -61,7 +61,7 @@ def attention_past(
     check(None not in (dims.N, dims.T, dims.S), "attention_past: unknown sizes, want static N, T and S")
     check(dims.N % dims.T == 0, f"attention_past: `q` has {dims.N} rows [N], want a multiple of the {dims.T} tokens [T]")
     check(tile > 0, f"attention_past: `tile` is {tile}, want > 0")
-    tile, length = min(tile, dims.S), tf.convert_to_tensor(length)
+    tile, length = max(1, min(tile, dims.S)), tf.convert_to_tensor(length)
     step = tf.expand_dims(tf.repeat(tf.range(dims.T), dims.N // dims.T), 0)
 
     def update(state, k, v, k_index):

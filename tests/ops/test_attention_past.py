@@ -87,6 +87,9 @@ def test_tiles_that_no_row_has_filled_are_not_visited():
     assert len(seen) == 2
     attention_past(q, k, v, past, np.array([0, 0], np.int32), noted, scale=0.4, tile=3)
     assert len(seen) == 2
+    given = inputs(2, 3, 0)
+    assert_close(attention_past(*given, noted, scale=0.4, tile=3), oracle(*given))
+    assert len(seen) == 2
 
 
 def test_nothing_is_as_long_as_the_past():
