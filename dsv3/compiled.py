@@ -56,15 +56,20 @@ class _Edge:
 _EDGE: contextvars.ContextVar[_Edge | None] = contextvars.ContextVar("dsv3_edge", default=None)
 
 
-def place(state: Tree) -> Tree:
+def place(state: Tree, *, owned: bool = False) -> Tree:
     """Puts a tree of tensors into variables, which share the tensors' memory until they change; variables stay as they are.
 
     A state that is placed before its first step, with no other reference to its tensors left, never exists twice:
-    `state = place(state)`.
+    `state = place(state)`. Leaves that are written by rows are an exception: their first step copies them, unless they are
+    `owned`, which promises that nothing else holds the tensors or their memory, as after `place(make_cache(), owned=True)`.
     """
 
     def one(path: str, leaf: Any) -> tf.Variable:
-        return leaf if isinstance(leaf, tf.Variable) else tf.Variable(leaf, trainable=False, name=path.replace(".", "_"))
+        if isinstance(leaf, tf.Variable):
+            return leaf
+        variable = tf.Variable(leaf, trainable=False, name=path.replace(".", "_"))
+        variable.shares_memory = not owned
+        return variable
 
     return tree.map_with_path(one, state)
 
@@ -168,7 +173,7 @@ def _leaf_kernel(fn: Callable[..., Sequence[tf.Tensor]]) -> Callable[..., None]:
 def _own(variables: Iterable[tf.Variable]) -> None:
     """Gives variables whose memory is going to be written memory of their own.
 
-    A variable shares memory with what it was assigned from; the edge marks those that it has copied since.
+    A variable shares memory with what it was assigned from; those are marked that were copied since, or are `owned`.
     """
     for variable in variables:
         if getattr(variable, "shares_memory", True):

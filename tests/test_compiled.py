@@ -73,6 +73,16 @@ def test_place_keeps_variables_and_names_them_by_path():
     assert all(a is b for a, b in zip(tree.flatten(placed), tree.flatten(again)))
 
 
+@pytest.mark.parametrize("owned", [False, True])
+def test_a_leaf_that_nobody_else_holds_is_written_without_a_copy(owned):
+    """Looked at by breaking the promise: the tensor that the variable was made of shows what is written."""
+    step = compile_step(lambda state, x: ({"kv": RowWrite(x, tf.constant([1]))}, ()))
+    tensor = tf.fill([1, 1, 3, 2], 5.0)
+    state, _ = step(place({"kv": tensor}, owned=owned), tf.ones([1, 1, 1, 2]))
+    assert state["kv"].numpy()[0, 0, :, 0].tolist() == [5.0, 1.0, 5.0]
+    assert tensor.numpy()[0, 0, :, 0].tolist() == ([5.0, 1.0, 5.0] if owned else [5.0] * 3)
+
+
 def test_a_step_serves_several_states():
     step = compile_step(counting)
     one, _ = step(start(), tf.constant([1.0, 1.0]))
