@@ -28,10 +28,10 @@ def test_bytes_of_a_token():
 
 def test_all_caches_give_the_same_attention():
     told, which = [], [*CACHES[:2], CACHES[4]]  # the others are in the program's test
-    found = measure_caches(lambda: layers(1), CFG, SIZE, which, layers=1, on_chunk=lambda *counts: told.append(counts))
+    found = measure_caches(layers, CFG, SIZE, which, layers=2, on_chunk=lambda *counts: told.append(counts))
     assert [(size.kind, size.dtype) for size in found] == which
     for size in found:
-        assert size.computed == SIZE * token_bytes(CFG, size.kind, size.dtype)
+        assert size.computed == 2 * SIZE * token_bytes(CFG, size.kind, size.dtype)
         assert size.measured >= 0 and size.step_seconds > 0
     for size, tolerance in zip(found[1:], (2e-6, 6e-2)):  # float32 sums in another order; latents rounded to 2^-4
         assert error(size.out, found[0].out) <= tolerance, size
@@ -46,7 +46,8 @@ def test_estimates_hold_what_is_kept():
 
 def test_every_token_is_in_the_cache():
     """Other hidden states in the last chunk alone change the output."""
-    (whole,), (less,) = (measure_caches(layers, CFG, size, CACHES[1:2], layers=2) for size in (SIZE, CHUNK))
+    one = lambda: layers(1)  # noqa: E731
+    (whole,), (less,) = (measure_caches(one, CFG, size, CACHES[1:2], layers=1) for size in (SIZE, CHUNK))
     assert error(less.out, whole.out) > 1e-2
 
 

@@ -22,9 +22,10 @@ def expand(entries):
 
 
 def inputs(batch, tokens, slots, rows=1, dirt=0.0):
-    """q, k, v, and a past whose unfilled slots hold `dirt`; rows fill different numbers of slots."""
+    """q, k, v, and a past whose unfilled slots hold `dirt`; the last row fills all slots, others fill some."""
     rng = np.random.default_rng([batch, tokens, slots])
     length = rng.integers(0, slots + 1, batch).astype(np.int32)
+    length[-1] = slots
     past = normal(0, batch, slots, WIDTH)
     past[np.arange(slots) >= length[:, None]] = dirt
     k, v = (part.numpy() for part in expand(normal(1, batch, tokens, WIDTH)))
@@ -103,17 +104,18 @@ def test_nothing_is_as_long_as_the_past():
 
 
 def test_bfloat16_sums_in_float32():
-    """Of 4,000 equal slots each counts 1/4,001, which added up in bfloat16 would stop at 1/256 of the way."""
+    """Of 1,000 equal slots each counts 1/1,001; added up one by one in bfloat16 they would stop at 256."""
     q, k, v, past, _ = inputs(1, 1, 1)
-    past = np.repeat(past, 4000, 1)
+    past = np.repeat(past, 1000, 1)
     low = [tf.cast(x, tf.bfloat16) for x in (q, k, v, past)]
 
     def rounded(entries):
         return [tf.cast(x, tf.bfloat16) for x in expand(entries)]
 
-    got = attention_past(*low, np.array([4000], np.int32), rounded, scale=0.4, tile=16)
-    want = oracle(*(tf.cast(x, tf.float32).numpy() for x in low), np.array([4000], np.int32))
+    fn = tf.function(lambda *given: attention_past(*given, rounded, scale=0.4, tile=1), autograph=False)
+    got, length = fn(*low, tf.constant([1000])), np.array([1000], np.int32)
     assert got.dtype == tf.bfloat16
+    want = oracle(*(tf.cast(x, tf.float32).numpy() for x in low), length)
     assert_close(got, want, 1e-2)  # keys, values, scores and the result are rounded to 2^-9 each
 
 
