@@ -49,8 +49,8 @@ def check_plan_flags(cfg: ModelConfig) -> None:
     check(FLAGS.seq_len <= cfg.max_length, f"--seq_len is {FLAGS.seq_len}, the model's maximum is {cfg.max_length}")
     a_step = FLAGS.batch_size * FLAGS.seq_len
     steps = FLAGS.steps if FLAGS.tokens is None else -(-FLAGS.tokens // a_step)
-    what, most = ("--context_steps", context_steps() - 1) if only_context() else ("--steps", steps)
-    check(warmup_steps() <= most, f"--warmup_steps is {warmup_steps()}, want at most {most}, by {what}")
+    what, most = ("--context_steps less one,", context_steps() - 1) if only_context() else ("--steps", steps)
+    check(warmup_steps() <= most, f"--warmup_steps is {warmup_steps()}, want at most {what} {most}")
 
 
 def check_context_flags(cfg: ModelConfig) -> None:

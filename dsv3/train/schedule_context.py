@@ -13,7 +13,7 @@ _LATE = schedule_at(PAPER_SCHEDULE, PAPER_SCHEDULE.total_tokens)
 CONTEXT_FACTORS = (8, 32)
 YARN_FACTOR = 40.0
 CONTEXT_LR_SHARE = _LATE.learning_rate / max(piece.end for piece in PAPER_SCHEDULE.learning_rate)
-"""The learning rate of the context stages over the highest one, 7.3e-6 / 2.2e-4."""
+"""The learning rate of the context stages over the highest one: a thirtieth."""
 
 
 def context_schedule(
@@ -52,9 +52,9 @@ def context_schedule(
 
     References: DeepSeek-V3 section 4.3.
 
-    >>> found = context_schedule(seq_len=4096, batch_size=15_360, steps=1000, learning_rate=7.3e-6)
+    >>> found = context_schedule(seq_len=128, batch_size=64, steps=10, learning_rate=1e-3)
     >>> [(stage.seq_len, schedule_at(found, stage.until - 1).batch_size) for stage in found.stages]
-    [(32768, 1920), (131072, 480)]
+    [(1024, 8), (4096, 2)]
     """
     name = "context_schedule"
     for argument, value in (("seq_len", seq_len), ("batch_size", batch_size), ("steps", steps)):
