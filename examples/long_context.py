@@ -15,8 +15,8 @@ The model is narrow, but has all parts of the published one: latent attention, e
 next, and YaRN by 40 beyond 4,096 tokens, up to 163,840. Its parameters are random. --model takes one from a checkpoint
 directory instead. Memory is the resident memory of the process at its highest, above what it was with the model loaded.
 
-Attention over T tokens is T²/2 pairs for each head and layer, so the longest length takes most of the time: the default run
-about TIME minutes on two cores. What a part needs is estimated before anything starts, and compared with the free memory.
+Attention over T tokens is T²/2 pairs for each head and layer, so the longest length takes most of the time. By default
+about 10 minutes on two cores. What a part needs is estimated before anything starts, and compared with the free memory.
 
 Examples:
 
@@ -73,7 +73,7 @@ flags.DEFINE_integer("chunk", 512, "Tokens of a chunk of prompt.", 1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and products.")
 flags.DEFINE_enum("cache", None, ["float8"], "Of the engine's cache. Default: as --dtype.")
 flags.DEFINE_string("model", None, "Checkpoint directory. Default: the narrow model.")
-flags.DEFINE_integer("layers", None, "Layers of the narrow model, of which one is dense. Default: 3.", 2)
+flags.DEFINE_integer("layers", None, "Layers of the narrow model, of which one is dense. Default: 2.", 2)
 flags.DEFINE_integer("heads", None, "Heads of the narrow model. Default: 4.", 1)
 flags.DEFINE_integer("hidden_size", None, "Width of the narrow model. Default: 64.", 1)
 flags.DEFINE_integer("seed", 0, "Of parameters and prompts.", 0)
@@ -101,7 +101,9 @@ def main(argv: list[str]) -> int:
             rows = [{"part": job.part, "length": job.length, **numbers} for job, numbers in found]
             Path(FLAGS.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         if FLAGS.write_docs:
-            command = shlex.join(["python", "examples/long_context.py", *sys.argv[1:]])
+            key = FLAGS.get_key_flags_for_module(sys.argv[0])
+            given = [flag.serialize() for flag in key if flag.present and flag.name != "json"]
+            command = shlex.join(["python", "examples/long_context.py", *given])
             facts = "; ".join(f"{name} {value}" for name, value in machine().items())
             write_docs(results, DOCS, command=command, machine=facts)
             print("wrote docs/long_context.md", file=sys.stderr)
@@ -194,7 +196,8 @@ def run_all(jobs: Sequence[Job]) -> list[tuple[Job, dict[str, Any]]]:
 
 def run_child(job: Job) -> dict[str, Any]:
     """Runs one part in a fresh process, whose memory is nobody else's."""
-    done = subprocess.run([sys.executable, __file__, f"--job={job_text(job)}"], stdout=subprocess.DEVNULL)
+    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}  # at 2 oneDNN reports, as an error, what it leaves to others in FP8
+    done = subprocess.run([sys.executable, __file__, f"--job={job_text(job)}"], stdout=subprocess.DEVNULL, env=quiet)
     check(done.returncode == 0, f"{job.note}: the process ended with status {done.returncode}")
     return json.loads((Path(job.scratch) / "result.json").read_text(encoding="utf-8"))
 

@@ -30,10 +30,10 @@ CACHES = (
     ("plain", "float32"), ("latent", "float32"), ("plain", "bfloat16"), ("latent", "bfloat16"), ("latent", "float8"),
 )  # fmt: skip
 WIDE_CACHES = CACHES[2:]
-EVERY = 5.0  # seconds between two lines of progress
+EVERY = 10.0  # seconds between two lines of progress
 # Ratios of the published model where they can be: 2 : 1 : 2 : 8 of the heads' dims and the latent. YaRN is as published.
 NARROW = {
-    "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "first_k_dense_replace": 1, "intermediate_size": 160,
+    "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "first_k_dense_replace": 1, "intermediate_size": 160,
     "num_attention_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
     "v_head_dim": 16, "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "n_group": 4,
     "topk_group": 2, "initializer_range": 0.1,
@@ -163,19 +163,26 @@ def run_caches(job: Job, cfg: ModelConfig) -> list[dict[str, Any]]:
 
 
 def teller(job: Job, *, quadratic: bool) -> Callable[[int, int], None]:
-    """Returns a function that tells progress of tokens now and then, with the time that is left."""
-    start = shown = time.monotonic()
+    """Returns a function that tells progress of tokens now and then, with the time that is left.
+
+    That is reckoned from the second chunk on, as the first two are traced and compiled.
+    """
+    calls: list[tuple[float, float]] = []  # times, and parts of the work that were done then
+    shown = time.monotonic()
 
     def tell(done: int, total: int) -> None:
         nonlocal shown
         now = time.monotonic()
+        # Each chunk attends to all before it; besides, as much work as attending to some thousand tokens.
+        part = done * (done + 8192) / (total * (total + 8192)) if quadratic else done / total
+        if len(calls) < 2:
+            calls.append((now, part))
         if now - shown < EVERY and done < total:
             return
         shown = now
-        # Each chunk attends to all before it; besides, as much work as attending to some thousand tokens.
-        part = done * (done + 8192) / (total * (total + 8192)) if quadratic else done / total
-        left = format_seconds((now - start) * (1 - part) / part)
-        print(f"{job.note}: {done:,} of {total:,} tokens, ETA {left}", file=sys.stderr, flush=True)
+        then, before = calls[-1]
+        left = f", ETA {format_seconds((now - then) * (1 - part) / (part - before))}" if part > before else ""
+        print(f"{job.note}: {done:,} of {total:,} tokens{left}", file=sys.stderr, flush=True)
 
     return tell
 

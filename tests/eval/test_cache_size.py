@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import dsv3
-from dsv3.eval.cache_size import CHUNK, caches_bytes, measure_caches, token_bytes
-from tests.compare import error
+from dsv3.eval.cache_size import CHUNK, _hidden, caches_bytes, measure_caches, token_bytes
+from dsv3.nn.mla import mla_apply
+from tests.compare import PLAIN, assert_close, error
 from tests.small import mla_config, random_params
 
 CFG = mla_config(num_heads=4, kv_latent=10)
@@ -44,11 +46,13 @@ def test_estimates_hold_what_is_kept():
     assert sizes[0] > 2**27 and sizes[2] - sizes[1] == 4 * 10**6 * kept
 
 
-def test_every_token_is_in_the_cache():
-    """Other hidden states in the last chunk alone change the output."""
-    one = lambda: layers(1)  # noqa: E731
-    (whole,), (less,) = (measure_caches(one, CFG, size, CACHES[1:2], layers=1) for size in (SIZE, CHUNK))
-    assert error(less.out, whole.out) > 1e-2
+def test_what_is_filled_is_the_sequence():
+    """The step over the cache is the last position of attention over all hidden states, each at its own place."""
+    (found,) = measure_caches(layers, CFG, SIZE, CACHES[1:2], layers=2)
+    parts = (0, CHUNK), (CHUNK, SIZE - CHUNK), (SIZE, 1)
+    hidden = tf.concat([_hidden(at, count, CFG.hidden_size, "float32") for at, count in parts], 1)
+    want = mla_apply(layers()[-1], hidden, cfg=CFG, policy=PLAIN).out[0, -1]
+    assert_close(found.out, want, 4e-6)  # sums of 583 terms in another order
 
 
 def test_refusals():

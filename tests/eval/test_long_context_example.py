@@ -90,7 +90,7 @@ def test_all_parts_of_a_checkpoint(results):
     assert re.findall(r"^\[(\d) of 3\] 40 tokens, (\w+): done in 0:\d\d$", err, re.MULTILINE) == [
         ("1", "engine"), ("2", "whole"), ("3", "caches"),
     ]  # fmt: skip
-    assert "[1 of 3] 40 tokens, engine: 36 of 36 tokens, ETA 0:00" in told  # by the child
+    assert "[1 of 3] 40 tokens, engine: 36 of 36 tokens, ETA 0:00\n" in told  # by the child
 
 
 @pytest.mark.parametrize("case", BAD)
