@@ -23,8 +23,11 @@ from dsv3.eval.compression import (
 from dsv3.pretrained import save_pretrained
 from dsv3.serve import Engine
 from tests.compare import PLAIN
+from tests.more import MORE
 from tests.serve.model import POLICY, model
 from tests.serve.test_text import VOCAB, tokenizer
+
+pytestmark = pytest.mark.xdist_group("compression")  # fixtures that take long are made once
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
@@ -109,6 +112,7 @@ for arguments in json.loads(sys.argv[1]):
     print(json.dumps([code, out.getvalue(), err.getvalue()]))
 """
 
+# What the program prints and writes is for the longer run; what it refuses is always tested.
 SMALL = ["--text={text}", "--length=16", "--windows=2", "--prompts=2", "--new_tokens=4", "--turns=1", "--score_tokens=40"]
 CASES = {
     "good": (["{whole}", *SMALL, "--variants=float8+cache8", "--json={json}"], ""),
@@ -129,15 +133,17 @@ def results(tmp_path_factory):
     save_pretrained(places["whole"], *model(VOCAB))
     save_tokenizer(tokenizer(), places["whole"])
     pathlib.Path(places["text"]).write_text("the cat sat on the mat. " * 4)
-    cases = [[argument.format(**places) for argument in arguments] for arguments, _ in CASES.values()]
+    names = [name for name in CASES if MORE or name != "good"]
+    cases = [[argument.format(**places) for argument in CASES[name][0]] for name in names]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, timeout=240, cwd=EXAMPLES,
         env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}", "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True)) | {"rows": places["json"]}
+    return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True)) | {"rows": places["json"]}
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_program(results):
     code, out, _ = results["good"]
     assert code == 0

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dsv3.train.records import read_rows
-from tests.more import more
+from tests.more import MORE, more
 from tests.small import model_config
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
@@ -234,6 +234,7 @@ def environment():
     return os.environ | {"TF_NUM_INTRAOP_THREADS": "2", "TF_NUM_INTEROP_THREADS": "2", "PYTHONPATH": paths}
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_an_experiment_that_is_interrupted_goes_on(tmp_path):
     words, rng = "to be or not that is the question whether tis nobler in mind suffer".split(), random.Random(0)
     (tmp_path / "words.txt").write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(400)))

@@ -10,6 +10,7 @@ import dsv3
 from dsv3 import RouterState, pipeline, tree
 from dsv3.ops.dispatch import dispatch_capacity
 from tests.compare import PLAIN, assert_close
+from tests.more import more
 from tests.small import model_config, random_params, random_router, random_tokens
 from tests.train.test_mesh_step import layouts_of
 from tests.train.test_pipeline_step import gradients, recorder
@@ -44,9 +45,11 @@ PUBLISHED = {
 CASES = [
     ("expert:4", 2, {}, {}),
     ("data:2,expert:4", 4, ONE, {"dispatch_dtype": "float32"}),  # one device a node: nothing to forward to
-    ("pipe:2,expert:4", 2, {"n_shared_experts": 0, "num_nextn_predict_layers": 0}, {"schedule": pipeline.zb1p}),
     ("expert:8", 4, ONE, {"policy": PLAIN.replace(remat="block")}),
-    ("expert:8", 8, ONE | PUBLISHED, {"policy": PLAIN.replace(experts="blocks")}),
+    *more(
+        ("pipe:2,expert:4", 2, {"n_shared_experts": 0, "num_nextn_predict_layers": 0}, {"schedule": pipeline.zb1p}),
+        ("expert:8", 8, ONE | PUBLISHED, {"policy": PLAIN.replace(experts="blocks")}),
+    ),
 ]
 
 

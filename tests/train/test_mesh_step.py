@@ -115,9 +115,9 @@ BLOCKS = PLAIN.replace(experts="blocks", remat="block", loss_chunk=7)
 KERNELS = dsv3.default_policy("CPU").replace(max_rows=0)
 STORED = [
     (CONFIGS[2], "data:2,expert:2", None, KERNELS),
-    (CONFIGS[0], "data:2,expert:2", {"embed": "expert"}, BLOCKS),  # experts used on another dim than they are stored
     (DENSE, "data:2", {}, PLAIN),
     *more(
+        (CONFIGS[0], "data:2,expert:2", {"embed": "expert"}, BLOCKS),  # experts used on another dim than they are stored
         (CONFIGS[0], "pipe:2,expert:2", {"embed": "expert", "expert": "pipe"}, PLAIN),
         (CONFIGS[0], "pipe:2,data:2,expert:2", {"layer": "data", "kv_latent": "pipe"}, PLAIN),
     ),

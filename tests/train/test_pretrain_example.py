@@ -24,6 +24,7 @@ from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.loop import LoopResult
 from dsv3.train.records import read_rows
 from dsv3.train.trouble import Cursor
+from tests.more import MORE
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 CONFIG = f"--config={pathlib.Path(__file__).with_name('small.json')}"  # a layer of each kind, 300 ids: little to compile
@@ -86,6 +87,7 @@ def kill_after(rows, out, arguments):
     return len(train_rows(out))
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_killed_and_run_again_gives_the_curve_of_a_run_that_was_not(corpus, pretrain, tmp_path, monkeypatch):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     same = [f"--corpus={corpus}", "--steps=60", *SMALL]

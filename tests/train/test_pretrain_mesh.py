@@ -14,9 +14,12 @@ import pytest
 
 from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
+from tests.more import MORE
 from tests.small import model_config
 from tests.train.test_pretrain_example import EXAMPLES, call, environment, pretrain, read_rows, refused, train_rows
 from tests.train.test_pretrain_plan import data
+
+pytestmark = pytest.mark.xdist_group("pretrain_mesh")  # fixtures that take long are made once
 
 __all__ = ["data", "pretrain"]
 
@@ -97,6 +100,7 @@ def killed(same, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_killed_and_gone_on_with_by_one_device(pretrain, same, straight, killed, tmp_path, monkeypatch):
     out, done = shutil.copytree(killed, tmp_path / "run"), len(train_rows(killed))
     assert_same_curve(killed, straight, done)
@@ -107,6 +111,7 @@ def test_killed_and_gone_on_with_by_one_device(pretrain, same, straight, killed,
     assert_same_curve(out, straight)
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_gone_on_with_by_two_processes_on_another_mesh(pretrain, same, straight, killed, tmp_path):
     """They do all that one does, and the second says nothing."""
     out = shutil.copytree(killed, tmp_path / "run")
@@ -126,6 +131,7 @@ def test_gone_on_with_by_two_processes_on_another_mesh(pretrain, same, straight,
     assert load_pretrained(out / "export", dtype="float32")[0].vocab_size == 300
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_gone_on_with_by_one_process_on_the_same_mesh(pretrain, same, straight, killed, tmp_path, monkeypatch):
     """Its devices read what two processes have read; so a mesh of one process gives the curve of one device, too."""
     out = shutil.copytree(killed, tmp_path / "run")

@@ -33,9 +33,11 @@ from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.checkpoint_tools import open_checkpoint
 from dsv3.train.records import read_rows
-from tests.more import more
+from tests.more import MORE, more
 from tests.train.test_loop import toy_step
 from tests.train.test_pretrain_example import CONFIG, call, pretrain, refused, train_rows
+
+pytestmark = pytest.mark.xdist_group("pretrain_plan")  # fixtures that take long are made once
 
 __all__ = ["pretrain"]
 
@@ -77,6 +79,7 @@ def whole(pretrain, data, tmp_path_factory):  # noqa: F811
     return out
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_everything_changes_when_the_plan_says_so(whole, data):
     rows = train_rows(whole)
     tokens = np.diff([0, *(row["tokens"] for row in rows)])
@@ -115,7 +118,7 @@ def cut(whole, out, step):
 
 
 # The pretraining is the longest: a plain test run begins at its end, where the first context stage does.
-@pytest.mark.parametrize(("begin", "stop_after"), [(-6, -5), *more((None, 30), (None, -5), (None, -1))])
+@pytest.mark.parametrize(("begin", "stop_after"), more((-6, -5), (None, 30), (None, -5), (None, -1)))
 def test_stopped_in_any_stage_it_goes_on_to_the_same_losses(whole, pretrain, data, tmp_path, monkeypatch, begin, stop_after):  # noqa: F811
     total = len(train_rows(whole))
     stop_after %= total
@@ -287,6 +290,7 @@ def test_bad_batches_take_the_run_back_and_are_not_seen_again(taken_back):
     assert left[0][0] == 0 < left[1][0] == left[2][0], "it would have been noticed"
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_a_mesh_goes_back_as_one_device_does(taken_back):
     out, left, _ = taken_back("--mesh=data:2,expert:2")
     one, _, _ = taken_back()

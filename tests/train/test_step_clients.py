@@ -25,8 +25,8 @@ def batch():
 
 CASES = [
     (2, 1, "pipe:2", "zb1p", 1, "bfloat16"),  # which TensorFlow does not send
-    (2, 2, "expert:4", "gpipe", 2),  # a node a process
     *more(
+        (2, 2, "expert:4", "gpipe", 2),  # a node a process
         (2, 6, "pipe:12", "one_f_one_b", 1),  # six ranks a process; more than DTensor exchanges between two dims
         (2, 2, "pipe:2,expert:2", "dualpipe", 1),  # a rank a process, both directions
         (3, 2, "pipe:2,expert:3", "dualpipe_v", 1),  # the second process has devices of both ranks
