@@ -21,6 +21,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from dsv3.data.chat import (
+    ChatCodec,
+    EncodedChat,
+    chat_codec,
+    encode_chat,
+    encode_prompt,
+    encode_turns,
+    find_chat_template,
+)
+from dsv3.data.chat_template import ChatTemplate, load_chat_template, render_chat
 from dsv3.data.clean import clean_text
 from dsv3.data.compression import compression_bits_per_byte
 from dsv3.data.corpus import (
@@ -43,7 +53,9 @@ from dsv3.data.dedup import (
 from dsv3.data.embedded import embedded_corpus
 from dsv3.data.filters import first_reason, make_filters, parse_filters
 from dsv3.data.fim import FimIds, FimParts, encode_fim, fim_ids, fim_split
+from dsv3.data.instructions import embedded_conversations
 from dsv3.data.manifest import Manifest, manifest_digest, read_manifest, tokenizer_fingerprint, write_manifest
+from dsv3.data.messages import Conversation, Message, check_messages, read_conversations, split_conversations
 from dsv3.data.mixture import (
     InputState,
     Mixture,
@@ -95,14 +107,19 @@ from dsv3.data.tokenizer import (
 __all__ = [
     "Batch",
     "BatchPlan",
+    "ChatCodec",
+    "ChatTemplate",
+    "Conversation",
     "CorpusStats",
     "Document",
+    "EncodedChat",
     "FimIds",
     "FimParts",
     "InputBatch",
     "InputState",
     "Manifest",
     "Match",
+    "Message",
     "Mixture",
     "MixtureUse",
     "Packed",
@@ -118,6 +135,8 @@ __all__ = [
     "Windows",
     "batch_at",
     "batch_rows",
+    "chat_codec",
+    "check_messages",
     "check_mixture",
     "check_sources",
     "check_tokenizer",
@@ -126,12 +145,17 @@ __all__ = [
     "compression_bits_per_byte",
     "corpus_stats",
     "document_hash",
+    "embedded_conversations",
     "embedded_corpus",
+    "encode_chat",
     "encode_documents",
     "encode_fim",
+    "encode_prompt",
+    "encode_turns",
     "exact_key",
     "fim_ids",
     "fim_split",
+    "find_chat_template",
     "find_duplicates",
     "first_reason",
     "heldout_batches",
@@ -140,6 +164,7 @@ __all__ = [
     "input_init",
     "input_state",
     "list_parts",
+    "load_chat_template",
     "load_tokenizer",
     "lsh_bands",
     "lsh_probability",
@@ -156,6 +181,7 @@ __all__ = [
     "parse_filters",
     "prefetch_batches",
     "read_batches",
+    "read_conversations",
     "read_corpus",
     "read_manifest",
     "read_part",
@@ -163,8 +189,10 @@ __all__ = [
     "read_shard",
     "read_sources",
     "read_window",
+    "render_chat",
     "save_tokenizer",
     "special_ids",
+    "split_conversations",
     "split_documents",
     "take_rows",
     "tokenizer_fingerprint",

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.trainers import BpeTrainer
 
 from dsv3.data.corpus import Document
+from dsv3.data.default_template import DEFAULT_CHAT_TEMPLATE
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -33,6 +34,7 @@ MARKERS = (
     "<｜User｜>",
     "<｜Assistant｜>",
 )
+CHAT_TOKENS = ("<｜User｜>", "<｜Assistant｜>")  # what dsv3's chat template needs
 # Digits in threes; runs of Han and kana; then words, punctuation and spaces.
 _SPLITS = (
     r"\p{N}{1,3}",
@@ -110,7 +112,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike, *, chat_template: str | None = None) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` opens.
 
     A new folder appears with both files or not at all; in one that is there each file is replaced as one step.
@@ -118,6 +120,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
     Args:
       tokenizer: a tokenizer with DeepSeek's special tokens.
       directory: the folder; made if it is not there.
+      chat_template: a Jinja program for the config. Default: dsv3's, for a tokenizer that has its tokens.
 
     Raises:
       ValueError: the tokenizer lacks a special token.
@@ -135,6 +138,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
+    if chat_template is None and None not in map(tokenizer.token_to_id, CHAT_TOKENS):
+        chat_template = DEFAULT_CHAT_TEMPLATE
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     contents = {
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
