@@ -55,6 +55,7 @@ EXEMPT = {
     "dsv3.ops.grouped.grouped_outer": "those of the weights' gradients, tested through the same",
     "dsv3.ops.grouped.grouped_split": "what these take apart, tested through them",
     "dsv3.ops.float8_dot.float8_matmul": "the products of `fp8_gemm` with operands='float8', tested through it",
+    "dsv3.ops.segments.segment_places": "what `segment_positions` and the balance loss add up over, tested through them",
     "dsv3.ops.fuse.fused": "a decorator, see tests/ops/test_fuse.py",
     "dsv3.ops.reduce.cpu_kernel": "a context manager, see tests/ops/test_fuse.py",
     "dsv3.layout.make_layouts": "layouts of a mesh, see tests/test_layout.py",

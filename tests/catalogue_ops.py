@@ -317,9 +317,18 @@ OPS = [
     ),
     Entry(
         "dsv3.ops.router.sequence_balance_loss",
-        lambda: {"scores": SCORES[None], "mask": np.array([[True, False, True]])}, {"top_k": 2},
-        lambda: {"scores": SCORES, "mask": np.array([[True, False]])},
-        unknown=("scores", "mask"),
+        lambda: {"scores": SCORES[None], "mask": np.array([[True, False, True]]), "segments": int32(1, 3)}, {"top_k": 2},
+        lambda: {"scores": SCORES, "mask": np.array([[True, False]]), "segments": int32(3)},
+        unknown=("scores", "mask", "segments"),
+    ),
+    *(
+        Entry(f"dsv3.ops.segments.{name}", lambda: {"segments": int32(2, 6)}, wrong=lambda: {"segments": int32(6)},
+              unknown=("segments",))
+        for name in ("segment_inputs", "segment_positions", "segment_runs")
+    ),
+    Entry(
+        "dsv3.ops.segments.segment_count", lambda: {"inside": int32(2, 6, high=2) > 0},
+        wrong=lambda: {"inside": int32(6, high=2) > 0}, unknown=("inside",),
     ),
     Entry(
         "dsv3.ops.sampling.sampling_probs", lambda: {"logits": normal(0, 2, 9)},

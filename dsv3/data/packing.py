@@ -1,7 +1,7 @@
 """Rows of one length from a token stream, and which rows make up the batch of a step.
 
 Pretraining packs documents back to back and lets attention cross their borders (`pack_sequences`);
-fine-tuning keeps them apart by segment ids and positions (`pack_documents`). Batches are a pure function of
+fine-tuning keeps them apart by segment ids (`pack_documents`). Batches are a pure function of
 seed and step, so a run that goes on from a step number sees exactly what it would have seen.
 """
 
@@ -45,19 +45,17 @@ class Batch(NamedTuple):
 
 
 class PackedDocuments(NamedTuple):
-    """Rows in which documents do not see each other.
+    """Rows in which documents do not see each other: a `Batch`, and whose token each is.
 
     Args:
-      inputs: [N, T] int32.
-      targets: [N, T] int32, the token after each input.
-      segments: [N, T] int32; 1, 2, ... by document within the row, 0 where there is nothing.
-      positions: [N, T] int32; from 0 in each segment.
+      tokens: [N, T + 1] int32, documents one after the other from the left.
+      weights: [N, T] float32; 1 for a target that counts, 0 for others, borders between documents, and padding.
+      segments: [N, T + 1] int32; 1, 2, ... by document within the row, 0 where there is nothing.
     """
 
-    inputs: np.ndarray
-    targets: np.ndarray
+    tokens: np.ndarray
+    weights: np.ndarray
     segments: np.ndarray
-    positions: np.ndarray
 
 
 class BatchPlan(NamedTuple):
@@ -99,46 +97,49 @@ def pack_sequences(tokens: np.ndarray | TokenStream, length: int) -> Packed:
     return Packed(tokens, starts, length)
 
 
-def pack_documents(stream: TokenStream, length: int) -> PackedDocuments:
+def pack_documents(stream: TokenStream, length: int, *, learned: np.ndarray | None = None) -> PackedDocuments:
     """Packs whole documents into rows, each seen only by itself; for fine-tuning.
 
-    Greedy first fit: a document goes to the first row that has room for its n - 1 (input, target) pairs. One
-    that is longer than a row is cut into pieces that overlap by one token; each piece is a segment of its
-    own, so that no target is lost.
+    Greedy first fit: a document goes to the first row that has room for its tokens. One that is longer than a row is cut
+    into pieces that overlap by one token; each piece is a segment of its own, and no target is lost.
 
     Args:
       stream: the documents' tokens.
-      length: T, at least 1.
+      length: T, at least 1; a row holds T + 1 tokens.
+      learned: [N] bool, the tokens of the stream that count as targets; default: all. The first of a document never does.
 
     Returns:
-      `PackedDocuments`; positions restart at each segment.
+      `PackedDocuments`.
 
     Raises:
-      ValueError: `length` below 1, or no document with two tokens.
+      ValueError: `length` below 1, no document with two tokens, or `learned` of another shape than the stream.
 
     References:
       DeepSeek-V3 (arXiv:2412.19437), section 5.1: packed samples are masked from each other.
     """
     _check_length("pack_documents", length)
     tokens = _as_tokens("pack_documents", stream)
+    learned = np.ones(len(tokens), bool) if learned is None else np.asarray(learned)
+    if learned.shape != tokens.shape:
+        raise ValueError(f"pack_documents: `learned` has shape {learned.shape}, want {tokens.shape} as the stream [N]")
     pieces = [
-        (start, min(start + length, stop - 1))
+        (start, min(start + length + 1, stop))
         for first, stop in zip(stream.starts[:-1].tolist(), stream.starts[1:].tolist(), strict=True)
         for start in range(first, stop - 1, length)
     ]
     if not pieces:
         raise ValueError("pack_documents: empty corpus: no document with at least two tokens")
-    rows = _first_fit([stop - start for start, stop in pieces], length)
-    packed = PackedDocuments(*(np.zeros([max(rows) + 1, length], np.int32) for _ in PackedDocuments._fields))
-    used = [(0, 0)] * len(packed.inputs)  # by row: pairs, segments
+    rows = _first_fit([stop - start for start, stop in pieces], length + 1)
+    shape = (max(rows) + 1, length + 1)
+    packed = PackedDocuments(np.zeros(shape, np.int32), np.zeros([shape[0], length], np.float32), np.zeros(shape, np.int32))
+    used = [(0, 0)] * shape[0]  # by row: tokens, segments
     for row, (start, stop) in zip(rows, pieces, strict=True):
         begin, segments = used[row]
-        place = (row, slice(begin, begin + stop - start))
-        packed.inputs[place] = tokens[start:stop]
-        packed.targets[place] = tokens[start + 1 : stop + 1]
-        packed.segments[place] = segments + 1
-        packed.positions[place] = np.arange(stop - start)
-        used[row] = (begin + stop - start, segments + 1)
+        end = begin + stop - start
+        packed.tokens[row, begin:end] = tokens[start:stop]
+        packed.weights[row, begin : end - 1] = learned[start + 1 : stop]
+        packed.segments[row, begin:end] = segments + 1
+        used[row] = (end, segments + 1)
     return packed
 
 
@@ -195,15 +196,15 @@ def batch_at(
     return take_rows(packed, batch_rows(BatchPlan(_row_count(packed), batch_size, seed), step))
 
 
-def heldout_batches(packed: Packed, batch_size: int) -> Iterator[Batch]:
+def heldout_batches(packed: Packed | PackedDocuments, batch_size: int) -> Iterator[Batch | PackedDocuments]:
     """Yields all rows in order, in batches of one shape, for an evaluation that counts every target once.
 
     Args:
-      packed: rows of a held-out stream.
+      packed: rows of held-out text, of either kind.
       batch_size: rows of a batch; the last one is filled up with rows of weight 0.
 
     Returns:
-      An iterator of ceil(rows / batch_size) batches; the weights sum to N - 1 in all.
+      An iterator of ceil(rows / batch_size) batches; the weights of a `Packed` sum to N - 1 in all.
 
     Raises:
       ValueError: `batch_size` below 1.
@@ -232,8 +233,8 @@ def take_rows(packed: Packed | PackedDocuments, rows: np.ndarray) -> Batch | Pac
     return Batch(packed.tokens[starts[:, None] + np.arange(packed.length + 1)], weights.astype(np.float32))
 
 
-def _ordered_batches(packed: Packed, batch_size: int) -> Iterator[Batch]:
-    count = len(packed.starts)
+def _ordered_batches(packed: Packed | PackedDocuments, batch_size: int) -> Iterator[Batch | PackedDocuments]:
+    count = _row_count(packed)
     for first in range(0, count, batch_size):
         rows = np.arange(first, first + batch_size)
         batch = take_rows(packed, np.minimum(rows, count - 1))
@@ -241,7 +242,7 @@ def _ordered_batches(packed: Packed, batch_size: int) -> Iterator[Batch]:
 
 
 def _row_count(packed: Packed | PackedDocuments) -> int:
-    return len(packed.inputs if isinstance(packed, PackedDocuments) else packed.starts)
+    return len(packed.tokens if isinstance(packed, PackedDocuments) else packed.starts)
 
 
 @functools.lru_cache(maxsize=4)

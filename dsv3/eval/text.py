@@ -16,6 +16,7 @@ from dsv3.data import Batch, TokenStream
 from dsv3.graph import plain
 from dsv3.nn.model import ModelParams, RouterState, head_weight, model_apply, mtp_chain
 from dsv3.ops.loss import token_nll
+from dsv3.ops.segments import segment_inputs
 from dsv3.policy import ComputePolicy, default_policy
 
 
@@ -69,7 +70,7 @@ def make_evaluator(
 
     @tf.function(jit_compile=policy.jit, autograph=False)
     def sums(params, router, tokens, weights):
-        return _window_sums(params, router, tokens, weights, cfg=cfg, policy=policy)
+        return window_sums(params, router, tokens, weights, cfg=cfg, policy=policy)
 
     def evaluate(params: ModelParams, router: RouterState, stream: TokenStream) -> TextScore:
         check_token_ids("evaluate", "stream", stream.tokens, cfg.vocab_size)
@@ -143,10 +144,28 @@ def text_windows(tokens: np.ndarray, length: int, *, batch_size: int = 8, overla
 
 
 @plain
-def _window_sums(params, router, tokens, weights, *, cfg, policy):
-    """Sums over the windows of a batch: nll, hits, targets; and of the first MTP module nll, agreements, targets."""
+def window_sums(
+    params: ModelParams, router: RouterState, tokens: tf.Tensor, weights: tf.Tensor, segments: tf.Tensor | None = None, *,
+    cfg: ModelConfig, policy: ComputePolicy,
+) -> tuple[tf.Tensor, ...]:  # fmt: skip
+    """Sums over the rows of a batch: nll, hits, targets; and of the first MTP module nll, agreements, targets.
+
+    Args:
+      params, router, cfg, policy: the model, and how to compute.
+      tokens: `[B, T+1]`. weights: `[B, T]`, of the targets.
+      segments: `[B, T+1]`, the documents of packed rows, whose borders then have no weight; `None`: a row is one.
+
+    Returns:
+      Six float32 scalars.
+    """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    out = model_apply(params, router, inputs, cfg=cfg, policy=policy)
+    where, inside = {}, tf.ones_like(weights)
+    if segments is not None:
+        packed = segment_inputs(segments)
+        where = {"segments": packed.segments, "positions": packed.positions, "mask": packed.inside}
+        inside = tf.cast(packed.inside, weights.dtype)
+        weights *= inside
+    out = model_apply(params, router, inputs, cfg=cfg, **where, policy=policy)
     head = tf.cast(head_weight(params), out.hidden.dtype)
 
     def losses(hidden, targets):
@@ -162,8 +181,9 @@ def _window_sums(params, router, tokens, weights, *, cfg, policy):
     sums = [tf.reduce_sum(nll * weights), tf.reduce_sum(hits * weights), tf.reduce_sum(weights)]
     if not cfg.num_mtp_layers:
         return (*sums, *[tf.constant(0.0)] * 3)
-    chain = mtp_chain(params, router, out, targets, cfg=cfg, policy=policy)
+    chain = mtp_chain(params, router, out, targets, cfg=cfg, **where, policy=policy)
     later, later_weights = (tf.pad(x[:, 1:], [[0, 0], [0, 1]]) for x in (targets, weights))
+    later_weights *= inside
     mtp_nll, guess = losses(chain.normed[0], later)
     agreed = tf.cast(tf.equal(guess, tf.concat([best[:, 1:], best[:, -1:]], 1)), tf.float32)
     return (*sums, *(tf.reduce_sum(x * later_weights) for x in (mtp_nll, agreed, tf.ones_like(agreed))))

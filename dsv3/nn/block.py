@@ -67,7 +67,7 @@ def block_apply(
       cfg: the model's configuration.
       table: cos and sin of the tokens' positions.
       policy: how to compute.
-      segments, cache, form: see `mla_apply`.
+      segments, cache, form: see `mla_apply`, and `moe_apply` for segments.
       mask, experts: see `moe_apply`.
 
     Returns:
@@ -76,7 +76,7 @@ def block_apply(
     x, h, entry = block_attend(params, x, cfg=cfg, table=table, policy=policy, segments=segments, cache=cache, form=form)
     if isinstance(params.ffn, MLPParams):
         return BlockOutput(x + mlp_apply(params.ffn, h, fp8=policy.fp8, fuse=policy.fuse), entry, ())
-    ffn = moe_apply(params.ffn, bias, h, cfg=cfg.moe, mask=mask, experts=experts, policy=policy)
+    ffn = moe_apply(params.ffn, bias, h, cfg=cfg.moe, mask=mask, segments=segments, experts=experts, policy=policy)
     return BlockOutput(x + ffn.out, entry, ffn.stats)
 
 

@@ -205,7 +205,8 @@ def model_apply(
       tokens: `[B, T]` int, ids in [0, V).
       cfg: the configuration.
       positions: `[B, T]` or `[T]` int; default: 0.. T−1, after the past if there is a cache.
-      segments: `[B, T]` int: tokens attend within their segment only (packed documents, padding). Not with a cache.
+      segments: `[B, T]` int: tokens attend within their segment only (packed documents, padding), and each is balanced by
+        itself. Not with a cache.
       cache: the past; `entries` of the result is what to append to it (`cache_append`).
       mask: `[B, T]` bool, tokens that count in the router statistics.
       experts: `[X, B, T, K]` int, experts to use instead of choosing (router replay).
@@ -271,6 +272,7 @@ def mtp_chain(
     next_tokens: TensorLike,
     *,
     cfg: ModelConfig,
+    positions: TensorLike | None = None,
     segments: TensorLike | None = None,
     mask: TensorLike | None = None,
     policy: ComputePolicy | None = None,
@@ -281,8 +283,8 @@ def mtp_chain(
       params, router: as given to `model_apply`.
       output: its result for the tokens t_0.. t_{T−1}.
       next_tokens: `[B, T]` int, t_1.. t_T. Module k reads t_k..; the last k − 1 positions have no such token and get the
-        last one, so their predictions must not be counted.
-      cfg, segments, mask, policy: as in `model_apply`.
+        last one, so their predictions must not be counted. With `mask` this holds for each run of places that count.
+      cfg, positions, segments, mask, policy: as in `model_apply`.
 
     Returns:
       `MTPChain`: `head(normed[k − 1])` at position i predicts t_{i+k+1}.
@@ -291,13 +293,13 @@ def mtp_chain(
     policy = policy or default_policy()
     Dims("mtp_chain", B=output.hidden.shape[0], T=output.hidden.shape[1])("next_tokens", next_tokens, "B T")
     params = cast_params(params, policy)
-    table = mla_rope(cfg.mla, tf.range(tf.shape(next_tokens)[1]))
+    table = mla_rope(cfg.mla, tf.range(tf.shape(next_tokens)[1]) if positions is None else positions)
     ahead = embed_apply(params, next_tokens, policy=policy)
     hidden = output.hidden if cfg.mtp_hidden == "normed" else output.raw_hidden
     normed, stats = [], []
     for k in range(cfg.num_mtp_layers):
         if k:
-            ahead = tf.concat([ahead[:, 1:], ahead[:, -1:]], 1)
+            ahead = next_ahead(ahead, mask)
         out = mtp_apply(
             tree.slice_leading(params.mtp, k), router.mtp[k], hidden, ahead,
             cfg=cfg, table=table, policy=policy, segments=segments, mask=mask,
@@ -306,6 +308,22 @@ def mtp_chain(
         normed.append(out.normed)
         stats.append(out.block.stats)
     return MTPChain(tf.stack(normed), tree.map_leaves(lambda *leaves: tf.stack(leaves), *stats))
+
+
+def next_ahead(ahead: TensorLike, mask: TensorLike | None = None) -> tf.Tensor:
+    """Moves what the modules of a chain read one place further: module k + 1 reads at i what module k reads at i + 1.
+
+    Args:
+      ahead: `[B, T]` or `[B, T, D]`, what a module reads.
+      mask: `[B, T]` bool. Where the next place does not count, or is not there, what is read stays the same: the last token.
+    """
+    ahead = tf.convert_to_tensor(ahead)
+    moved = tf.concat([ahead[:, 1:], ahead[:, -1:]], 1)
+    if mask is None:
+        return moved
+    mask = tf.cast(mask, tf.bool)
+    goes_on = tf.concat([mask[:, 1:], tf.zeros_like(mask[:, -1:])], 1)
+    return tf.where(goes_on if ahead.shape.rank == 2 else tf.expand_dims(goes_on, -1), moved, ahead)
 
 
 def active_params(cfg: ModelConfig) -> int:

@@ -47,7 +47,7 @@ class RouterStats(NamedTuple):
 
     Attributes:
       load: `[E]` float32, tokens that each expert got (the masked ones not counted); sums to K times the tokens.
-      balance: float32 scalar, the sequence-wise balance loss without α.
+      balance: float32 scalar, the sequence-wise balance loss without α; sequences are rows, or their segments.
       experts: `[B, T, K]` int32, the chosen experts.
     """
 
@@ -87,6 +87,7 @@ def moe_apply(
     *,
     cfg: MoEConfig,
     mask: TensorLike | None = None,
+    segments: TensorLike | None = None,
     experts: TensorLike | None = None,
     policy: ComputePolicy | None = None,
 ) -> MoEOutput:
@@ -98,6 +99,7 @@ def moe_apply(
       x: `[B, T, D]`.
       cfg: the layer's configuration.
       mask: `[B, T]` bool, tokens that count in the statistics; all are computed.
+      segments: `[B, T]` int, the documents of packed rows: the balance loss is of each by itself.
       experts: `[B, T, K]` int, to use these experts instead of choosing (router replay); their weights are computed.
       policy: how to compute; default: the device's.
 
@@ -108,7 +110,7 @@ def moe_apply(
     """
     check_type("moe_apply", "params", params, MoEParams)
     policy = policy or default_policy()
-    routing, stats = moe_route(params.router, bias, x, cfg=cfg, mask=mask, experts=experts)
+    routing, stats = moe_route(params.router, bias, x, cfg=cfg, mask=mask, segments=segments, experts=experts)
     x = tf.convert_to_tensor(x)
     out = _experts(params, tf.reshape(x, [-1, cfg.hidden_size]), routing, policy)
     out = tf.reshape(out, tf.shape(x))
@@ -125,13 +127,14 @@ def moe_route(
     *,
     cfg: MoEConfig,
     mask: TensorLike | None = None,
+    segments: TensorLike | None = None,
     experts: TensorLike | None = None,
 ) -> tuple[Routing, RouterStats]:
     """The router alone: which experts `moe_apply` sends each token to.
 
     Args:
       weight: `[D, E]`, the router's parameter.
-      bias, x, cfg, mask, experts: as in `moe_apply`.
+      bias, x, cfg, mask, segments, experts: as in `moe_apply`.
 
     Returns:
       `Routing` of the N = B·T tokens, and `RouterStats`.
@@ -143,6 +146,8 @@ def moe_route(
     dims("bias", bias, "E")
     if mask is not None:
         dims("mask", mask, "B T")
+    if segments is not None:
+        dims("segments", segments, "B T")
     x = tf.convert_to_tensor(x)
     scores = router_scores(tf.reshape(x, [-1, cfg.hidden_size]), weight)
     if experts is None:
@@ -157,7 +162,7 @@ def moe_route(
     stats = RouterStats(
         load=expert_load(routing.experts, r.num_experts, mask),
         balance=sequence_balance_loss(
-            tf.reshape(scores, [shape[0], shape[1], r.num_experts]), top_k=r.top_k, mask=mask
+            tf.reshape(scores, [shape[0], shape[1], r.num_experts]), top_k=r.top_k, mask=mask, segments=segments
         ),
         experts=tf.reshape(routing.experts, [shape[0], shape[1], r.top_k]),
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from dsv3.checks import Dims, check, check_choice
 from dsv3.graph import plain
+from dsv3.ops.segments import segment_places
 from dsv3.typing import TensorLike
 
 
@@ -191,7 +193,9 @@ def router_update_bias(bias: TensorLike, load: TensorLike, *, rate: float | tf.T
 
 
 @plain
-def sequence_balance_loss(scores: TensorLike, *, top_k: int, mask: TensorLike | None = None) -> tf.Tensor:
+def sequence_balance_loss(
+    scores: TensorLike, *, top_k: int, mask: TensorLike | None = None, segments: TensorLike | None = None
+) -> tf.Tensor:
     """The sequence-wise balance loss without its factor α, averaged over the sequences that have a counted token.
 
     `Σ_i f_i·P_i` with `f_i = E/(K·T) · #{t: i among the top K of the unbiased scores}`, `P_i = mean_t s_i / Σ_j s_j`.
@@ -200,6 +204,7 @@ def sequence_balance_loss(scores: TensorLike, *, top_k: int, mask: TensorLike | 
       scores: `[B, T, E]` float32, the unbiased scores.
       top_k: K.
       mask: `[B, T]` bool, tokens that count; T is then the number of counted tokens of a sequence.
+      segments: `[B, T]` int, the documents of a packed row; each is then a sequence of its own.
 
     Returns:
       A float32 scalar, 1 for perfectly even routing. The gradient reaches the scores through P.
@@ -219,9 +224,16 @@ def sequence_balance_loss(scores: TensorLike, *, top_k: int, mask: TensorLike | 
     else:
         dims("mask", mask, "B T")
         weight = tf.cast(mask, tf.float32)
-    tokens = tf.reduce_sum(weight, 1, keepdims=True)
+    if segments is None:
+        add = functools.partial(tf.reduce_sum, axis=1)
+    else:
+        dims("segments", segments, "B T")
+        places, count = segment_places(segments)
+        add = functools.partial(tf.math.unsorted_segment_sum, segment_ids=places, num_segments=count)
+    weight = tf.expand_dims(weight, -1)
+    tokens = add(weight)
     sequences = tf.maximum(tf.reduce_sum(tf.cast(tokens > 0, tf.float32)), 1.0)
-    tokens, weight = tf.maximum(tokens, 1.0), tf.expand_dims(weight, -1)
-    f = tf.reduce_sum(hot * weight, 1) * (num_experts / top_k) / tokens
-    p = tf.reduce_sum(share * weight, 1) / tokens
+    tokens = tf.maximum(tokens, 1.0)
+    f = add(hot * weight) * (num_experts / top_k) / tokens
+    p = add(share * weight) / tokens
     return tf.reduce_sum(f * p) / sequences

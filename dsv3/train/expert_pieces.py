@@ -23,8 +23,8 @@ from dsv3.typing import Tree
 
 class Mixed(NamedTuple):
     """What the attention piece leaves: the residual stream, the shared experts' output or `()`, what the routed experts read
-    `[N, D]`, gate values and experts `[N, K]`, the router's load `[E]`, the tokens for each node `[nodes]` or `()`, and the
-    balance loss."""
+    `[N, D]`, gate values and experts `[N, K]`, the tokens for each expert `[E]` and for each node `[nodes]` or `()`; of the
+    former those that count in the statistics, `[E]`, and the balance loss."""
 
     x: Any
     shared: Any
@@ -33,6 +33,7 @@ class Mixed(NamedTuple):
     experts: Any
     load: Any
     to_nodes: Any
+    counted: Any
     balance: Any
 
 

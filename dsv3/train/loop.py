@@ -20,11 +20,13 @@ Row = Mapping[str, Any]
 
 
 class Fed(NamedTuple):
-    """A batch: `tokens` and `weights` as a step takes them, and where the data is after it, a JSON value."""
+    """A batch: `tokens`, `weights` and of packed rows `segments` as a step takes them, and where the `data` is after it, a
+    JSON value."""
 
     tokens: TensorLike
     weights: TensorLike | None
     data: Any
+    segments: TensorLike | None = None
 
 
 Feed = Callable[[Any, int], Iterator[Fed]]
@@ -118,13 +120,15 @@ def train_loop(
     return LoopResult(run.state, run.done, run.stopped, run.cursor)
 
 
-def index_feed(batches: Callable[[int], tuple[TensorLike, TensorLike | None]]) -> Feed:
-    """Returns the feed of a function from the number of batches before it to `(tokens, weights)`."""
+def index_feed(batches: Callable[[int], tuple[TensorLike | None, ...]]) -> Feed:
+    """Returns the feed of a function from the number of batches before it to `(tokens, weights)`, or `(tokens, weights,
+    segments)` of packed rows."""
 
     def feed(data: Any, tokens: int) -> Iterator[Fed]:
         number = data or 0
         while True:
-            yield Fed(*batches(number), number + 1)
+            rows, weights, *segments = batches(number)
+            yield Fed(rows, weights, number + 1, *segments)
             number += 1
 
     return feed
@@ -165,7 +169,8 @@ class _Run:
         batch = next(self._batches)
         waited = time.perf_counter() - begin
         limits = Limits() if self._trouble is None else spike_limits(self._trouble, self.cursor)
-        self.state, metrics = self._step(self.state, batch.tokens, batch.weights, limits)
+        packed = {} if batch.segments is None else {"segments": batch.segments}
+        self.state, metrics = self._step(self.state, batch.tokens, batch.weights, limits, **packed)
         row, load = step_numbers(self.done + 1, metrics)
         if not bool(metrics.taken):
             self._skip(row, limits, batch)

@@ -11,6 +11,7 @@ from dsv3.config import ModelConfig
 from dsv3.graph import plain
 from dsv3.nn.model import ModelParams, RouterState, head_weight, model_apply, mtp_chain
 from dsv3.ops.loss import token_nll
+from dsv3.ops.segments import SegmentInputs, segment_count, segment_inputs
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.train.schedule_paper import PAPER_START
 from dsv3.typing import TensorLike
@@ -44,7 +45,7 @@ def pretrain_loss(
     balance_weight: float | tf.Tensor = PAPER_START.balance_weight,
     normalizer: TensorLike | None = None,
     segments: TensorLike | None = None,
-    mask: TensorLike | None = None,
+    sequences: TensorLike | None = None,
     policy: ComputePolicy | None = None,
 ) -> tuple[tf.Tensor, LossParts]:
     """`L = L_main + λ/D·Σ_k L_mtp_k + α·Σ_layers L_balance`.
@@ -55,34 +56,31 @@ def pretrain_loss(
       weights: `[B, T]` float32, weight of each target (0 leaves it out); default: ones.
       cfg: the model's configuration.
       mtp_weight: λ. balance_weight: α. Default: what the paper begins with, see `PAPER_SCHEDULE`.
-      normalizer: what sums over tokens are divided by; default: the sum of `weights`. With gradient accumulation pass the
-        whole batch's, so that micro-batches add up.
-      segments: `[B, T]` int, to isolate packed documents; weights across a border must then be 0. An MTP module's
-        predictions count where all that it reads is of one segment.
-      mask: `[B, T]` bool, inputs that count in the load and the balance loss, which padding should not; default: all.
+      normalizer: what sums over tokens are divided by; default: the sum of the weights that count. With gradient
+        accumulation pass the whole batch's, so that micro-batches add up.
+      segments: `[B, T+1]` int, for packed rows: the document of each token, 0 for padding. Documents do not see each other;
+        each has positions from 0, is balanced by itself, and gives the loss that it would give as a row of its own. Targets
+        of another document than their input's, and padding, do not count, whatever their weights.
+      sequences: with `segments`, what the sum of the documents' balance losses is divided by; default: their number. With
+        gradient accumulation pass the whole batch's, as for `normalizer`.
       policy: how to compute; default: the device's.
 
     Returns:
       The loss (float32 scalar) and its `LossParts`. Each L_mtp_k is divided by the same count as L_main (Eq. 24 divides
       by T), although its last k positions have no target.
 
-    References: DeepSeek-V3 sections 2.1.2 and 2.2, equations 17 to 25.
+    References: DeepSeek-V3 sections 2.1.2 and 2.2, equations 17 to 25; section 5.1 for packing.
     """
     policy = policy or default_policy()
-    dims = Dims("pretrain_loss")
-    dims("tokens", tokens, "B T")
     tokens = tf.convert_to_tensor(tokens)
-    check_token_ids("pretrain_loss", "tokens", tokens, cfg.vocab_size)
-    length = tokens.shape[1] - 1
-    check(length > 0, f"pretrain_loss: `tokens` has {length + 1} column, want at least 2 [B, T+1]")
-    if weights is None:
-        weights = tf.ones([dims.B, length])
-    Dims("pretrain_loss", B=dims.B, T=length)("weights", weights, "B T")
-    weights = tf.cast(weights, tf.float32)
+    weights, packed = _checked(tokens, weights, segments, cfg)
     total = tf.reduce_sum(weights) if normalizer is None else tf.cast(normalizer, tf.float32)
     total = tf.maximum(total, 1e-9)
+    where = {}
+    if packed is not None:
+        where = {"segments": packed.segments, "positions": packed.positions, "mask": packed.inside}
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    out = model_apply(params, router, inputs, cfg=cfg, segments=segments, mask=mask, policy=policy)
+    out = model_apply(params, router, inputs, cfg=cfg, **where, policy=policy)
     head = tf.cast(head_weight(params), out.hidden.dtype)
     main = weighted_nll(out.hidden, head, targets, weights, total, policy=policy)
     balance, load = tf.constant(0.0), tf.zeros_like(router.moe)
@@ -90,21 +88,60 @@ def pretrain_loss(
         balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
     mtp, mtp_load = tf.zeros([0]), tf.zeros_like(router.mtp)
     if cfg.num_mtp_layers:
-        chain = mtp_chain(params, router, out, targets, cfg=cfg, segments=segments, mask=mask, policy=policy)
-        losses, ahead = [], segments
-        for k in range(1, cfg.num_mtp_layers + 1):
-            targets, weights = shift_left(targets), shift_left(weights)
-            counted = weights
-            if segments is not None:
-                ahead = shift_left(tf.convert_to_tensor(ahead))
-                counted *= tf.cast(tf.equal(ahead, segments), tf.float32)
-            losses.append(weighted_nll(chain.normed[k - 1], head, targets, counted, total, policy=policy))
+        chain = mtp_chain(params, router, out, targets, cfg=cfg, **where, policy=policy)
+        losses = []
+        for k, told in enumerate(mtp_targets(targets, weights, packed, cfg.num_mtp_layers)):
+            losses.append(weighted_nll(chain.normed[k], head, *told, total, policy=policy))
         mtp, mtp_load = tf.stack(losses), chain.stats.load
         balance += tf.reduce_sum(chain.stats.balance)
+    if packed is not None and sequences is not None:
+        balance *= segment_count(packed.inside) / tf.maximum(tf.cast(sequences, tf.float32), 1.0)
     loss = main + balance_weight * balance
     if cfg.num_mtp_layers:
         loss += mtp_weight * tf.reduce_mean(mtp)
     return loss, LossParts(main, mtp, balance, RouterState(load, mtp_load))
+
+
+def _checked(
+    tokens: tf.Tensor, weights: TensorLike | None, segments: TensorLike | None, cfg: ModelConfig
+) -> tuple[tf.Tensor, SegmentInputs | None]:
+    """The weights that count, and where documents are."""
+    dims = Dims("pretrain_loss")
+    dims("tokens", tokens, "B T")
+    check_token_ids("pretrain_loss", "tokens", tokens, cfg.vocab_size)
+    length = tokens.shape[1] - 1
+    check(length > 0, f"pretrain_loss: `tokens` has {length + 1} column, want at least 2 [B, T+1]")
+    if weights is None:
+        weights = tf.ones([dims.B, length])
+    Dims("pretrain_loss", B=dims.B, T=length)("weights", weights, "B T")
+    weights = tf.cast(weights, tf.float32)
+    if segments is None:
+        return weights, None
+    dims("segments", segments, "B T")
+    packed = segment_inputs(segments)
+    return weights * tf.cast(packed.inside, tf.float32), packed
+
+
+@plain
+def mtp_targets(
+    targets: TensorLike, weights: TensorLike, packed: SegmentInputs | None, modules: int
+) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    """Returns for each MTP module its targets `[B, T]` and their weights: those of the model, k places further.
+
+    Args:
+      targets, weights: `[B, T]`, the model's; weights are 0 where the target is of another document than the input.
+      packed: where documents are. A target counts where input and target, and so all between, are of one document.
+      modules: how many modules there are.
+    """
+    found = []
+    reach = None if packed is None else packed.inside
+    for _ in range(modules):
+        targets, weights = shift_left(targets), shift_left(weights)
+        if reach is not None:
+            reach = shift_left(reach) & packed.inside
+            weights *= tf.cast(reach, weights.dtype)
+        found.append((targets, weights))
+    return found
 
 
 @plain

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +21,11 @@ from dsv3.checks import check
 from dsv3.config import ModelConfig
 from dsv3.layout import mesh_of
 from dsv3.nn.fp8 import MIN_GRADIENT
-from dsv3.nn.model import RouterState, model_specs
+from dsv3.nn.model import RouterState, model_specs, next_ahead
 from dsv3.ops.dispatch import dispatch_capacity
 from dsv3.ops.fp8_tiles import MIN_AMAX
 from dsv3.ops.fp8_wire import fp8_pack, fp8_unpack
+from dsv3.ops.segments import SegmentInputs, segment_count, segment_inputs
 from dsv3.parallel.collectives import Mail, all_to_all, gather_mesh, gather_parts
 from dsv3.parallel.groups import Group, mesh_groups
 from dsv3.parallel.mesh import axis_size, local_places, on_device
@@ -33,7 +34,7 @@ from dsv3.pipeline import Schedule, schedule_check
 from dsv3.policy import ComputePolicy
 from dsv3.recipe import sends_fp8
 from dsv3.train.executor import Rank, RankResult, Seeds, run_schedule
-from dsv3.train.loss import LossParts, shift_left
+from dsv3.train.loss import LossParts, mtp_targets
 from dsv3.train.mesh_params import (
     check_layouts,
     check_placed,
@@ -84,7 +85,8 @@ class MeshPlan(NamedTuple):
 def make_mesh_update(
     cfg: ModelConfig, optimizer: Optimizer, layouts: Tree, policy: ComputePolicy, plan: MeshPlan
 ) -> Callable[..., tuple[TrainState, TrainMetrics]]:
-    """Returns `update(state, tokens, weights, rates, limits) -> (state, TrainMetrics)` on the mesh of `layouts`.
+    """Returns `update(state, tokens, weights, segments, rates, limits) -> (state, TrainMetrics)` on the mesh of `layouts`;
+    all batches are `[A, B, ...]`, `segments` perhaps `None`.
 
     Args:
       cfg, optimizer, policy: as in `train_update`.
@@ -118,7 +120,9 @@ def make_mesh_update(
             )  # fmt: skip
         return programs[schedule.placement]
 
-    def update(state: TrainState, tokens: np.ndarray, weights: np.ndarray, rates: Rates, limits: Limits):
+    def update(
+        state: TrainState, tokens: np.ndarray, weights: np.ndarray, segments: np.ndarray | None, rates: Rates, limits: Limits
+    ):
         micro, rows = tokens.shape[:2]
         check(
             rows % shards == 0,
@@ -131,7 +135,7 @@ def make_mesh_update(
         cut = cut_stages(cfg, schedule.stages, plan.stage_layers)
         stack_rows, gather, reduce = programs_for(schedule, cut)
         stats = [_Counter() for _ in range(ranks)]
-        batch = _Batch(tokens, weights, cfg, mesh)
+        batch = _Batch(tokens, weights, segments, cfg, mesh)
         exchange = functools.partial(_exchange, policy)
         made = _make_ranks(gather(state.params), state.router, batch, mesh, plan.nodes, stats, exchange)
         spec = tf.TensorSpec([rows // shards, tokens.shape[2] - 1, cfg.hidden_size], policy.compute_dtype or tf.float32)
@@ -282,8 +286,14 @@ def _each(fn: Callable[[tf.Tensor], tf.Tensor], parts: Sequence[tf.Tensor]) -> l
 class _Batch:
     """The micro-batches of a step, cut into the rows of each device."""
 
-    def __init__(self, tokens: np.ndarray, weights: np.ndarray, cfg: ModelConfig, mesh: dtensor.Mesh):
+    def __init__(
+        self, tokens: np.ndarray, weights: np.ndarray, segments: np.ndarray | None, cfg: ModelConfig, mesh: dtensor.Mesh
+    ):
         self._mesh, self._places, self._modules = mesh, local_places(mesh), cfg.num_mtp_layers
+        self._packed = None if segments is None else [SegmentInputs(*map(np.asarray, segment_inputs(s))) for s in segments]
+        if self._packed is not None:
+            weights = weights * np.stack([packed.inside for packed in self._packed])
+            self._documents = sum(float(segment_count(packed.inside)) for packed in self._packed)
         self._total = np.maximum(np.float32(weights.sum(dtype=np.float64)), np.float32(1e-9))
         self._tokens, self._weights = tokens, weights
         self._rows = tokens.shape[1] // (axis_size(mesh, "data") * axis_size(mesh, "expert"))
@@ -294,20 +304,29 @@ class _Batch:
         return lambda micro: self._micro_batch(micro, here)
 
     def _micro_batch(self, micro: int, here: Sequence[int]) -> StageBatch:
-        tokens = self._tokens[micro]
-        targets, counted, ahead = [tokens[:, 1:]], [self._weights[micro]], [tokens[:, 1:]]
-        for _ in range(self._modules):
-            targets.append(shift_left(targets[-1]).numpy())
-            counted.append(shift_left(counted[-1]).numpy())
-            ahead.append(np.concatenate([ahead[-1][:, 1:], ahead[-1][:, -1:]], 1))
+        tokens, weights = self._tokens[micro], self._weights[micro]
+        packed = None if self._packed is None else self._packed[micro]
+        ahead = [tokens[:, 1:]]
+        told = [(tokens[:, 1:], weights), *mtp_targets(tokens[:, 1:], weights, packed, self._modules)]
+        for _ in range(1, self._modules):
+            ahead.append(next_ahead(ahead[-1], None if packed is None else packed.inside))
 
-        def values(arrays: Sequence[np.ndarray]) -> list[Value]:
-            return [self._value(array, here) for array in arrays]
+        def values(arrays: Iterable[Any]) -> list[Value]:
+            return [self._value(np.asarray(array), here) for array in arrays]
 
+        where = () if packed is None else values((*packed, self._shares(packed)))
         return StageBatch(
-            self._value(tokens[:, :-1], here), values(targets), values(counted), values(ahead[: self._modules]),
-            self._value(np.asarray(self._total), here),
+            self._value(tokens[:, :-1], here), *map(values, zip(*told)), values(ahead[: self._modules]),
+            self._value(np.asarray(self._total), here), where,
         )  # fmt: skip
+
+    def _shares(self, packed: SegmentInputs) -> np.ndarray:
+        """What a device multiplies the mean over its documents by, so that the mean over devices and micro-batches is that
+        of all documents: `[B]`, the same for all rows of a device."""
+        cuts = packed.inside.reshape(-1, self._rows, packed.inside.shape[1])
+        documents = np.array([float(segment_count(cut)) for cut in cuts], np.float32)
+        shares = documents * np.float32(len(self._packed) * len(cuts) / max(self._documents, 1.0))
+        return np.repeat(shares, self._rows)
 
     def _value(self, array: np.ndarray, here: Sequence[int]) -> Value:
         parts, devices, ways = [], self._mesh.local_devices(), axis_size(self._mesh, "expert")

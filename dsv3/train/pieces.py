@@ -20,6 +20,7 @@ from dsv3.nn.mla import mla_rope
 from dsv3.nn.moe import moe_route
 from dsv3.nn.mtp import mtp_input
 from dsv3.ops.norm import rms_norm
+from dsv3.ops.router import expert_load
 from dsv3.parallel.tape import Piece, Tape, Value
 from dsv3.policy import ComputePolicy
 from dsv3.train.expert_pieces import ExpertPieces, Mixed, expert_pieces, node_load, route
@@ -59,24 +60,25 @@ def model_pieces(
     """
     norm = {"eps": cfg.norm_eps, "rounding": cfg.norm_rounding, "fuse": policy.fuse}
 
-    def table(x):
-        return mla_rope(cfg.mla, tf.range(x.shape[1]))
+    def table(x, packed):
+        return mla_rope(cfg.mla, packed[1] if packed else tf.range(x.shape[1]))
 
     def embed(p, tokens):
         rows = tf.gather(p["embed"], tokens)
         return tf.cast(rows, policy.compute_dtype or rows.dtype)
 
-    def dense(p, x):
-        return block_apply(p["block"], (), x, cfg=cfg, table=table(x), policy=policy).out
+    def dense(p, x, *packed):
+        segments = packed[0] if packed else None
+        return block_apply(p["block"], (), x, cfg=cfg, table=table(x, packed), policy=policy, segments=segments).out
 
     mixture = functools.partial(_mix, nodes=nodes) if ways > 1 else _mix_whole
 
-    def attention(p, bias, x):
-        return mixture(p["block"], bias, x, cfg, table(x), policy)
+    def attention(p, bias, x, *packed):
+        return mixture(p["block"], bias, x, cfg, table(x, packed), policy, packed)
 
-    def mtp(p, bias, hidden, embedded):
+    def mtp(p, bias, hidden, embedded, *packed):
         x = mtp_input(p["mtp"], hidden, embedded, cfg=cfg, policy=policy)
-        return mixture(p["mtp"].block, bias, x, cfg, table(x), policy)
+        return mixture(p["mtp"].block, bias, x, cfg, table(x, packed), policy, packed)
 
     def loss(p, normed, targets, weights, total):
         weights, total = tf.stop_gradient(weights), tf.stop_gradient(total)  # nobody wants their gradients
@@ -102,18 +104,33 @@ def model_pieces(
     return ModelPieces(*first, make(head), make(mtp), make(mtp_loss), made)
 
 
-def _mix(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy, *, nodes: int) -> Mixed:
-    x, h, _ = block_attend(block, x, cfg=cfg, table=table, policy=policy)
-    routing, stats = moe_route(block.ffn.router, bias, h, cfg=cfg.moe)
+def _mix(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy, packed, *, nodes: int) -> Mixed:
+    segments, mask = _where(packed)
+    x, h, _ = block_attend(block, x, cfg=cfg, table=table, policy=policy, segments=segments)
+    routing, stats = moe_route(block.ffn.router, bias, h, cfg=cfg.moe, mask=mask, segments=segments)
+    experts = cfg.moe.router.num_experts
+    load = stats.load if mask is None else expert_load(routing.experts, experts)  # padding is sent, too
     shared = mlp_apply(block.ffn.shared, h, fp8=policy.fp8, fuse=policy.fuse) if cfg.moe.num_shared else ()
     rows = tf.reshape(h, [-1, cfg.hidden_size])
-    to_nodes = node_load(routing.experts, cfg.moe.router.num_experts, nodes) if nodes > 1 else ()
-    return Mixed(x, shared, rows, routing.weights, routing.experts, stats.load, to_nodes, stats.balance)
+    to_nodes = node_load(routing.experts, experts, nodes) if nodes > 1 else ()
+    balance = _shared_out(stats.balance, packed)
+    return Mixed(x, shared, rows, routing.weights, routing.experts, load, to_nodes, stats.load, balance)
 
 
-def _mix_whole(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy) -> Mixed:
-    out = block_apply(block, bias, x, cfg=cfg, table=table, policy=policy)
-    return Mixed(out.out, (), (), (), (), out.stats.load, (), out.stats.balance)
+def _mix_whole(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy, packed) -> Mixed:
+    segments, mask = _where(packed)
+    out = block_apply(block, bias, x, cfg=cfg, table=table, policy=policy, segments=segments, mask=mask)
+    return Mixed(out.out, (), (), (), (), (), (), out.stats.load, _shared_out(out.stats.balance, packed))
+
+
+def _where(packed: Sequence[tf.Tensor]) -> tuple[tf.Tensor | None, tf.Tensor | None]:
+    """Segments and mask, of `StageBatch.packed`."""
+    return (packed[0], packed[2]) if packed else (None, None)
+
+
+def _shared_out(balance: tf.Tensor, packed: Sequence[tf.Tensor]) -> tf.Tensor:
+    """A device's part of the mean over all documents."""
+    return balance * tf.stop_gradient(packed[3][0]) if packed else balance
 
 
 class StageOutput(NamedTuple):
@@ -134,13 +151,15 @@ class StageOutput(NamedTuple):
 
 class StageBatch(NamedTuple):
     """One micro-batch as `Value`s. `targets` and `weights`: one for the model and one for each MTP module; `ahead`: the
-    tokens that each module embeds."""
+    tokens that each module embeds; `packed`: of packed rows the fields of `SegmentInputs`, and a factor of the device's
+    balance losses, once for each row."""
 
     tokens: Value
     targets: Sequence[Value]
     weights: Sequence[Value]
     ahead: Sequence[Value]
     total: Value
+    packed: Sequence[Value] = ()
 
 
 def stage_forward(
@@ -174,12 +193,12 @@ def stage_forward(
         x = tape.call(pieces.embed, {"embed": "embed"}, params, batch.tokens)
     for i in layers:
         if i < cfg.num_dense_layers:
-            x = tape.call(pieces.dense, {"block": f"dense.{i}"}, params, x)
+            x = tape.call(pieces.dense, {"block": f"dense.{i}"}, params, x, *batch.packed)
             continue
         j = i - cfg.num_dense_layers
-        mixed = tape.call(pieces.attention, {"block": f"moe.{j}"}, params, router.moe[j], x)
+        mixed = tape.call(pieces.attention, {"block": f"moe.{j}"}, params, router.moe[j], x, *batch.packed)
         x = yield from route(tape, pieces.routed, f"moe.{j}.ffn", params, mixed)
-        balance[j], load[j] = mixed.balance, mixed.load
+        balance[j], load[j] = mixed.balance, mixed.counted
     if not last:
         return StageOutput(x, main, mtp, balance, load)
     head = {"embed": "embed"} if cfg.tie_embeddings else {"head": "head"}
@@ -187,10 +206,10 @@ def stage_forward(
     main, hidden = tape.call(pieces.head, {"norm": "norm"} | head, params, x, *told)
     for k in range(cfg.num_mtp_layers):
         embedded = tape.call(pieces.embed, {"embed": "embed"}, params, batch.ahead[k])
-        mixed = tape.call(pieces.mtp, {"mtp": f"mtp.{k}"}, params, router.mtp[k], hidden, embedded)
+        mixed = tape.call(pieces.mtp, {"mtp": f"mtp.{k}"}, params, router.mtp[k], hidden, embedded, *batch.packed)
         x = yield from route(tape, pieces.routed, f"mtp.{k}.block.ffn", params, mixed)
         told = (batch.targets[k + 1], batch.weights[k + 1], batch.total)
         loss, hidden = tape.call(pieces.mtp_loss, {"norm": f"mtp.{k}.norm"} | head, params, x, *told)
         mtp.append(loss)
-        balance[cfg.num_moe_layers + k], load[cfg.num_moe_layers + k] = mixed.balance, mixed.load
+        balance[cfg.num_moe_layers + k], load[cfg.num_moe_layers + k] = mixed.balance, mixed.counted
     return StageOutput(None, main, mtp, balance, load)

@@ -17,6 +17,7 @@ from dsv3.layout import mesh_of
 from dsv3.nn.fp8_delayed import delayed_attach, delayed_detach, delayed_specs, delayed_update
 from dsv3.nn.model import ModelParams, RouterState, cast_params, model_init, model_specs, router_init
 from dsv3.nn.quantized import is_quantized
+from dsv3.ops.segments import segment_count, segment_inputs
 from dsv3.parallel.mesh import on_device, pack, unpack_tree, whole
 from dsv3.parallel.mesh import place as place_leaf
 from dsv3.pipeline import one_f_one_b
@@ -128,6 +129,7 @@ def train_update(
     *,
     cfg: ModelConfig,
     optimizer: Optimizer,
+    segments: TensorLike | None = None,
     mtp_weight: float | Schedule = PAPER_START.mtp_weight,
     balance_weight: float | Schedule = PAPER_START.balance_weight,
     bias_rate: float | Schedule = PAPER_START.bias_rate,
@@ -142,6 +144,8 @@ def train_update(
       tokens: `[B, T+1]` int, or `[A, B, T+1]`: A micro-batches whose gradients add up.
       weights: `[B, T]` or `[A, B, T]` float32, weight of each target; default: ones.
       cfg, optimizer: the model's configuration and the optimiser.
+      segments: `[B, T+1]` or `[A, B, T+1]` int, the documents of packed rows, 0 for padding, see `pretrain_loss`; default: a
+        row is one document. All tokens of the rows count as seen, padding included.
       mtp_weight, balance_weight: λ and α of the loss; bias_rate: γ of the router's bias. Floats, or schedules of the tokens
         seen (`curve_schedule`); default: what the paper begins with.
       ema_decay: of the average of the parameters that the state keeps; `None`: it keeps none.
@@ -162,8 +166,13 @@ def train_update(
     weights = tf.ones([*shape[:-1], shape[-1] - 1]) if weights is None else tf.cast(weights, tf.float32)
     dims("weights", weights, "A B T" if rank == 3 else "B T")
     check(rank == 2 or shape[0] != 0, "train_update: `tokens` has no micro-batch, want at least one [A, B, T+1]")
+    if segments is not None:
+        segments = tf.convert_to_tensor(segments)
+        same = static_shape(segments) == shape
+        check(same, f"train_update: `segments` has shape {static_shape(segments)}, want that of `tokens`, {shape}")
     if rank == 2:
         tokens, weights = tf.expand_dims(tokens, 0), tf.expand_dims(weights, 0)
+        segments = None if segments is None else tf.expand_dims(segments, 0)
     seen = tf.cast(state.tokens, tf.float64)
     rates = (mtp_weight, balance_weight, bias_rate)
     mtp_w, balance_w, rate = (tf.cast(f(seen), tf.float32) if callable(f) else f for f in rates)
@@ -179,7 +188,7 @@ def train_update(
         params = delayed_attach(params, state.amax)
 
     loss, parts, grads = _accumulate(
-        params, state.router, tokens, weights, cfg=cfg, mtp_weight=mtp_w, balance_weight=balance_w, policy=policy
+        params, state.router, tokens, weights, segments, cfg=cfg, mtp_weight=mtp_w, balance_weight=balance_w, policy=policy
     )
     counted = tf.size(weights, tf.int64)
     if delayed:
@@ -196,19 +205,26 @@ def train_update(
 
 
 def _accumulate(
-    params: ModelParams, router: RouterState, tokens: tf.Tensor, weights: tf.Tensor, *, balance_weight: Any, **how: Any
-) -> tuple[tf.Tensor, LossParts, Tree]:
+    params: ModelParams, router: RouterState, tokens: tf.Tensor, weights: tf.Tensor, segments: tf.Tensor | None, *,
+    balance_weight: Any, **how: Any,
+) -> tuple[tf.Tensor, LossParts, Tree]:  # fmt: skip
     """Returns loss, parts and gradients of micro-batches `[A, B, T+1]`, added up; `how` is for `pretrain_loss`."""
-    normalizer, known = tf.reduce_sum(weights), tokens.shape[0]
+    known = tokens.shape[0]
     micro_batches = tf.shape(tokens)[0] if known is None else known
-    share = balance_weight / tf.cast(micro_batches, tf.float32)
+    parts_of_balance = tf.cast(micro_batches, tf.float32)  # the balance loss is a mean over them
+    if segments is not None:  # or over all documents, to which each adds its own
+        inside = segment_inputs(tf.reshape(segments, [-1, segments.shape[-1]])).inside
+        weights *= tf.cast(tf.reshape(inside, tf.shape(weights)), tf.float32)
+        sequences, parts_of_balance = segment_count(inside), tf.constant(1.0)
+    normalizer, share = tf.reduce_sum(weights), balance_weight / parts_of_balance
 
     def gradients(i):
+        packed = {} if segments is None else {"segments": segments[i], "sequences": sequences}
         with tf.GradientTape() as tape:
             leaves = tree.flatten(params)
             tape.watch(leaves)
             loss, parts = pretrain_loss(
-                params, router, tokens[i], weights[i], balance_weight=share, normalizer=normalizer, **how
+                params, router, tokens[i], weights[i], balance_weight=share, normalizer=normalizer, **packed, **how
             )
         grads = tape.gradient(loss, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return loss, parts, tree.unflatten_as(params, [tf.convert_to_tensor(g) for g in grads])
@@ -223,7 +239,7 @@ def _accumulate(
             parallel_iterations=1,
         )
         loss, parts, grads = total
-        parts = parts._replace(balance=parts.balance / tf.cast(micro_batches, tf.float32))
+        parts = parts._replace(balance=parts.balance / parts_of_balance)
     return loss, parts, grads
 
 
@@ -266,9 +282,10 @@ def make_train_step(
         goes to each node that has experts for it once, and is forwarded there.
 
     Returns:
-      `step(state, tokens, weights=None, limits=Limits()) -> (state, TrainMetrics)`. The given state is donated (see
-      `compile_step`); the first call compiles. `step.traces()` counts compilations: one for each shape of a micro-batch, and
-      one more when their number first changes; after that it may be any.
+      `step(state, tokens, weights=None, limits=Limits(), *, segments=None) -> (state, TrainMetrics)`, with `segments` as in
+      `train_update`. The given state is donated (see `compile_step`); the first call compiles. `step.traces()` counts
+      compilations: one for each shape of a micro-batch, packed or not, and one more when their number first changes; after
+      that it may be any.
 
       On a mesh every process passes the same whole batch. `step.traces()` counts what the model's pieces were compiled for,
       capacities of the experts included. Old and new state exist side by side while the optimiser runs.
@@ -297,24 +314,25 @@ def make_train_step(
     alone = stage_layers is None and schedule is one_f_one_b
     check(alone, "make_train_step: `schedule` or `stage_layers` is given, but without `layouts` there is no pipeline")
 
-    def update(state, tokens, weights, limits):
-        how = {"optimizer": optimizer, "policy": policy, "ema_decay": ema_decay, "limits": limits}
+    def update(state, tokens, weights, limits, segments=None):
+        how = {"optimizer": optimizer, "policy": policy, "ema_decay": ema_decay, "limits": limits, "segments": segments}
         return train_update(state, tokens, weights, cfg=cfg, **how, **rates)
 
     shapes: dict[tuple[int, ...], Callable[..., tuple[TrainState, TrainMetrics]]] = {}  # by the shape of a micro-batch
 
     def step(
-        state: TrainState, tokens: TensorLike, weights: Any = None, limits: Limits = Limits()
+        state: TrainState, tokens: TensorLike, weights: Any = None, limits: Limits = Limits(), *, segments: Any = None
     ) -> tuple[TrainState, TrainMetrics]:
         check_token_ids("train_step", "tokens", tokens, cfg.vocab_size)
         tokens = tf.convert_to_tensor(tokens)
         if weights is None:
             weights = tf.ones([*tokens.shape[:-1], tokens.shape[-1] - 1])
-        micro_batch = (tokens.shape.rank, *tokens.shape[-2:])
+        packed = () if segments is None else (tf.cast(segments, tf.int32),)
+        micro_batch = (len(packed), tokens.shape.rank, *tokens.shape[-2:])
         if micro_batch not in shapes:
             shapes[micro_batch] = compile_step(update, jit=policy.jit, relax=True)
         limits = Limits(*(tf.cast(x, tf.float32) for x in limits))
-        return shapes[micro_batch](state, tokens, tf.cast(weights, tf.float32), limits)
+        return shapes[micro_batch](state, tokens, tf.cast(weights, tf.float32), limits, *packed)
 
     step.traces = lambda: sum(compiled.traces() for compiled in shapes.values())
     return step
@@ -325,7 +343,7 @@ def _mesh_step(cfg, optimizer, layouts, rates, policy, plan: MeshPlan):
     update = make_mesh_update(cfg, optimizer, layouts, policy, plan)
 
     def step(
-        state: TrainState, tokens: TensorLike, weights: Any = None, limits: Limits = Limits()
+        state: TrainState, tokens: TensorLike, weights: Any = None, limits: Limits = Limits(), *, segments: Any = None
     ) -> tuple[TrainState, TrainMetrics]:
         check_token_ids("train_step", "tokens", tokens, cfg.vocab_size)
         tokens = np.asarray(tokens, np.int32)
@@ -334,11 +352,15 @@ def _mesh_step(cfg, optimizer, layouts, rates, policy, plan: MeshPlan):
         weights = np.ones(wanted, np.float32) if weights is None else np.asarray(weights, np.float32)
         check(weights.shape == wanted, f"train_step: `weights` has shape {weights.shape}, want {wanted}, one column less")
         check(min(wanted) > 0, f"train_step: `tokens` has shape {tokens.shape}, want at least one row of two tokens")
+        if segments is not None:
+            segments = np.asarray(segments, np.int32)
+            same = segments.shape == tokens.shape
+            check(same, f"train_step: `segments` has shape {segments.shape}, want that of `tokens`, {tokens.shape}")
         if tokens.ndim == 2:
-            tokens, weights = tokens[None], weights[None]
+            tokens, weights, segments = tokens[None], weights[None], None if segments is None else segments[None]
         seen = tf.cast(whole(state.tokens), tf.float64)
         values = (float(rate(seen)) if callable(rate) else float(rate) for rate in rates.values())
-        return update(state, tokens, weights, Rates(*values), limits)
+        return update(state, tokens, weights, segments, Rates(*values), limits)
 
     step.traces = update.traces
     return step

@@ -77,43 +77,44 @@ def test_bad_streams(tokens, length, message):
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(1, 9))
-def test_documents_stay_apart_and_lose_nothing(sizes, length):
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(1, 9), st.integers(0, 2**32))
+def test_documents_stay_apart_and_lose_nothing(sizes, length, seed):
     stream = stream_of(sizes)
     assume(max(sizes) > 1)
-    packed = pack_documents(stream, length)
-    used = packed.segments > 0
-    assert {field.shape[1] for field in packed} == {length} and used.any(axis=1).all()
-    # Each pair of neighbours within a document is one (input, target), and there is no other.
-    pairs = sorted(zip(packed.inputs[used].tolist(), packed.targets[used].tolist(), strict=True))
+    learned = np.random.default_rng(seed).random(sum(sizes)) < 0.5
+    packed = pack_documents(stream, length, learned=learned)
+    assert packed.tokens.shape == packed.segments.shape == (len(packed.weights), length + 1)
+    assert packed.weights.shape[1] == length and packed.weights.dtype == np.float32
+    # Each pair of neighbours within a document is one (input, target) of one segment, and there is no other.
+    inside = (packed.segments[:, :-1] == packed.segments[:, 1:]) & (packed.segments[:, 1:] > 0)
+    pairs = list(zip(packed.tokens[:, :-1][inside].tolist(), packed.tokens[:, 1:][inside].tolist(), strict=True))
     firsts = [i for a, b in zip(stream.starts[:-1], stream.starts[1:], strict=True) for i in range(a, b - 1)]
-    assert pairs == [(i, i + 1) for i in firsts]
-    document_of = np.searchsorted(stream.starts, packed.inputs, side="right")
-    for row in range(len(used)):
-        count = used[row].sum()
-        assert used[row, :count].all()  # filled from the left
-        segments = packed.segments[row, :count]
-        assert segments[0] == 1 and set(np.diff(segments)) <= {0, 1}
-        for segment in range(1, segments[-1] + 1):
-            here = packed.segments[row] == segment
-            assert packed.positions[row, here].tolist() == list(range(here.sum()))
-            assert (np.diff(packed.inputs[row, here]) == 1).all()
-            assert len(set(document_of[row, here])) == 1
-    for field in packed:
-        assert field.dtype == np.int32 and (field[~used] == 0).all()
+    assert sorted(pairs) == [(i, i + 1) for i in firsts]
+    assert (packed.weights[~inside] == 0).all()
+    assert sorted(packed.tokens[:, 1:][packed.weights == 1].tolist()) == [i + 1 for i in firsts if learned[i + 1]]
+    document_of = np.searchsorted(stream.starts, packed.tokens, side="right")
+    for row, segments in enumerate(packed.segments):
+        count = (segments > 0).sum()
+        assert count and (segments[:count] > 0).all()  # filled from the left
+        assert segments[0] == 1 and set(np.diff(segments[:count])) <= {0, 1}
+        for segment in range(1, segments[:count].max() + 1):
+            here = segments == segment
+            assert here.sum() > 1 and len(set(document_of[row, here])) == 1
+    assert packed.tokens.dtype == packed.segments.dtype == np.int32 and (packed.tokens[packed.segments == 0] == 0).all()
 
 
 def test_first_fit_fills_the_first_row_with_room():
-    packed = pack_documents(stream_of([4, 4, 2, 3, 6]), 4)
-    assert packed.segments.tolist() == [[1, 1, 1, 2], [1, 1, 1, 2], [1, 1, 0, 0], [1, 1, 1, 1]]
-    assert packed.inputs[:, 3].tolist() == [8, 17, 0, 16]
+    packed = pack_documents(stream_of([4, 4, 2, 3, 6]), 5)
+    assert packed.segments.tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1] * 6]
+    assert packed.tokens[:, 4].tolist() == [8, 0, 0, 17]
+    assert packed.weights.tolist() == [[1, 1, 1, 0, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1] * 5]
 
 
 def test_long_document_is_cut_into_segments():
     packed = pack_documents(stream_of([6]), 4)
-    assert packed.inputs.tolist() == [[0, 1, 2, 3], [4, 0, 0, 0]]
-    assert packed.targets.tolist() == [[1, 2, 3, 4], [5, 0, 0, 0]]
-    assert packed.positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+    assert packed.tokens.tolist() == [[0, 1, 2, 3, 4], [4, 5, 0, 0, 0]]
+    assert packed.weights.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert packed.segments.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
 
 
 def test_documents_refuse():
@@ -121,6 +122,15 @@ def test_documents_refuse():
         pack_documents(stream_of([3]), 0)
     with pytest.raises(ValueError, match="pack_documents: empty corpus: no document with at least two"):
         pack_documents(stream_of([1, 0, 1]), 4)
+    with pytest.raises(ValueError, match=r"pack_documents: `learned` has shape \(2,\), want \(3,\) as the stream \[N\]"):
+        pack_documents(stream_of([3]), 2, learned=np.ones(2, bool))
+
+
+def test_held_out_documents_are_counted_once():
+    packed = pack_documents(stream_of([5, 5, 5]), 4)
+    batches = list(heldout_batches(packed, 2))
+    assert [batch.tokens.shape for batch in batches] == [(2, 5)] * 2
+    assert sum(batch.weights.sum() for batch in batches) == 12 and (batches[1].weights[1] == 0).all()
 
 
 @given(st.integers(1, 25), st.integers(1, 9), st.integers(-(2**65), 2**65), st.integers(0, 4))
