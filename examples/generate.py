@@ -3,7 +3,8 @@
 The directory is one that dsv3.save_pretrained wrote or any DeepSeek-V3 checkpoint: config.json, safetensors and
 tokenizer.json. `make demo` leaves one in runs/demo/export.
 
-A prompt is --prompt (repeat it for a batch), all of --prompt_file, or standard input without its last line break.
+A prompt is --prompt (repeat it for a batch), all of --prompt_file, or standard input without its last line break. With
+--chat each is what a user says, by the directory's chat template, and what is printed is the assistant's answer.
 Text goes to standard output, figures and errors to standard error.
 
 Examples:
@@ -14,6 +15,7 @@ Examples:
   python examples/generate.py runs/demo/export --prompt 'for i in' --speculative 1 --compare    # and time it without
   python examples/generate.py runs/demo/export --prompt 'for i in' --stop '\\n\\n' --logprobs 3
   python examples/generate.py model --prompt 'for i in' --weights float8 --cache float8  # see compare_compressed.py
+  python examples/generate.py runs/sft/export --chat --system 'Answer with a number.' --prompt '3 plus 4?'
   cat notes.txt | python examples/generate.py model --dtype bfloat16 --temperature 0.6 --top_k 40 --seed 7
 
 Greedy text is the same with and without --speculative; sampled text has the same distribution. In bfloat16 two tokens that
@@ -25,6 +27,7 @@ from __future__ import annotations
 import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
+import dataclasses
 import io
 import statistics
 import sys
@@ -34,10 +37,11 @@ from pathlib import Path
 
 from absl import app, flags
 from command import flag_parser
+from tokenizers import Tokenizer
 
 from dsv3.checks import check
 from dsv3.config import ModelConfig
-from dsv3.data import check_tokenizer, load_tokenizer
+from dsv3.data import chat_codec, check_tokenizer, encode_prompt, find_chat_template, load_tokenizer
 from dsv3.policy import default_policy
 from dsv3.pretrained import load_pretrained
 from dsv3.serve import Completion, Engine, Request, check_requests
@@ -48,6 +52,8 @@ TURNS = 5  # of each side of --compare
 
 flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat the flag for several.")
 flags.DEFINE_string("prompt_file", None, "File whose whole text is one more prompt.")
+flags.DEFINE_bool("chat", False, "Take prompts for a user's messages, by the chat template, and print the answers.")
+flags.DEFINE_string("system", None, "With --chat: a system message in front of each.")
 flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at most.")
 flags.DEFINE_float("temperature", 0.0, "0 takes the best token each time; 1 samples from the model's distribution.")
 flags.DEFINE_integer("top_k", 0, "Sample among so many best tokens only; 0: all.")
@@ -98,6 +104,7 @@ def read_flags(argv: Sequence[str]) -> tuple[Path, list[Request]]:
     stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in FLAGS.stop]
     settings = {name: FLAGS[name].value for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     settings |= {"stop": stops, "top_logprobs": FLAGS.logprobs or 0}
+    check(FLAGS.system is None or FLAGS.chat, "--system is given, but no --chat")
     check(not FLAGS.compare or FLAGS.speculative, "--compare wants --speculative, which it compares with plain decoding")
     return Path(argv[1]), [Request(prompt, **settings) for prompt in prompts]
 
@@ -115,6 +122,8 @@ def load_engines(directory: Path, requests: list[Request]) -> tuple[Engine, Engi
     cfg = ModelConfig.from_hf(directory)
     tokenizer = load_tokenizer(directory)
     check_tokenizer(tokenizer, cfg.vocab_size)
+    if FLAGS.chat:
+        requests[:] = chat_requests(directory, tokenizer, requests)
     max_length = FLAGS.max_length or cfg.max_length
     check_engine(cfg, speculative=FLAGS.speculative, max_length=max_length)
     check_requests(requests, cfg=cfg, tokenizer=tokenizer, max_length=max_length)
@@ -125,6 +134,14 @@ def load_engines(directory: Path, requests: list[Request]) -> tuple[Engine, Engi
     engine = Engine(cfg, params, router, speculative=FLAGS.speculative, **how)
     note(f"loaded {directory} in {time.monotonic() - start:.1f} s")
     return engine, Engine(cfg, params, router, **how) if FLAGS.compare else None
+
+
+def chat_requests(directory: Path, tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Request]:
+    """The requests with their prompts as a user's messages."""
+    codec = chat_codec(tokenizer, find_chat_template(directory, tokenizer))
+    system = [] if FLAGS.system is None else [{"role": "system", "content": FLAGS.system}]
+    asked = ([*system, {"role": "user", "content": request.prompt}] for request in requests)
+    return [dataclasses.replace(r, prompt=encode_prompt(codec, said)) for r, said in zip(requests, asked)]
 
 
 def show(engine: Engine, requests: list[Request]) -> list[Completion]:
@@ -179,7 +196,7 @@ def print_in_order(requests: list[Request]) -> Iterator[None]:
     for i, request in enumerate(requests):
         if len(requests) > 1:
             print(f"--- {i + 1} of {len(requests)}")
-        print(request.prompt, end="", flush=True)
+        print("" if FLAGS.chat else request.prompt, end="", flush=True)
         shown = 0
         while True:
             if FLAGS.stream or i in done:

@@ -25,7 +25,15 @@ from tokenizers import Tokenizer
 import dsv3
 from dsv3 import tree
 from dsv3.checks import check
-from dsv3.data import MixtureUse, check_tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_fingerprint
+from dsv3.data import (
+    MixtureUse,
+    check_tokenizer,
+    load_chat_template,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    tokenizer_fingerprint,
+)
 from dsv3.data.passkey import passkey_form
 from dsv3.parallel.clients import Clients, read_clients, start_clients
 from dsv3.parallel.collectives import gather_mesh
@@ -47,7 +55,7 @@ DECIDING = (
 LATER = {"passkey": 0.0, "passkey_keys": "digits", "yarn_factor": 40.0, "context_lr": None, "init": None}
 PARTS = (
     *"checkpoints tensorboard tokenizer plots export export_ema passkey".split(),
-    *"log.jsonl trouble.jsonl results.json samples.txt report.html".split(),
+    *"log.jsonl trouble.jsonl results.json before.json samples.txt report.html".split(),
     RUN_FILE,
 )
 
@@ -156,7 +164,8 @@ def write_setup(out: Path, saved: Mapping[str, Any] | None, settings: Mapping[st
     if saved is None:
         write_run(out, settings)
     if not (out / "tokenizer").exists():
-        save_tokenizer(tokenizer, out / "tokenizer")
+        given = None if FLAGS.tokenizer is None else load_chat_template(FLAGS.tokenizer)
+        save_tokenizer(tokenizer, out / "tokenizer", chat_template=given and given.source)
 
 
 def start_mesh(settings: Mapping[str, Any]) -> tuple[Clients, dtensor.Mesh | None]:

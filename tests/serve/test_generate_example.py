@@ -49,6 +49,11 @@ CASES = {
     "a surrogate": (["{whole}", "--prompt=a\udcff"], "`prompt` has a lone surrogate at 1"),
     "a file": (["{whole}", "--prompt_file={bytes}"], "bytes.txt' is not UTF-8 (byte 2)"),
     "standard input": (["{whole}"], "standard input is not UTF-8 (byte 1)"),
+    "a system message alone": (["{whole}", PROMPT, "--system=x"], "--system is given, but no --chat"),
+    "a template that breaks out": (["{hostile}", PROMPT, "--chat"], "hostile' tries what its sandbox forbids (line 1)"),
+    "an empty question": (["{whole}", "--prompt=", "--chat"], "message 1: `content` is empty, want what the user says"),
+    "a long question": (["{whole}", "--prompt=" + "x " * 90, "--chat"], "want fewer than max_length, which is 96"),
+    "a good question": (["{whole}", PROMPT, "--chat", "--system=Be brief."], "loaded"),
     "a good one": (["{whole}", PROMPT, "--speculative=1", "--max_length=96"], "loaded"),
 }
 COMPARE = ["{whole}", PROMPT, "--max_new_tokens=8", "--speculative=1", "--compare", "--dtype=float32"]
@@ -57,11 +62,13 @@ COMPARE = ["{whole}", PROMPT, "--max_new_tokens=8", "--speculative=1", "--compar
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
-    places = {name: str(folder / name) for name in ("whole", "plain")} | {"bytes": str(folder / "bytes.txt")}
-    for name in ("whole", "plain"):
+    names = ("whole", "plain", "hostile")
+    places = {name: str(folder / name) for name in names} | {"bytes": str(folder / "bytes.txt")}
+    for name in names:
         save_pretrained(places[name], *model(VOCAB))
         save_tokenizer(tokenizer(), places[name])
     edit_config(folder / "plain", num_nextn_predict_layers=0)
+    (folder / "hostile" / "chat_template.jinja").write_text("{{ messages.__class__ }}")
     (folder / "bytes.txt").write_bytes(b"ab\xff")
     wanted = [*(arguments for arguments, _ in CASES.values()), COMPARE]
     cases = [[argument.format(**places) for argument in arguments] for arguments in wanted]
@@ -76,7 +83,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("what", CASES)
 def test_bad_input_is_one_line_before_loading(results, what):
     (code, lines), message = results[what], CASES[what][1]
-    if what == "a good one":
+    if what.startswith("a good"):
         assert code == "AssertionError('loaded')"
     else:
         assert code == 2 and len(lines) == 1 and lines[0].startswith("generate: ") and message in lines[0], (code, lines)

@@ -1,0 +1,126 @@
+"""Fine-tunes a model on conversations: it learns the assistant's answers, and to end them.
+
+Without flags it takes the model that `make demo` leaves in runs/demo/export, small tasks that dsv3 makes itself (sums with
+their steps, words, Python), and the paper's schedule, and leaves everything in runs/sft:
+
+  run.json        what decides the numbers of this run
+  tokenizer/      the model's, with the chat template that was used
+  log.jsonl       one line a step; tensorboard/ has the same
+  checkpoints/    the last ones; after an interruption the same command goes on from there, to the same losses
+  report.html     held-out loss and answers before and after, plots, settings; samples.txt, results.json: the same to read on
+  export/         opened by AutoModelForCausalLM.from_pretrained, dsv3.load_pretrained and `generate.py --chat`
+
+--data is a JSON file (an array) or JSON lines, perhaps compressed, with rows of either kind:
+
+  {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+  {"instruction": "...", "input": "...", "output": "..."}
+
+An assistant's reasoning is <think>...</think> before the answer, or a field `reasoning_content`. The checkpoint's own chat
+template turns them into text.
+
+The paper's learning rate is for a model of 671B parameters. A small one learns next to nothing from it: see the examples.
+
+Examples:
+
+  python examples/sft.py --epochs 8 --lr 1e-3 --lr_end 1e-4 --batch_size 4
+  python examples/sft.py --data rows.json --epochs 4 --lr 1e-3 --lr_end 1e-4 --out runs/mine
+  python examples/sft.py --model deepseek-dir --data chats.jsonl.gz --max_length 4096 --batch_size 32 --accumulate 8 \\
+      --dtype bfloat16 --remat block --out runs/real
+  python examples/generate.py runs/sft/export --chat --prompt 'Write apple backwards.'
+"""
+
+from __future__ import annotations
+
+import hush  # noqa: F401 (it comes before all that loads TensorFlow)
+
+# isort: split
+import shlex
+import sys
+
+from absl import app, flags
+from command import flag_parser
+from sft_report import report, show_before
+from sft_setup import Setup, prepare, say
+from sft_train import start, train
+
+from dsv3.policy import default_policy
+from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("model", "runs/demo/export", "Checkpoint directory to begin with; its tokenizer is taken, too.")
+flags.DEFINE_string("data", None, "Conversations: a .json or .jsonl file. Default: small tasks that dsv3 makes itself.")
+flags.DEFINE_string("chat_template", None, "A Jinja file to use instead of the model's chat template.")
+flags.DEFINE_float("heldout", 0.1, "Share of the questions, by a hash, that is never trained on.")
+flags.DEFINE_string("out", "runs/sft", "Folder of the run.")
+flags.DEFINE_bool("resume", True, "Go on with the run that is in --out. --noresume refuses instead.")
+flags.DEFINE_bool("fresh", False, "Delete the run that is in --out and start anew.")
+
+flags.DEFINE_float("epochs", 2.0, "How many times the conversations are learned; 2: as in the paper.")
+flags.DEFINE_integer("batch_size", 8, "Packed rows of a step, all micro-batches together.", 1)
+flags.DEFINE_integer("accumulate", 1, "Micro-batches of --batch_size, which it must divide. Less memory, same result.", 1)
+flags.DEFINE_integer("max_length", 256, "Tokens of a packed row: a conversation must fit into one.", 1)
+flags.DEFINE_bool("skip_long", False, "Leave out conversations that are longer than --max_length, instead of refusing them.")
+flags.DEFINE_integer("seed", 0, "Decides the order of the data and what is held out.", 0)
+
+flags.DEFINE_float("lr", 5e-6, "Learning rate at the beginning, as in the paper; small models want more, such as 1e-3.")
+flags.DEFINE_float("lr_end", 1e-6, "Learning rate at the end of a cosine in tokens.")
+flags.DEFINE_integer("warmup_steps", 0, "Steps of linear warm-up before --lr.", 0)
+flags.DEFINE_float("weight_decay", 0.1, "Decoupled weight decay; norms and biases have none.", 0.0)
+flags.DEFINE_float("clip", 1.0, "Largest norm of the gradient; 0: do not clip.", 0.0)
+flags.DEFINE_float("mtp_weight", 0.1, "Weight of the multi-token prediction loss, with which drafts stay good.", 0.0)
+flags.DEFINE_float("balance_weight", 1e-4, "Weight of the balance loss, of each conversation by itself.", 0.0)
+flags.DEFINE_float("bias_rate", 0.0, "How far a step moves the router's selection bias; 0: as pretraining has left it.", 0.0)
+
+flags.DEFINE_integer("eval_every", None, "Steps between held-out losses; 0: none. Default: a tenth of all.", 0)
+flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0: only at the end and when interrupted.", 0)
+flags.DEFINE_integer("keep", 2, "Checkpoints that stay, the last ones.", 1)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters are float32.")
+flags.DEFINE_enum("remat", "none", ["none", "block"], "Recompute each block in the backward pass: less memory.")
+flags.DEFINE_integer("samples", 4, "Held-out questions that are answered before and after.", 0)
+
+
+def main(argv: list[str]) -> int:
+    """Runs everything; returns the exit code: 2 for bad input, 1 for what fails later, 128 + n after signal n."""
+    try:
+        setup = prepare(argv)
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    again = f"run the same command again: {shlex.join([sys.executable, *(a for a in sys.argv if 'fresh' not in a)])}"
+    policy = default_policy().replace(dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat)
+    try:
+        begun = start(setup)
+        show_before(setup, begun, policy)
+        result = train(setup, begun, policy)
+        del begun
+        if result.step < setup.steps:
+            say(f"{result.stopped.name}: saved at step {result.step} of {setup.steps}; to go on, {again}")
+            return 128 + result.stopped
+        report(setup, result.state, policy)
+    except FloatingPointError as error:
+        return fail(f"{error}; {last_checkpoint(setup)}; a lower --lr may help, with --fresh or another --out", 1)
+    except (ValueError, OSError) as error:
+        return fail(f"{error}; once that is put right, {again}", 1)
+    except KeyboardInterrupt:  # outside of the training
+        return fail(f"interrupted; to go on, {again}", 130)
+    return 0
+
+
+def fail(error: object, code: int) -> int:
+    """Says what is wrong, in one line, and returns the exit code."""
+    print(f"sft: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def last_checkpoint(setup: Setup) -> str:
+    """What there is to go back to."""
+    found = list_checkpoints(setup.out / "checkpoints")
+    return f"the last checkpoint is of step {checkpoint_step(found[-1])}" if found else "no checkpoint was saved before it"
+
+
+parse_flags = flag_parser("sft")
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

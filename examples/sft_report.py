@@ -1,0 +1,133 @@
+"""What `sft.py` shows: answers before and after, the held-out loss, plots, and the export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from command import aligned
+from sft_setup import Setup, say
+from sft_train import Begun, make_score
+
+from dsv3.compiled import snapshot
+from dsv3.data import encode_prompt
+from dsv3.page import Table, write_page
+from dsv3.parallel.mesh import whole
+from dsv3.policy import ComputePolicy
+from dsv3.pretrained import save_pretrained
+from dsv3.serve import Engine, Request
+from dsv3.train.checkpoint import flat_settings
+from dsv3.train.plots import plot_run
+from dsv3.train.records import read_rows
+from dsv3.train.state import TrainState
+
+FLAGS = flags.FLAGS
+NEW_TOKENS = 64
+BEFORE = "before.json"
+NAMES = {
+    "nll": "cross-entropy, nats a token", "top1": "next token right", "mtp_nll": "MTP cross-entropy, nats a token",
+    "mtp_agreement": "MTP guess agrees with the model",
+}  # fmt: skip
+
+
+def show_before(setup: Setup, begun: Begun, policy: ComputePolicy) -> None:
+    """Answers and scores held-out conversations with the model as it comes, once in a run."""
+    if int(whole(begun.state.step)):
+        return
+    say("answering held-out questions with the model as it is")
+    found = measure(setup, begun.state, policy)
+    (setup.out / BEFORE).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(setup: Setup, state: TrainState, policy: ComputePolicy) -> dict[str, Any]:
+    """Scores of the held-out answers, and greedy answers to some of their questions."""
+    params, router = snapshot((state.params, state.router))
+    score = make_score(setup.cfg, min(8, len(setup.held.tokens)), policy)
+    found = score(params, router, setup.held)._asdict()
+    answers, drafted, accepted = [], 0, 0
+    prompts = [encode_prompt(setup.codec, question, tools=c.tools) for c, question, _ in chosen(setup)]
+    if prompts:
+        length = min(setup.cfg.max_length, max(map(len, prompts)) + NEW_TOKENS)
+        engine = Engine(
+            setup.cfg, params, router, tokenizer=setup.codec.tokenizer, policy=policy, max_length=length,
+            speculative=min(1, setup.cfg.num_mtp_layers), smallest_cache=length, chunk_sizes=(max(map(len, prompts)),),
+        )  # fmt: skip
+        for done in engine.generate([Request(prompt, max_new_tokens=NEW_TOKENS) for prompt in prompts]):
+            answers.append(done.text + ("" if done.finish_reason == "stop_token" else " [...]"))
+            drafted, accepted = drafted + done.drafted, accepted + done.accepted
+    found["mtp_accepted"] = accepted / drafted if drafted else float("nan")
+    return {"heldout": {k: None if v != v else v for k, v in found.items()}, "answers": answers}
+
+
+def chosen(setup: Setup) -> list[tuple[Any, list[dict[str, Any]], str]]:
+    """Some held-out conversations, spread evenly: the conversation, its first question as messages, the answer to it."""
+    count = min(FLAGS.samples, len(setup.questions))
+    picked = [setup.questions[i * len(setup.questions) // count] for i in range(count)]
+    found = []
+    for conversation in picked:
+        first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+        answer = conversation.messages[first]
+        thought = f"<think>\n{answer['reasoning_content']}\n</think>\n\n" if answer.get("reasoning_content") else ""
+        found.append((conversation, list(conversation.messages[:first]), thought + (answer.get("content") or "")))
+    return found
+
+
+def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
+    """Evaluates, answers, plots and exports; prints what came out and where it is."""
+    out = setup.out
+    say("\nanswering held-out questions with the model as it has become")
+    before = json.loads((out / BEFORE).read_text(encoding="utf-8"))
+    after = measure(setup, state, policy)
+    rows = read_rows(out / "log.jsonl")
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    training = {name: last[name] for name in ("step", "tokens", "loss")}
+    results = {"before": before["heldout"], "after": after["heldout"], "training": training}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    samples = format_samples(setup, before["answers"], after["answers"])
+    (out / "samples.txt").write_text(samples, encoding="utf-8")
+    plots = plot_run(rows, out / "plots", mtp_layers=setup.cfg.num_mtp_layers)
+    params, router = snapshot((state.params, state.router))
+    files = [out / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    save_pretrained(out / "export", setup.cfg, params, router, extra_files=files)
+    table = score_rows(before["heldout"], after["heldout"])
+    page = write_page(out / "report.html", f"Fine-tuning run {out}", sections(setup, table, plots, samples))
+    say("\n" + samples)
+    say(aligned(table))
+    say(f"\nreport       {page}")
+    say(f"log          {out / 'log.jsonl'}, tensorboard --logdir {out}")
+    say(f"checkpoints  {out / 'checkpoints'}")
+    say(f"export       {out / 'export'}: python examples/generate.py {out / 'export'} --chat --prompt '...'")
+
+
+def score_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The held-out scores side by side."""
+    rows = [(f"held-out answers, {after['tokens']:,} tokens", "before", "after")]
+    for name, what in (NAMES | {"mtp_accepted": "drafts accepted in the samples"}).items():
+        if after[name] is not None:
+            form = "{:.4f}" if name.endswith("nll") else "{:.1%}"
+            rows.append((what, *("-" if side[name] is None else form.format(side[name]) for side in (before, after))))
+    return rows
+
+
+def format_samples(setup: Setup, before: Sequence[str], after: Sequence[str]) -> str:
+    """Questions and answers as text."""
+    parts = []
+    for number, ((_, question, wanted), was, now) in enumerate(zip(chosen(setup), before, after), 1):
+        asked = "\n".join(f"[{message['role']}] {message['content']}" for message in question)
+        named = (("asked", asked), ("in the data", wanted), ("before", was), ("after", now))
+        parts += [f"--- {number}, {name}\n{text}\n" for name, text in named]
+    return "\n".join(parts)
+
+
+def sections(setup: Setup, table: list, plots: Sequence[Path], samples: str) -> list:
+    """What the report in HTML shows."""
+    settings = [(name, value) for name, value in flat_settings(setup.settings).items()]
+    return [
+        ("Results", [Table(table)]),
+        ("Answers", [samples or "None was asked for."]),
+        ("Training", list(plots)),
+        ("Settings", [Table([("setting", "value"), *settings], left=2)]),
+    ]

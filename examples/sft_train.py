@@ -1,0 +1,123 @@
+"""The training of `sft.py`: from a checkpoint or from the model to the last step."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import signal
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from sft_setup import Setup, say
+
+from dsv3.compiled import place
+from dsv3.config import ModelConfig
+from dsv3.data import batch_at
+from dsv3.eval.packed import AnswerEvaluator, make_answer_evaluator
+from dsv3.parallel.mesh import whole
+from dsv3.policy import ComputePolicy
+from dsv3.pretrained import load_pretrained
+from dsv3.train.checkpoint import Keep, restore_checkpoint
+from dsv3.train.loop import Actions, LoopResult, Row, index_feed, train_loop
+from dsv3.train.optim import Optimizer, adamw
+from dsv3.train.progress import Progress, stop_on_signals
+from dsv3.train.records import RunLog
+from dsv3.train.saving import BackgroundSaver
+from dsv3.train.schedule import Curve, Piece, curve_schedule
+from dsv3.train.state import TrainState
+from dsv3.train.step import make_train_step, train_specs, train_state
+from dsv3.train.trouble import Cursor
+
+FLAGS = flags.FLAGS
+
+
+class Begun(NamedTuple):
+    """Where the training begins: `state`, `cursor`, and the `optimizer` that the state is of."""
+
+    state: TrainState
+    cursor: Cursor
+    optimizer: Optimizer
+
+
+@functools.cache
+def make_score(cfg: ModelConfig, rows: int, policy: ComputePolicy) -> AnswerEvaluator:
+    """The evaluation of held-out answers, compiled once for the curve and the report."""
+    return make_answer_evaluator(cfg, batch_size=rows, policy=policy)
+
+
+def learning_rate(setup: Setup) -> Curve:
+    """Linear warm-up, then a cosine down to --lr_end."""
+    step = FLAGS.batch_size * FLAGS.max_length
+    warm = FLAGS.warmup_steps * step
+    first = (Piece(warm, 0.0, FLAGS.lr, "linear"),) if warm else ()
+    return (*first, Piece(setup.steps * step, FLAGS.lr, FLAGS.lr_end, "cosine"))
+
+
+def start(setup: Setup) -> Begun:
+    """The state of the latest checkpoint of the run, or of the model that is fine-tuned."""
+    rate = curve_schedule(learning_rate(setup))
+    optimizer = adamw(rate, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None)
+    like = train_specs(setup.cfg, optimizer)
+    try:
+        found = restore_checkpoint(setup.out / "checkpoints", like, settings=setup.settings, on_skip=say)
+    except ValueError as error:
+        raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
+    if found is not None:
+        say(f"going on from step {int(whole(found.state.step))} of {setup.out / 'checkpoints'}")
+        return Begun(place(found.state), Cursor(**found.cursor), optimizer)
+    _, params, router = load_pretrained(FLAGS.model, dtype="float32")
+    return Begun(place(train_state(params, router, optimizer)), Cursor(), optimizer)
+
+
+def train(setup: Setup, begun: Begun, policy: ComputePolicy) -> LoopResult:
+    """Trains to the last step or to a signal."""
+    step = make_train_step(
+        setup.cfg, begun.optimizer, policy=policy, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
+        bias_rate=FLAGS.bias_rate,
+    )  # fmt: skip
+    done = int(whole(begun.state.step))
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        log = stack.enter_context(RunLog(setup.out, step=done))
+        progress = stack.enter_context(Progress(setup.steps, start=done))
+        saver = stack.enter_context(
+            BackgroundSaver(setup.out / "checkpoints", setup.settings, keep=Keep(FLAGS.keep))
+        )
+        actions = make_actions(setup, log, progress, saver, stop, policy)
+        return train_loop(
+            step, begun.state, index_feed(lambda number: batch(setup, number)), steps=setup.steps, cursor=begun.cursor,
+            actions=actions,
+        )  # fmt: skip
+
+
+def make_actions(setup: Setup, log: RunLog, progress: Progress, saver: BackgroundSaver, stop, policy) -> Actions:
+    """What the loop calls, and how often."""
+    score = make_score(setup.cfg, min(8, len(setup.held.tokens)), policy)
+
+    def evaluate(state: TrainState) -> Row:
+        found = score(state.params, state.router, setup.held)._asdict()
+        return {name: value for name, value in found.items() if math.isfinite(value) and name != "tokens"}
+
+    def save(state: TrainState, step: int, cursor: Cursor) -> None:
+        log.sync()
+        saver.save(state, step, cursor._asdict())
+
+    def stopped() -> signal.Signals | None:
+        saver.poll()
+        return stop()
+
+    every = max(1, setup.steps // 10) if FLAGS.eval_every is None else FLAGS.eval_every
+    return Actions(
+        write=log.write, progress=progress.update, evaluate=evaluate, eval_every=every, save=save,
+        save_every=FLAGS.save_every, load_every=max(1, setup.steps // 10), stop=stopped,
+    )  # fmt: skip
+
+
+def batch(setup: Setup, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, weights and segments of a step, in micro-batches if there are several."""
+    rows = batch_at(setup.rows, number, FLAGS.batch_size, FLAGS.seed)
+    if FLAGS.accumulate == 1:
+        return tuple(rows)
+    return tuple(field.reshape(FLAGS.accumulate, -1, field.shape[-1]) for field in rows)
