@@ -45,7 +45,7 @@ LAYERS = {
     "plan": f"{BOTTOM} layout ops nn pipeline parallel train",
     "serve": f"{BOTTOM} layout compiled ops nn data io",
     "eval": f"{BOTTOM} layout compiled ops nn data io serve",
-    "rl": f"{BOTTOM} layout compiled ops nn train serve",
+    "rl": f"{BOTTOM} layout compiled ops nn data train serve",
 }
 
 # Modules that are one row, split to keep files short.
