@@ -32,7 +32,9 @@ _LATEX_UNIT = re.compile(rf"^\s*\\(?:text|mbox|textrm|mathrm|textbf|operatorname
 _DEGREES = re.compile(r"^\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree)\s*[CF]?$")
 _SHORT = "mm cm dm km mg kg ml dl ms min hr hrs sec ft in yd mi lb lbs oz mph kph km/h m/s ft/s am pm".split()
 _LETTERS = ("m", "g", "t", "l", "h", "s")  # units only behind a blank: `5t` is a product
-_WORDS = re.compile(rf"^\s+([^\W\d_]+(?:[-/.' ]+[^\W\d_]+)*){_POWER}$")
+_WORDS = re.compile(rf"^\s+([^\W\d_]+(?:[-/.' ]+[^\W\d_]+)*)({_POWER})$")
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_NO_UNITS = frozenset("or and to not than half quarter third plus minus times over squared cubed".split())
 
 
 class Quantity(NamedTuple):
@@ -74,10 +76,11 @@ def read_quantity(text: str) -> Quantity | None:
     rest = text[match.end() :].removesuffix("$")
     if percent := _PERCENT.match(rest):
         rest = rest[percent.end() :]
-    unit = _unit(rest)
-    if unit is None:
+    found = _unit(rest)
+    if found is None:
         return None
-    return Quantity(value, percent is not None, "$" if money and not unit else unit)
+    scale, unit = found
+    return Quantity(value * scale, percent is not None, "$" if money and not unit else unit)
 
 
 def _value(match: re.Match) -> Fraction | None:
@@ -97,20 +100,27 @@ def _value(match: re.Match) -> Fraction | None:
     return -value if got["sign"] in ("-", "−") else value
 
 
-def _unit(rest: str) -> str | None:
-    """What follows a number as a unit, "" for nothing; None where it is something else."""
+def _unit(rest: str) -> tuple[int, str] | None:
+    """What follows a number: a scale, as of `million`, and a unit, "" for nothing; None where it is something else."""
     if not rest.strip():
-        return ""
+        return 1, ""
     if _DEGREES.match(rest):
-        return "degree"
+        return 1, "degree"
     if match := _LATEX_UNIT.match(rest):
-        return _unit_name(match[1] + match[2])
-    match = _WORDS.match(rest) or re.match(rf"^({'|'.join(_SHORT)}){_POWER}$", rest)
-    if match is None:
+        inner, power = match[1], match[2]
+    else:
+        match = _WORDS.match(rest) or re.match(rf"^({'|'.join(_SHORT)})({_POWER})$", rest)
+        if match is None:
+            return None
+        inner, power = match[1], match[2]
+        words = inner.split()
+        if len(words) == 1 and len(words[0]) < 3 and words[0].lower() not in (*_SHORT, *_LETTERS):
+            return None
+    words = inner.lower().split()
+    if _NO_UNITS & set(words):
         return None
-    words = match[1].split()
-    known = len(words) > 1 or len(words[0]) > 2 or words[0].lower() in (*_SHORT, *_LETTERS)
-    return _unit_name(rest) if known else None
+    scale = _SCALES.get(words[0].removesuffix("s"), 1) if words else 1
+    return scale, _unit_name(" ".join(words[scale > 1 :]) + power)
 
 
 def _unit_name(text: str) -> str:

@@ -127,6 +127,4 @@ def _plain_text(text: str) -> str:
     """A form in which what is written alike is equal: no blanks, no marks of size or text; words in small letters."""
     text = _TEXT.sub(r"\1", _bare(text))
     text = _CLEAN.sub("", re.sub(r"\\[dt]frac", r"\\frac", text))
-    if re.fullmatch(r"\([A-Za-z]\)", text):
-        text = text[1:-1]
     return text.lower() if text.isalpha() and len(text) > 1 else text

@@ -16,7 +16,6 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterable
 
 from dsv3.rl import sandbox_call, sandbox_linux
 
@@ -33,12 +32,10 @@ def main(job_descriptor: int, control: int, status: int) -> None:
     """
     with open(job_descriptor, "rb") as file:
         job = json.load(file)
-    calls = [job[name] for name in ("requests", "replies") if name in job]
     try:
         if job["isolation"] == "namespaces":
             sandbox_linux.enter_namespaces()
             if first := os.fork():
-                _close((0, 1, 2, control, status, *calls))
                 os.waitpid(first, 0)
                 os._exit(0)
             sandbox_linux.make_root(job["folder"], size=job["folder_bytes"])
@@ -48,7 +45,6 @@ def main(job_descriptor: int, control: int, status: int) -> None:
         _report(status, {"error": str(error)})
         os._exit(0)
     if program:
-        _close((0, 1, 2, *calls))  # so that the ends of these pipes are the program's
         _watch(program, control, status, job["wall_seconds"])
         os._exit(0)
     os.close(control)
@@ -106,8 +102,3 @@ def _watch(program: int, control: int, status: int, seconds: float) -> None:
 def _report(status: int, report: dict) -> None:
     with contextlib.suppress(OSError):  # the caller is gone
         os.write(status, json.dumps(report).encode() + b"\n")
-
-
-def _close(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -163,6 +163,9 @@ def test_nothing_raises(text):
         ("18 km/h", 18, False, "km/h"),
         ("5km", 5, False, "km"),
         ("12 miles per hour", 12, False, "milesperhour"),
+        ("5 million", 5_000_000, False, ""),
+        (r"$1.5 \text{ million}", 1_500_000, False, "$"),
+        ("3 dozen eggs", 36, False, "egg"),
     ],
 )
 def test_numbers(text, value, percent, unit):
@@ -173,7 +176,7 @@ def test_numbers(text, value, percent, unit):
     "text",
     ["", "x", "2k", "5m", "3R^2", "2 x", r"8 \pi", "52_8", "4210_{5}", "1,23", "1, 234", "3,5", "(1,2)", "1,-2", "1/0",
      r"\frac{1}{0}", "2^3", "3!", "1/2/3", "1_000", "0x10", "1e500", "9" * 300, r"\sqrt{2}", "1 + 1", "x = 5",
-     "3 apples and 4", "1.2.3", "--1"],
+     "3 apples and 4", "1.2.3", "--1", "5 or six", "5 and a half", r"5 \text{ or six}", "5 squared"],
 )  # fmt: skip
 def test_what_is_no_plain_number(text):
     assert read_quantity(text) is None

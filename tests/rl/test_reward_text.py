@@ -77,7 +77,7 @@ def test_format_without_answer_tags():
         ("ru", "words", "кошка и dog", 2 / 3),
         ("el", "words", "η γάτα", 1.0),
         ("en", "words", "naïve don't co-op café", 1.0),
-        ("fr", "words", "cafe\u0301 noir кот", 2 / 3),
+        ("fr", "words", "cafe\u0301s noir кот", 2 / 3),
         ("en", "words", "the word猫 is", 3 / 4),
         ("th", "characters", "แมว", 1.0),
         ("en", "words", "12 + 3 = ?", 0.0),
