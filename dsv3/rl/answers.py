@@ -9,8 +9,13 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dsv3.rl.quantity import SCALES
+
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^`\n]*$")
-_NUMBER = re.compile(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?%?(?![\w])")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?(?:\\?%)?(?![\w])"
+    rf"(?:\s+(?i:{'|'.join(SCALES)}|percent)s?\b)*"
+)
 _PHRASE = re.compile(r"(?i)\banswer\b[ \t*_]*(?:is|:|=)[ \t*_:]*")
 _INLINE = re.compile(r"`[^`\n]+`")
 RULES = ("tag", "boxed", "hash", "phrase", "number", "whole")
@@ -102,7 +107,7 @@ def find_answer(text: str, rules: tuple[str, ...]) -> str | None:
         "boxed": the last `\boxed{...}`;
         "hash": what follows the last `####`, to the line's end (GSM8K);
         "phrase": what follows the last "answer is" or "answer:", to the sentence's end;
-        "number": the last number;
+        "number": the last number, with a percent sign and words as `million`;
         "whole": everything.
 
     >>> find_answer(r"so <answer>it is $\boxed{7}$</answer>", ("tag", "boxed"))

@@ -1,4 +1,5 @@
-"""A process that compares answers with math-verify: JSON lines `[number, reference, answer]` come in, `[number, equal]` go out.
+"""A process that compares answers with math-verify: it reads JSON lines `[number, reference, answer]`, it writes
+`[number, equal]`.
 
 A comparison that needs too much CPU time is ended by an exception, and where that cannot be raised, inside one long
 computation of C code, the process ends; `dsv3.rl.math_process` starts another one.

@@ -1,6 +1,7 @@
-r"""Reads numbers as people write answers: `1,234.50`, `\$18`, `-\frac{3}{4}`, `1\frac12`, `50\%`, `12 km/h`.
+r"""Reads numbers as people write answers: `1,234.50`, `1{,}234`, `\$18`, `-\frac{3}{4}`, `1\frac12`, `5\%`, `12 km/h`.
 
 Exactly, as fractions. What is not plainly one number, with or without a unit, is none: `2k`, `52_8`, `(1,2)`, `\sqrt2`.
+A unit is any words but those that would change the number: `5 factorial`, `5 hundredths`, `5 below zero`, `5 x`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 MAX_CHARACTERS, MAX_EXPONENT = 200, 100
 
 _SPACES = re.compile(r"(?:\\[!,;: ]|\\q?quad\b|~|\s)+")
-_GROUPS = re.compile(r",\s*\\!\s*")
+_GROUPS = re.compile(r",\s*\\!\s*|\{\s*,\s*\}|(?<=\d)\\,(?=\d{3}(?!\d))")  # `1,\!080`, `1{,}080`, `1\,080`
 _WRAPPED = re.compile(r"^(?:\\\(|\\\[|\$+)(.*?)(?:\\\)|\\\]|\$+)$")
 _MONEY = re.compile(r"^([-−+]?)(?:\\?[$]|[€£¥₹]|\\pounds|\\euro)")
 _VALUE = re.compile(
@@ -31,10 +32,20 @@ _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|\d)|[²³])?"
 _LATEX_UNIT = re.compile(rf"^\s*\\(?:text|mbox|textrm|mathrm|textbf|operatorname)\s*\{{([^{{}}]*)\}}({_POWER})\s*$")
 _DEGREES = re.compile(r"^\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree)\s*[CF]?$")
 _SHORT = "mm cm dm km mg kg ml dl ms min hr hrs sec ft in yd mi lb lbs oz mph kph km/h m/s ft/s am pm".split()
-_LETTERS = ("m", "g", "t", "l", "h", "s")  # units only behind a blank: `5t` is a product
+_LETTERS = ("m", "g", "t", "l", "L", "h", "s")  # units only behind a blank: `5t` is a product; `5 M` may be millions
 _WORDS = re.compile(rf"^\s+([^\W\d_]+(?:[-/.' ]+[^\W\d_]+)*)({_POWER})$")
-_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_NO_UNITS = frozenset("or and to not than half quarter third plus minus times over squared cubed".split())
+SCALES = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "mln": 10**6, "crore": 10**7,
+    "billion": 10**9, "bn": 10**9, "trillion": 10**12, "quadrillion": 10**15, "quintillion": 10**18,
+}  # fmt: skip
+_DIGITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+_DIGITS += "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
+_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth billionth"
+_NO_UNITS = frozenset(  # words of another number than the one before them
+    "or and to not than below under negative plus minus times over by between divided multiplied squared cubed quarter "
+    "factorial choose base mod modulo root roots power powers exponent sqrt log ln exp sin cos tan cot csc arcsin arccos "
+    "arctan sinh cosh tanh pi infinity halves".split()
+) | {*_DIGITS.split(), *_PARTS.split(), *(f"{word}s" for word in _PARTS.split())}
 
 
 class Quantity(NamedTuple):
@@ -114,13 +125,21 @@ def _unit(rest: str) -> tuple[int, str] | None:
             return None
         inner, power = match[1], match[2]
         words = inner.split()
-        if len(words) == 1 and len(words[0]) < 3 and words[0].lower() not in (*_SHORT, *_LETTERS):
+        if len(words) == 1 and len(words[0]) < 3 and words[0].lower() not in _SHORT and words[0] not in (*_LETTERS, "bn"):
             return None
-    words = inner.lower().split()
-    if _NO_UNITS & set(words):
-        return None
-    scale = _SCALES.get(words[0].removesuffix("s"), 1) if words else 1
-    return scale, _unit_name(" ".join(words[scale > 1 :]) + power)
+    words = inner.split()
+    scale = 1
+    while words and (factor := SCALES.get(words[0].lower().removesuffix("s"))):
+        scale, words = scale * factor, words[1:]
+    return None if _another_number(words) else (scale, _unit_name(" ".join(words).lower() + power))
+
+
+def _another_number(unit: list[str]) -> bool:
+    """Whether the words behind a number, and its scale, make it another one: `factorial`, `million` at the end, `x`, `k`."""
+    words = [word for part in unit for word in re.split(r"[-/.']", part) if word]
+    names = {word.lower() for word in words}
+    letters = {word for word in words if len(word) == 1} - {*_LETTERS, "a", "C", "F"}
+    return bool(letters or names & _NO_UNITS or {name.removesuffix("s") for name in names} & SCALES.keys())
 
 
 def _unit_name(text: str) -> str:

@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from typing import Any
@@ -31,6 +32,7 @@ PERCENT, UNITS = ("either", "unit", "value"), ("ignore", "match")
 _CLEAN = re.compile(r"\\(?:left|right|displaystyle|,|;|:|!|quad|qquad)(?![A-Za-z])|[\s$]")
 _IN_BASE = re.compile(r"(\w+)_\{?(\d+)\}?")
 _TEXT = re.compile(r"\\(?:text|mbox|textrm|mathrm|textbf|mathbf)\{([^{}]*)\}")
+_NO_LETTERS = re.compile(r"\\[A-Za-z]+|[^A-Za-z]")
 
 
 def make_math_reward(
@@ -77,6 +79,8 @@ def make_math_reward(
         numbers = read_quantity(want), read_quantity(answer)
         if None not in numbers:
             return float(_same_quantity(*numbers, percent=percent, units=units, tolerance=tolerance))
+        if _is_word(want) and _letters(want) != _letters(answer):  # for math-verify, letters are factors in any order
+            return 0.0
         return float(comparer.equal(_bare(want), _bare(answer)))
 
     return math_reward
@@ -95,6 +99,7 @@ def reference_answer(reference: Any) -> str:
     ('42', 'x^2', '3')
     """
     if isinstance(reference, int | float) and not isinstance(reference, bool):
+        check(math.isfinite(reference), f"math_reward: `reference` is {reference}, want a finite number")
         reference = str(reference)
     text = isinstance(reference, str)
     check(text, f"math_reward: `reference` is of type {type(reference).__name__}, want a text or a number")
@@ -112,6 +117,16 @@ def _same_quantity(want: Quantity, got: Quantity, *, percent: str, units: str, t
         scaled = tuple(q.value / 100 if q.percent else q.value for q in (want, got))
         pairs = {"unit": pairs, "value": [scaled], "either": [*pairs, scaled]}[percent]
     return any(abs(a - b) <= Fraction(tolerance) * abs(a) for a, b in pairs)
+
+
+def _is_word(text: str) -> bool:
+    r"""Whether letters are a word or labels, `BCA` or `\text{east}`, and no product as `xy`."""
+    letters = _TEXT.sub(r"\1", _bare(text)).replace(" ", "")
+    return letters.isalpha() and len(letters) > 1 and (letters != letters.lower() or bool(_TEXT.search(text)))
+
+
+def _letters(text: str) -> str:
+    return _NO_LETTERS.sub("", _TEXT.sub(r"\1", text)).lower()
 
 
 def _bare(text: str) -> str:

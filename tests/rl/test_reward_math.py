@@ -39,6 +39,13 @@ def change(text, which):
         ("42.0", "42"),
         ("042", "42"),
         ("1080", "1,080"),
+        ("1{,}080", "1,080"),
+        (r"1\,080", "1,080"),
+        ("500000", r"5 \text{ hundred thousand}"),
+        ("BCA", r"\text{BCA}"),
+        (r"\textit{BCA}", "BCA"),
+        ("bca", "BCA"),
+        ("yx", "xy"),
         ("$1,080", "6 * 180 = 1080\n#### 1080"),
         ("18 dollars", "$18"),
         ("0.5", r"\frac{1}{2}"),
@@ -80,6 +87,12 @@ def test_equal_answers(answer, reference):
         ("2", "2k"),
         ("x^2 + 1", "x^2 + 2x + 1"),
         ("odd", "even"),
+        ("ABC", "BCA"),
+        ("{ABC}", "BCA"),
+        ("seat", r"\text{east}"),
+        ("5 hundredths", "5"),
+        ("5 million", "5"),
+        ("5 below zero", "5"),
         ("", "42"),
         ("5 or six", "5"),
         ("5, 6", "5"),
@@ -106,6 +119,7 @@ def test_where_the_answer_stands():
     assert make_math_reward(rules=("whole",))("", "2", "2") == 1.0
     assert make_math_reward(rules=("boxed", "phrase"))("", "The answer is 2.", "2") == 1.0
     assert make_math_reward(rules=("number",))("", "so it is 2 cm", "2") == 1.0
+    assert make_math_reward(rules=("number",))("", "so it is 2 million", "2") == 0.0
     assert make_math_reward(skip_thinking=False)("", r"<think>\boxed{2}", "2") == 1.0
 
 
@@ -135,7 +149,7 @@ def test_tolerance():
 def test_references():
     assert reference_answer("5 + 5 = <<5+5=10>>10\n#### 10") == "10"
     assert reference_answer(r"so \boxed{x}") == "x" and reference_answer(0.5) == "0.5"
-    for reference in ("", "  ", None, True, ["4"], "####", "no answer\n#### \n"):
+    for reference in (float("nan"), float("inf"), "", "  ", None, True, ["4"], "####", "no answer\n#### \n"):
         with pytest.raises(ValueError, match="math_reward: `reference` is"):
             REWARD("", r"\boxed{4}", reference)
 
