@@ -63,7 +63,8 @@ def make_code_reward(
 
     Args:
       limits: what a program may take; None: the defaults.
-      isolation: see `sandbox.run_program`. Where no isolation from the network can be had, this is refused at once.
+      isolation: see `sandbox.run_program`; "best" is settled here, once for all that the reward judges. Where no isolation
+        from the network can be had, this is refused at once.
       compare: how outputs are compared: "lines": but for blanks at the ends of lines and empty lines at the end; "words":
         but for all blanks; "exact".
       partial: the share of inputs with the right output, instead of 0.0; function tests pass or fail as one.

@@ -82,7 +82,7 @@ class Isolation(NamedTuple):
 
     Args:
       name: "namespaces", "seccomp" or "none".
-      network: it can make no socket.
+      network: it can make no socket, but a pair of local streams.
       processes: it can start no process.
       writes: it can write no file outside of its folder.
       reads: it can read no file but Python's libraries.
@@ -108,7 +108,7 @@ def run_program(
       program: its source; it has the standard library, nothing else.
       stdin: its standard input.
       limits: what it may take; None: the defaults.
-      isolation: "best" is "namespaces", or else "seccomp"; or one by name.
+      isolation: "best" is "namespaces", or else "seccomp", which a warning says; or one by name.
 
     Returns:
       How it ended. Whatever it did, nothing of it is alive or on disk any more (but with "none").
@@ -131,7 +131,7 @@ def check_calls(
     Args:
       program: Python source that defines the function, or goes on where `prompt` ends.
       tests: Python source that calls `entry_point`, or defines `check(candidate)` as HumanEval does. They pass when
-        nothing raises and the function was called.
+        nothing raises and the function was called. A `check` of `prompt` is a helper.
       entry_point: the function's name. Its arguments and results are numbers, texts, bytes, None, and lists, tuples, sets
         and dicts of them.
       prompt: source that comes before both: imports, helpers, the function's head.

@@ -34,13 +34,14 @@ class SandboxLimits:
 
     Args:
       cpu_seconds: CPU time of all its threads, whole seconds.
-      wall_seconds: time on the clock.
+      wall_seconds: time on the clock, at most 10⁶.
       memory_bytes: address space.
       folder_bytes: what its folder holds, in memory, with "namespaces"; with "seccomp" nothing can be written.
       file_bytes: a single file.
       open_files: descriptors.
-      threads: besides its first one. With "seccomp" only the memory bounds them where no other user can be taken.
-      processes: that it may start, with "namespaces"; never other programs.
+      threads: besides its first one. Only the memory bounds them with "seccomp" where no other user can be taken, and for
+        root in a user namespace.
+      processes: that it may start, with "namespaces"; never other programs, and none for root in a user namespace.
       output_bytes: of its standard output, and of its standard error; a program that writes more is ended.
     """
 

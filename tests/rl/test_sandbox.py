@@ -18,7 +18,7 @@ from dsv3.rl import sandbox, sandbox_filter, sandbox_process
 from dsv3.rl.sandbox import check_calls, run_program, sandbox_isolation
 from dsv3.rl.sandbox_process import SandboxLimits
 from tests.rl.conftest import read
-from tests.rl.isolations import KINDS, trouble
+from tests.rl.isolations import KINDS, need, trouble
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMITS = SandboxLimits(cpu_seconds=1, memory_bytes=128 << 20, output_bytes=1 << 16, file_bytes=1 << 20, folder_bytes=1 << 21)
@@ -334,6 +334,14 @@ def test_a_failed_trial_is_made_again(kind, monkeypatch):
     assert settle() == "seccomp" and asked[2:] == ["namespaces"]
     works = True
     assert settle() == settle() == "namespaces" and len(asked) == 4
+
+
+@pytest.mark.parametrize("wanted, outcome", [("", pytest.skip), ("namespaces", pytest.skip), ("seccomp", pytest.fail)])
+def test_an_isolation_that_is_wanted_is_not_skipped(wanted, outcome, monkeypatch):
+    monkeypatch.setattr(sandbox, "_trouble", lambda kind: "refused")
+    monkeypatch.setenv("DSV3_ISOLATIONS", wanted)
+    with pytest.raises(outcome.Exception, match="this machine allows no sandbox: .*refused"):
+        need("seccomp")
 
 
 @pytest.mark.usefixtures("sandboxed")
