@@ -28,6 +28,8 @@ _NAMES = {
     "policy": "ComputePolicy default_policy",
     "presets": "PRESETS preset",
     "pretrained": "load_pretrained save_pretrained",
+    "rl.advantage": "group_advantages",
+    "rl.grpo": "grpo_loss",
     "spec": "ParamSpec count_params init_params",
     "train.loss": "pretrain_loss",
     "train.optim": "adamw",

@@ -1,0 +1,1 @@
+"""Reinforcement learning: group-relative advantages, the GRPO loss, rollouts with router replay, the step and its loop."""
