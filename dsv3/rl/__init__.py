@@ -1,1 +1,1 @@
-"""Reinforcement learning: group-relative advantages, the GRPO loss, rollouts with router replay, the step and its loop."""
+"""Post-training: rewards, and what learns from them. Nothing here loads TensorFlow by itself."""
