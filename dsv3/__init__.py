@@ -30,6 +30,7 @@ _NAMES = {
     "pretrained": "load_pretrained save_pretrained",
     "rl.advantage": "group_advantages",
     "rl.grpo": "grpo_loss",
+    "rl.step": "make_grpo_step",
     "spec": "ParamSpec count_params init_params",
     "train.loss": "pretrain_loss",
     "train.optim": "adamw",

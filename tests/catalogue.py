@@ -218,6 +218,7 @@ RL = [
         lambda: {"old_logprobs": normal(1, 3, 5), "advantages": normal(3, 4), "mask": np.ones([3, 5], np.float32)},
         unknown=("logprobs", "old_logprobs", "ref_logprobs", "advantages", "mask"),
     ),
+    Entry("dsv3.rl.step.make_grpo_step", static={"cfg": TRAINED, "optimizer": OPTIMIZER}, python=True),
 ]  # fmt: skip
 
 # The rest
