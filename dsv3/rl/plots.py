@@ -45,6 +45,7 @@ def plot_grpo(rows: Rows, directory: str | os.PathLike) -> list[Path]:
         draw(axes, found, held)
         for axis in axes:
             axis.set_xlabel("exploration")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize="small")
@@ -85,7 +86,7 @@ def _draw_policy(axes, rows, held):
     _curve(axes[0], rows, "kl", "from the reference")
     _curve(axes[0], rows, "drift", "from the policy that sampled")
     _curve(axes[0], rows, "entropy", "entropy")
-    axes[0].set(title="Divergence and entropy, nats a token", yscale="symlog")
+    axes[0].set(title="Divergence and entropy, nats a token")
     axes[0].set_yscale("symlog", linthresh=1e-3)
     for name, label in (("clip_low", "below"), ("clip_high", "above"), ("dual_clip", "by the dual limit")):
         _curve(axes[1], rows, name, f"clipped {label}, share of tokens")
@@ -111,4 +112,4 @@ def _draw_sampling(axes, rows, held):
     _curve(axes[1], rows, "mismatch/max", "largest, with replay", linestyle=":")
     _curve(axes[1], rows, "free_mismatch/max", "largest, without", linestyle=":")
     axes[1].set(title="Log-probabilities: training − sampling, absolute")
-    axes[1].set_yscale("symlog", linthresh=1e-6)
+    axes[1].set_yscale("log")
