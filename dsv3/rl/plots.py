@@ -19,7 +19,7 @@ def plot_grpo(rows: Rows, directory: str | os.PathLike) -> list[Path]:
     """Draws what a log holds.
 
     `reward.png`: reward and its parts, accuracy on held-out problems; spread within groups and the saturated ones.
-    `policy.png`: divergence from the reference and from the policy that sampled, entropy; clipped tokens, ratios.
+    `policy.png`: divergence from the reference and from the policy that sampled, entropy; clipped tokens; gradient, ratio.
     `samples.png`: length of answers and the truncated ones. `sampling.png`: accepted drafts, and how far sampling and
     training are apart. What the log has no numbers for is left out.
 
@@ -38,10 +38,12 @@ def plot_grpo(rows: Rows, directory: str | os.PathLike) -> list[Path]:
     held = [row for row in rows if row["kind"] == "heldout"]
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    drawings = {"reward": _draw_reward, "policy": _draw_policy, "samples": _draw_samples, "sampling": _draw_sampling}
+    drawings = {
+        "reward": (_draw_reward, 2), "policy": (_draw_policy, 3), "samples": (_draw_samples, 2), "sampling": (_draw_sampling, 2)
+    }  # fmt: skip
     paths = []
-    for name, draw in drawings.items():
-        figure, axes = new_figure((11, 4), 2)
+    for name, (draw, columns) in drawings.items():
+        figure, axes = new_figure((5.5 * columns, 4), columns)
         draw(axes, found, held)
         for axis in axes:
             axis.set_xlabel("exploration")
@@ -91,6 +93,10 @@ def _draw_policy(axes, rows, held):
     for name, label in (("clip_low", "below"), ("clip_high", "above"), ("dual_clip", "by the dual limit")):
         _curve(axes[1], rows, name, f"clipped {label}, share of tokens")
     axes[1].set(title="Clipped tokens", ylim=(0, None))
+    _curve(axes[2], rows, "grad_norm", "gradient norm, mean")
+    _curve(axes[2], rows, "ratio_max", "largest ratio to the policy that sampled")
+    axes[2].set(title="Gradient and ratio")
+    axes[2].set_yscale("log")
 
 
 def _draw_samples(axes, rows, held):
@@ -99,8 +105,7 @@ def _draw_samples(axes, rows, held):
     _curve(axes[0], held, "length", "held-out problems, mean", marker="o", color="tab:red")
     axes[0].set(title="Length of the answers, tokens", ylim=(0, None))
     _curve(axes[1], rows, "truncated", "samples without an end, share")
-    _curve(axes[1], rows, "grad_norm", "gradient norm")
-    axes[1].set(title="Truncated samples, gradient norm", ylim=(0, None))
+    axes[1].set(title="Truncated samples", ylim=(0, None))
 
 
 def _draw_sampling(axes, rows, held):
