@@ -36,8 +36,9 @@ DECIDING = (
 ).split()
 EXPLORING = (
     "prompts group_size max_new_tokens temperature seed minibatches epochs rows std eps skip_saturated max_draws truncated "
-    "old replay reference_every measure_every explorations"
+    "old replay reference_every"
 ).split()
+FREE = ("explorations", "measure_every")  # settings that a run may change when it goes on
 LOSS = ("clip_low", "clip_high", "dual_clip", "kl", "kl_weight", "average")
 
 
@@ -77,7 +78,8 @@ def prepare(argv: Sequence[str]) -> Setup:
     """
     check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
     take_recipe()
-    settings = GrpoSettings(**{name: FLAGS[name].value for name in EXPLORING}, stop=[unescaped(stop) for stop in FLAGS.stop])
+    stop = [unescaped(text) for text in FLAGS.stop]
+    settings = GrpoSettings(**{name: FLAGS[name].value for name in (*EXPLORING, *FREE)}, stop=stop)
     cfg = ModelConfig.from_hf(FLAGS.model)
     for name, value in (("speculative", 1), ("mtp_weight", 0.1)):
         if FLAGS[name].value is None:

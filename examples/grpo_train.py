@@ -8,9 +8,9 @@ from typing import Any
 from absl import flags
 from grpo_setup import Setup, every, say
 
-from dsv3 import adamw, tree
+from dsv3 import adamw
 from dsv3.pretrained import load_pretrained
-from dsv3.rl.loop import GrpoActions, GrpoCursor, GrpoResult, GrpoState, grpo_loop, grpo_state
+from dsv3.rl.loop import GrpoActions, GrpoCursor, GrpoResult, GrpoState, grpo_loop, grpo_specs, grpo_state
 from dsv3.rl.report import progress_line
 from dsv3.rl.score import make_score
 from dsv3.rl.step import make_grpo_step
@@ -70,17 +70,11 @@ def make_worker(setup: Setup, stack: contextlib.ExitStack) -> Any:
 
 def start(setup: Setup, optimizer: Optimizer) -> tuple[GrpoState, GrpoCursor]:
     """The state and the cursor of the latest checkpoint, or of the model as it was."""
+    how = {"reference": FLAGS.kl_weight > 0, "policy": setup.policy}
+    like = grpo_specs(setup.cfg, optimizer, **how)
+    found = restore_checkpoint(setup.out / "checkpoints", like, settings=setup.agreed, on_skip=say)
+    if found is not None:
+        say(f"going on after exploration {found.cursor['step']} of {setup.out / 'checkpoints'}")
+        return found.state, GrpoCursor(**found.cursor)
     _, params, router = load_pretrained(FLAGS.model, dtype="float32")
-    state = grpo_state(train_state(params, router, optimizer), reference=FLAGS.kl_weight > 0, policy=setup.policy)
-    found = restore_checkpoint(setup.out / "checkpoints", specs(state), settings=setup.agreed, on_skip=say)
-    if found is None:
-        return state, GrpoCursor()
-    say(f"going on after exploration {found.cursor['step']} of {setup.out / 'checkpoints'}")
-    return found.state, GrpoCursor(**found.cursor)
-
-
-def specs(state: GrpoState) -> GrpoState:
-    """Shapes and dtypes."""
-    import tensorflow as tf
-
-    return tree.map_leaves(lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), state)
+    return grpo_state(train_state(params, router, optimizer), **how), GrpoCursor()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dsv3.checks import check
+from dsv3.rl.advantage import saturated_groups
 from dsv3.rl.rollout import Prompt, Rollouts, join_rollouts, take_rollouts
 from dsv3.rl.settings import GrpoSettings
 from dsv3.typing import Tree
@@ -118,26 +119,24 @@ def explore(
     kept: list[tuple[Rollouts, Graded]] = []
     left: list[tuple[Rollouts, Graded]] = []
     seen: set[int] = set()
-    for _ in range(settings.max_draws if settings.skip_saturated else 1):
+    for _ in range(settings.max_draws):
         asked, position = _next_numbers(seen, settings.prompts - len(kept), position, len(tasks), settings.seed)
         if not asked:
             break
         rollouts = worker.rollout([Prompt(tasks[i].ids, i, tasks[i].turns) for i in asked], **sampling_of(settings, step))
         graded = grade(rollouts, tasks, reward, threads=threads)
-        for group in range(len(asked)):
+        dull = saturated_groups(graded.total.reshape(len(asked), -1)).numpy()
+        if not settings.skip_saturated:
+            return Explored(rollouts, graded, len(seen), int(dull.sum()), int(dull.sum()), position)
+        for group, same in enumerate(dull):
             rows = range(group * settings.group_size, (group + 1) * settings.group_size)
-            found = take_rollouts(rollouts, rows), _rows(graded, rows)
-            dull = found[1].total.astype(np.float32)
-            (left if dull.max() == dull.min() else kept).append(found)
-        if not settings.skip_saturated or len(kept) == settings.prompts:
+            (left if same else kept).append((take_rollouts(rollouts, rows), _rows(graded, rows)))
+        if len(kept) == settings.prompts:
             break
-    saturated = len(left)
-    if not settings.skip_saturated:  # in the order in which they were drawn
-        return Explored(rollouts, graded, len(seen), saturated, saturated, position)
     missing = settings.prompts - len(kept)
     groups = kept + left[:missing]
     return Explored(
-        join_rollouts([group for group, _ in groups]), _joined([graded for _, graded in groups]), len(seen), saturated,
+        join_rollouts([group for group, _ in groups]), _joined([graded for _, graded in groups]), len(seen), len(left),
         missing, position,
     )  # fmt: skip
 

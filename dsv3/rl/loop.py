@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
+from dsv3 import tree
 from dsv3.checks import check
 from dsv3.compiled import snapshot
+from dsv3.config import ModelConfig
 from dsv3.nn.model import ModelParams, RouterState, cast_params
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.rl.advantage import group_advantages
@@ -20,7 +23,9 @@ from dsv3.rl.rollout import Rollouts
 from dsv3.rl.score import Score, mismatch_numbers, router_agreement
 from dsv3.rl.settings import GrpoSettings
 from dsv3.rl.step import GrpoBatch, GrpoMetrics, micro_batches
+from dsv3.train.optim import Optimizer
 from dsv3.train.state import TrainState
+from dsv3.train.step import train_init
 
 Row = Mapping[str, Any]
 
@@ -86,6 +91,20 @@ def grpo_state(train: TrainState, *, reference: bool, policy: ComputePolicy | No
       policy: how the passes compute; the reference is kept in the compute dtype, in which it is used.
     """
     return GrpoState(train, _reference(train, policy or default_policy()) if reference else ())
+
+
+def grpo_specs(
+    cfg: ModelConfig, optimizer: Optimizer, *, reference: bool, policy: ComputePolicy | None = None
+) -> GrpoState:
+    """Returns a state's shapes and dtypes, a tree of `tf.TensorSpec`, without making it: what `restore_checkpoint` wants.
+
+    Args:
+      cfg, optimizer: as of `train_init`.
+      reference, policy: as of `grpo_state`.
+    """
+    with tf.Graph().as_default():
+        state = grpo_state(train_init([0, 0], cfg, optimizer), reference=reference, policy=policy)
+    return tree.map_leaves(lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), state)
 
 
 def _reference(train: TrainState, policy: ComputePolicy) -> Policy:

@@ -39,7 +39,8 @@ def plot_grpo(rows: Rows, directory: str | os.PathLike) -> list[Path]:
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     drawings = {
-        "reward": (_draw_reward, 2), "policy": (_draw_policy, 3), "samples": (_draw_samples, 2), "sampling": (_draw_sampling, 2)
+        "reward": (_draw_reward, 2), "policy": (_draw_policy, 3), "samples": (_draw_samples, 2),
+        "sampling": (_draw_sampling, 2),
     }  # fmt: skip
     paths = []
     for name, (draw, columns) in drawings.items():

@@ -96,8 +96,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(results):
     assert code == 0 and "going on after exploration 2" in out, (out, err)
     rows = read_rows(folder / "run" / "log.jsonl")
     assert [(row["kind"], row["step"]) for row in rows] == [
-        ("heldout", 0), ("grpo", 1), ("samples", 1), ("grpo", 2), ("samples", 2), ("heldout", 2), ("grpo", 3), ("samples", 3),
-        ("heldout", 3),
+        ("heldout", 0), ("grpo", 1), ("samples", 1), ("grpo", 2), ("samples", 2), ("heldout", 2), ("grpo", 3),
+        ("samples", 3), ("heldout", 3),
     ]  # fmt: skip
     first = rows[1]
     assert set(first["parts"]) == {"language", "number"} and first["reward"] == 0.5 * first["parts"]["language"] > 0

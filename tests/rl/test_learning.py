@@ -4,7 +4,7 @@ import numpy as np
 
 from dsv3 import adamw, train_state
 from dsv3.rl.explore import Task
-from dsv3.rl.loop import GrpoActions, GrpoCursor, grpo_loop, grpo_state
+from dsv3.rl.loop import GrpoActions, GrpoCursor, grpo_loop, grpo_specs, grpo_state
 from dsv3.rl.score import make_score
 from dsv3.rl.settings import GrpoSettings
 from dsv3.rl.step import make_grpo_step
@@ -64,7 +64,7 @@ def assert_close_rows(got, want):
 
 
 def test_learns_what_is_rewarded_and_goes_on_from_a_checkpoint(tmp_path):
-    parts, steps = Parts(), [0]
+    parts = Parts()
 
     def save(state, step, cursor):
         save_checkpoint(tmp_path, state, {"seed": 3}, step=step, cursor=cursor._asdict())
@@ -83,7 +83,8 @@ def test_learns_what_is_rewarded_and_goes_on_from_a_checkpoint(tmp_path):
     assert int(result.state.train.step) == 16 and int(result.state.train.tokens) == 8 * 32 * 4
     assert parts.step.traces() == 1
 
-    kept = restore_checkpoint(tmp_path, parts.state(), settings={"seed": 3}, accept=lambda step: step == 5)
+    like = grpo_specs(parts.cfg, parts.optimizer, reference=True, policy=PLAIN)
+    kept = restore_checkpoint(tmp_path, like, settings={"seed": 3}, accept=lambda step: step == 5)
     again, more = parts.run(kept.state, GrpoCursor(**kept.cursor))
     assert_close_rows(plain(more), found[5:])
-    assert again.cursor == result.cursor and steps == [0]
+    assert again.cursor == result.cursor
