@@ -8,7 +8,6 @@ Requests: `build`, `run`, `drop`, `memory`, `call`. An answer is the result, or 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -21,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from dsv3.resident import peak_bytes, reset_peak, resident_bytes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ANSWERS = "DSV3_BENCHMARK_ANSWERS"  # environment variable: the file descriptor that a worker writes its answers to
@@ -120,20 +121,10 @@ def _timed(made: Prepared, seed: int, burst: int, skip: int) -> list[float]:
 
 
 def memory(*, reset: bool = False) -> dict[str, float]:
-    """Returns this process's resident memory now and at its highest, in megabytes; `reset` makes the highest be now.
-
-    Before a reset what is free goes back to the system, so that leftovers of building and tracing are not counted.
-    """
+    """Returns this process's resident memory now and at its highest, in megabytes; `reset` makes the highest be now."""
     if reset:
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        if trim is not None:
-            trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-    status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
-    return {
-        key: int(status[field].split()[0]) * 1024 / 1e6 for key, field in (("resident", "VmRSS"), ("peak", "VmHWM"))
-    }
+        reset_peak()
+    return {"resident": resident_bytes() / 1e6, "peak": peak_bytes() / 1e6}
 
 
 # The driver's side.

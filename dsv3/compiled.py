@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -55,15 +56,20 @@ class _Edge:
 _EDGE: contextvars.ContextVar[_Edge | None] = contextvars.ContextVar("dsv3_edge", default=None)
 
 
-def place(state: Tree) -> Tree:
+def place(state: Tree, *, owned: bool = False) -> Tree:
     """Puts a tree of tensors into variables, which share the tensors' memory until they change; variables stay as they are.
 
     A state that is placed before its first step, with no other reference to its tensors left, never exists twice:
-    `state = place(state)`.
+    `state = place(state)`. Leaves that are written by rows are an exception: their first step copies them, unless they are
+    `owned`, which promises that nothing else holds the tensors or their memory, as after `place(make_cache(), owned=True)`.
     """
 
     def one(path: str, leaf: Any) -> tf.Variable:
-        return leaf if isinstance(leaf, tf.Variable) else tf.Variable(leaf, trainable=False, name=path.replace(".", "_"))
+        if isinstance(leaf, tf.Variable):
+            return leaf
+        variable = tf.Variable(leaf, trainable=False, name=path.replace(".", "_"))
+        variable.shares_memory = not owned
+        return variable
 
     return tree.map_with_path(one, state)
 
@@ -137,7 +143,8 @@ def update_leaves(fn: Callable[..., Sequence[tf.Tensor]], leaves: Sequence[tf.Te
     result is the same, and whoever reads the old tensors still gets the old values.
 
     Args:
-      fn: a pure element-wise function that XLA can compile.
+      fn: a pure element-wise function that XLA can compile. The same one for many leaves, also of several steps, is compiled
+        once for each shape; it must not read tensors of the graph that is traced.
       leaves: tensors of the state.
       args: more tensors for `fn`.
     """
@@ -145,22 +152,28 @@ def update_leaves(fn: Callable[..., Sequence[tf.Tensor]], leaves: Sequence[tf.Te
     if edge is None or any(id(leaf) not in edge.read or leaf.graph is not graph for leaf in leaves):
         return list(fn(*leaves, *args))
     variables = [edge.read.pop(id(leaf))[1] for leaf in leaves]  # once only: after that a leaf is not as it came
-
-    @tf.function(jit_compile=True, autograph=False)
-    def kernel(*args):
-        for variable, value in zip(variables, fn(*[v.read_value() for v in variables], *args), strict=True):
-            variable.assign(value, read_value=False)
-
-    kernel(*args)
+    _leaf_kernel(fn)(variables, args)
     new = [variable.read_value() for variable in variables]
     edge.written.update((id(tensor), (tensor, variable)) for tensor, variable in zip(new, variables))
     return new
 
 
+@functools.lru_cache(maxsize=32)
+def _leaf_kernel(fn: Callable[..., Sequence[tf.Tensor]]) -> Callable[..., None]:
+    """One function for all leaves that `fn` updates, in all steps: those of one shape are compiled once."""
+
+    @tf.function(jit_compile=True, autograph=False)
+    def kernel(variables, args):
+        for variable, value in zip(variables, fn(*[v.read_value() for v in variables], *args), strict=True):
+            variable.assign(value, read_value=False)
+
+    return kernel
+
+
 def _own(variables: Iterable[tf.Variable]) -> None:
     """Gives variables whose memory is going to be written memory of their own.
 
-    A variable shares memory with what it was assigned from; the edge marks those that it has copied since.
+    A variable shares memory with what it was assigned from; those are marked that were copied since, or are `owned`.
     """
     for variable in variables:
         if getattr(variable, "shares_memory", True):

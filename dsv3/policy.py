@@ -29,8 +29,9 @@ class ComputePolicy:
       jit: compile whole steps with XLA. fuse: compile element-wise chains inside a plain graph (pointless with `jit`).
       experts: kernel of the routed experts, `"sorted"` or `"blocks"` (see `ops.experts`).
       max_rows: at most so many (token, choice) rows, as in decoding, use the kernel `"rows"`; 0 never does.
-      attention_block: queries of a block. attention_unroll: with more blocks, loops over tiles take over. attention_keep: up
-        to so many keys the backward gets probabilities from the forward pass instead of computing them again.
+      attention_block: queries of a block. attention_unroll: with more blocks, or a cache of more slots than they have, loops
+        over tiles take over. attention_keep: up to so many keys the backward gets probabilities from the forward pass
+        instead of computing them again.
       loss_chunk: tokens whose logits exist at one time in the loss.
       remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
       fp8: what linear layers compute in FP8; `None`: nothing. The absorbed form of attention, which decoding takes,

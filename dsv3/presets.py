@@ -65,6 +65,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
         n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, n_group=4, topk_group=2,
         max_position_embeddings=128,
     ),
+    # Narrow enough for thousands of steps in minutes and for contexts of thousands of tokens (`examples/extend_context.py`).
+    "narrow": _smaller(
+        vocab_size=1024, hidden_size=96, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=192,
+        num_attention_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
+        n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, n_group=4, topk_group=2,
+        max_position_embeddings=1024, initializer_range=0.03,
+    ),
     # What `examples/pretrain.py` trains in minutes on two cores.
     "demo": _smaller(
         vocab_size=4096, hidden_size=192, num_hidden_layers=5, first_k_dense_replace=1, intermediate_size=512,

@@ -60,29 +60,49 @@ def load_pretrained(
         `"float8"` for a checkpoint whose blocks are not 128×128.
     """
     name = _dtype_name("load_pretrained", dtype, ("float32", "bfloat16", "float8", "int8"))
-    directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"load_pretrained: there is no directory {directory}")
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"load_pretrained: {directory} holds no config.json")
-    hf = read_json(directory)
-    cfg, block = ModelConfig.from_hf(hf), fp8_block(hf)
-    check(
-        name != "float8" or block == WEIGHT_BLOCK,
-        f"load_pretrained: `dtype` is 'float8', want 'bfloat16', 'float32' or 'int8' for FP8 in blocks of {block}",
-    )
-    problems = Problems("load_pretrained", directory)
-    stored = open_directory(directory, problems)
-    cfg, stored = settle_mtp(cfg, hf, stored, problems)
+    problems, (cfg, stored, pieces, block) = _open("load_pretrained", directory, name)
     specs = model_specs(cfg)
-    pieces = checkpoint_pieces(specs, cfg)
-    account(pieces, stored, block, problems)
-    problems.raise_if_any()
     leaves = {path: _leaf_spec(path, spec, name) for path, spec in tree.items(specs)}
     leaves |= {path: tf.TensorSpec(shape, tf.float32) for path, shape in _router_shapes(cfg).items()}
     read = read_leaves(leaves, pieces, stored.tensors, block=block, problems=problems)
     router = RouterState(*(read.pop(path) for path in _router_shapes(cfg)))
     return cfg, tree.graft(specs, read), router
+
+
+def pretrained_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """Returns the configuration with which `load_pretrained` opens a directory, and refuses what that would, values apart.
+
+    Only config.json and the heads of the files are read, so that a program can look at a checkpoint before any long work.
+
+    Args:
+      directory: see `load_pretrained`.
+
+    Raises:
+      FileNotFoundError, ValueError: as of `load_pretrained`.
+    """
+    return _open("pretrained_config", directory)[1][0]
+
+
+def _open(function: str, directory: str | os.PathLike[str], dtype: str = "float32"):
+    """Opens a directory and accounts for all its tensors: problems, and (cfg, stored, pieces, block)."""
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{function}: there is no directory {directory}")
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{function}: {directory} holds no config.json")
+    hf = read_json(directory)
+    cfg, block = ModelConfig.from_hf(hf), fp8_block(hf)
+    check(
+        dtype != "float8" or block == WEIGHT_BLOCK,
+        f"{function}: `dtype` is 'float8', want 'bfloat16', 'float32' or 'int8' for FP8 in blocks of {block}",
+    )
+    problems = Problems(function, directory)
+    stored = open_directory(directory, problems)
+    cfg, stored = settle_mtp(cfg, hf, stored, problems)
+    pieces = checkpoint_pieces(model_specs(cfg), cfg)
+    account(pieces, stored, block, problems)
+    problems.raise_if_any()
+    return problems, (cfg, stored, pieces, block)
 
 
 def _leaf_spec(path: str, spec: ParamSpec, name: str) -> tf.TensorSpec | QuantizedWeight:

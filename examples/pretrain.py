@@ -24,8 +24,9 @@ Examples:
   python examples/pretrain.py --corpus texts --preset small --out runs/small --steps 20000 --batch_size 32 \\
       --accumulate 8 --seq_len 1024 --lr 1e-3 --dtype bfloat16 --remat block
   python examples/pretrain.py --data runs/prepared --mixture code:2,prose:1 --epochs prose:4 --out runs/mixed
-  python examples/pretrain.py --data runs/prepared --plan paper --batch_size 32 --seq_len 64 --accumulate 4 \
+  python examples/pretrain.py --data runs/prepared --plan paper --batch_size 32 --seq_len 64 --accumulate 4 \\
       --context_steps 20 --out runs/plan
+  python examples/pretrain.py --init runs/mine/export --plan context --seq_len 256 --context_steps 50 --out runs/long
   python examples/pretrain.py --fp8 paper --out runs/fp8
   python examples/pretrain.py --mesh data:2,expert:2
   python examples/pretrain.py --mesh pipe:2,expert:2 --accumulate 4 --schedule dualpipe
@@ -37,9 +38,12 @@ from __future__ import annotations
 import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
+import functools
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 from absl import app, flags, logging
@@ -47,13 +51,15 @@ from command import flag_parser
 from pretrain_plan import stage_of
 from pretrain_report import report
 from pretrain_setup import Setup, compute_dtype, prepare, say
-from pretrain_train import total_steps, train
+from pretrain_train import Stop, total_steps, train
 
 import dsv3
 from dsv3 import pipeline
-from dsv3.policy import default_policy
+from dsv3.data.passkey import KEYS
+from dsv3.policy import ComputePolicy, default_policy
 from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
+from dsv3.train.state import TrainState
 
 FLAGS = flags.FLAGS
 
@@ -62,6 +68,12 @@ flags.DEFINE_list("mixture", None, "Shares of the sources of --data, as code:2,p
 flags.DEFINE_list("epochs", None, "Most epochs of sources of --data, as code:4. Default: what the folder says.")
 flags.DEFINE_string("corpus", None, "Text to train on: a file or a folder. Default: the running Python's own.")
 flags.DEFINE_float("heldout", 0.02, "Share of the documents, or of the pieces of fewer than 100, that is never trained on.")
+flags.DEFINE_string("init", None, "Start with the parameters, architecture and tokenizer of a checkpoint directory.")
+flags.DEFINE_float(
+    "passkey", 0.0, "Share of the rows that become exercises in finding something again, for models too small to learn it "
+    "from text: half are passkey problems.", 0.0, 1.0,
+)  # fmt: skip
+flags.DEFINE_enum("passkey_keys", "digits", KEYS, "What is to be found: numbers of five digits, or four words.")
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")
 flags.DEFINE_string("config", None, "Architecture from a config.json (or its folder) instead of a preset.")
 flags.DEFINE_string("tokenizer", None, "Folder with a tokenizer.json. Default: train one on the corpus.")
@@ -71,15 +83,18 @@ flags.DEFINE_bool("resume", True, "Go on with the run that is in --out. --noresu
 flags.DEFINE_bool("fresh", False, "Delete the run that is in --out and start anew.")
 
 flags.DEFINE_enum(
-    "plan", "cosine", ["cosine", "paper"],
-    "cosine: one stage, warm-up and cosine. paper: the paper's whole plan, scaled: batch ramp, switches, longer contexts.",
+    "plan", "cosine", ["cosine", "paper", "context"],
+    "cosine: one stage, warm-up and cosine. paper: the paper's whole plan, scaled: batch ramp, switches, longer contexts. "
+    "context: the paper's two stages of longer contexts, after a stage like cosine's or after --init.",
 )
 flags.DEFINE_integer("steps", 600, "Optimiser steps; with --plan=paper those that --batch_size would need. See --tokens.", 1)
 flags.DEFINE_integer("tokens", None, "Tokens of the first stage, instead of steps times batch.", 1)
 flags.DEFINE_integer("batch_size", 8, "Sequences of a step, all micro-batches together; with --plan=paper the largest.", 1)
 flags.DEFINE_integer("accumulate", 1, "Micro-batches of --batch_size, which it must divide. Less memory, same result.", 1)
 flags.DEFINE_integer("seq_len", 256, "Tokens of a sequence; with --plan=paper in the first stage.", 1)
-flags.DEFINE_integer("context_steps", None, "With --plan=paper: steps of each stage with longer contexts.", 1)
+flags.DEFINE_integer("context_steps", None, "With --plan=paper or context: steps of each stage with longer contexts.", 1)
+flags.DEFINE_float("yarn_factor", 40.0, "With --plan=context: how much longer YaRN makes the context, at least 32.", 1.0)
+flags.DEFINE_float("context_lr", None, "With --plan=context: learning rate of its stages. Default: 0.0332 of --lr.")
 flags.DEFINE_integer("seed", 0, "Decides initial parameters, the order of the data and what is held out.", 0)
 
 flags.DEFINE_float("lr", 3e-3, "Peak learning rate; a cosine in tokens takes it down to a tenth.")
@@ -91,6 +106,9 @@ flags.DEFINE_float("balance_weight", 1e-4, "Weight of the sequence-wise balance 
 flags.DEFINE_float("bias_rate", 1e-3, "How far a step moves the router's selection bias.", 0.0)
 flags.DEFINE_float("ema_decay", None, "Keep an average of the parameters with this decay a step, and export it.", 0.0, 1.0)
 
+flags.DEFINE_integer(
+    "read_ahead", 0, "Batches that tf.data reads while a step computes, for slow storage; 0: read between steps.", 0
+)
 flags.DEFINE_integer("eval_every", None, "Steps between held-out losses; 0: none. Default: a tenth of --steps.", 0)
 flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0: only at the end and when interrupted.", 0)
 flags.DEFINE_integer("keep", 2, "Checkpoints that stay, the last ones.", 1)
@@ -113,38 +131,60 @@ flags.DEFINE_bool("zero", True, "With --mesh: each device stores and updates a p
 flags.DEFINE_enum("loop", "unroll", ["unroll", "scan"], "Layers as a repeated graph or as a loop.")
 
 
-def main(argv: list[str]) -> int:
+_program = "pretrain"  # the one that runs, for its messages
+
+
+class Extension(NamedTuple):
+    """What another program adds to this one.
+
+    Attributes:
+      program: its name. check: looks at its flags, given the setup, before the training.
+      at_end: called with the setup and the policy, and as `train` says.
+      sections: called after the training for more sections of the report.
+    """
+
+    program: str
+    check: Callable[[Setup], None]
+    at_end: Callable[[Setup, ComputePolicy, int, TrainState, Stop], None]
+    sections: Callable[[Setup], list]
+
+
+def main(argv: list[str], extension: Extension | None = None) -> int:
     """Runs everything.
 
     Returns:
       The exit code: 2 for bad input, 1 for what fails later, 128 + n when signal n has interrupted the training.
     """
+    global _program
+    _program = "pretrain" if extension is None else extension.program
     again = same_command()
     logging.set_verbosity(logging.WARNING)  # TensorFlow tells at length how it connects processes
     try:
-        setup = prepare(argv)
+        setup = prepare(argv, extension and extension.check)
     except (ValueError, OSError) as error:
         return fail(error, 2)
     except KeyboardInterrupt:
         return fail(f"interrupted; to go on, {again}", 130)
     with setup.clients:
-        code = run(setup, again)
+        code = run(setup, again, extension)
         if 0 < code < 128:  # the other processes end, too
             sys.exit(code)
     return code
 
 
-def run(setup: Setup, again: str) -> int:
+def run(setup: Setup, again: str, extension: Extension | None = None) -> int:
     """Trains and reports; returns the exit code."""
     dtype = compute_dtype()
     plain = default_policy().replace(dtype=None if dtype == "float32" else dtype, remat=FLAGS.remat, loop=FLAGS.loop)
+    at_end = None if extension is None else functools.partial(extension.at_end, setup, plain)
     try:
-        result, total = train(setup, plain), total_steps(setup)
-        if result.step < total:
+        result, total = train(setup, plain, at_end), total_steps(setup)
+        if result.step < total or (extension is not None and result.stopped is not None):
             say(f"{result.stopped.name}: saved at step {result.step} of {total}; to go on, {again}")
             return 128 + result.stopped
         last = len(setup.schedule.stages) - 1
-        report(setup._replace(cfg=stage_of(setup.cfg, setup.schedule, last)), result.state, plain)
+        more = [] if extension is None else extension.sections(setup)
+        report(setup._replace(cfg=stage_of(setup.cfg, setup.schedule, last)), result.state, plain, more)
     except FloatingPointError as error:
         return fail(f"{error}; {last_checkpoint(setup)}; a lower --lr may help, with --fresh or another --out", 1)
     except (ValueError, OSError) as error:
@@ -162,7 +202,7 @@ def run(setup: Setup, again: str) -> int:
 
 def fail(error: object, code: int) -> int:
     """Says what is wrong, in one line, and returns the exit code."""
-    print(f"pretrain: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{_program}: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 

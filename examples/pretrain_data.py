@@ -67,7 +67,7 @@ def check_data_flags(vocab_size: int) -> None:
     if FLAGS.data is None:
         for name in ("mixture", "epochs"):
             check(not FLAGS[name].value, f"--{name} is given, but no --data with several sources")
-        if FLAGS.tokenizer is None:
+        if given_tokenizer() is None:
             want = "want --vocab_size 266 or more"
             check(vocab_size >= 266, f"the vocabulary has {vocab_size} ids, too few for a trained tokenizer: {want}")
         return
@@ -75,6 +75,9 @@ def check_data_flags(vocab_size: int) -> None:
         check(FLAGS[name].value is None, f"--data and --{name} are both given; a prepared folder has its own {name}")
     check(not FLAGS["heldout"].present, "--data and --heldout are both given; a prepared folder has its own held-out part")
     manifest = read_manifest(FLAGS.data)
+    if FLAGS.init is not None and (Path(FLAGS.init) / "tokenizer.json").exists():
+        same = tokenizer_fingerprint(load_tokenizer(FLAGS.init)) == manifest.tokenizer
+        check(same, f"--data {FLAGS.data!r} was made with another tokenizer than --init {FLAGS.init!r} has")
     check(manifest.vocab_size <= vocab_size, f"--data has {manifest.vocab_size} ids, the model's vocabulary {vocab_size}")
     check(bool(manifest.splits.get("heldout")), f"--data {FLAGS.data!r} holds nothing out, want a part to measure on")
     for flag in ("mixture", "epochs"):
@@ -170,14 +173,20 @@ def group_tokens(sources: Mapping[str, ShardSource]) -> int:
 
 def corpus_tokenizer(folder: Path, train: Sequence[Document], vocab_size: int, *, kept: bool) -> tuple[Tokenizer, str]:
     """The tokenizer of --tokenizer, the one in `folder` if it is `kept`, or a new one; and where it comes from."""
-    if FLAGS.tokenizer is not None:
-        return load_tokenizer(FLAGS.tokenizer), f"the tokenizer of {FLAGS.tokenizer}"
+    given = given_tokenizer()
+    if given is not None:
+        return load_tokenizer(given), f"the tokenizer of {given}"
     if folder.exists() and kept:
         tokenizer = load_tokenizer(folder)
         check_tokenizer(tokenizer, vocab_size)
         return tokenizer, "the run's tokenizer"
     texts = (document.text for document in up_to(train, TOKENIZER_CHARS))
     return train_tokenizer(texts, vocab_size), f"a tokenizer of {vocab_size:,} ids, trained on the corpus"
+
+
+def given_tokenizer() -> str | None:
+    """The folder of the tokenizer for text that is tokenised here: of --tokenizer or --init; `None`: one is trained."""
+    return FLAGS.tokenizer or FLAGS.init
 
 
 def up_to(documents: Sequence[Document], characters: int) -> Iterator[Document]:

@@ -15,6 +15,7 @@ from dsv3.config import ModelConfig
 from dsv3.data import Mixture, MixtureUse, check_mixture
 from dsv3.parallel.mesh import parse_axes
 from dsv3.train.schedule import Piece, Stage, TrainSchedule, schedule_at, warmup_cosine
+from dsv3.train.schedule_context import CONTEXT_FACTORS, CONTEXT_LR_SHARE, context_schedule
 from dsv3.train.schedule_paper import PAPER_SCHEDULE, scale_schedule, stage_config
 from dsv3.train.schedule_steps import StageSteps, schedule_runs, schedule_steps
 
@@ -37,19 +38,58 @@ def check_plan_flags(cfg: ModelConfig) -> None:
         for name in OWN:
             check(not FLAGS[name].present, f"--{name} is given, but --plan=paper has a curve for it")
         check(cfg.mla.rope.yarn is None, "--plan=paper extends the context itself, want a model without YaRN")
+        check(FLAGS.init is None, "--plan=paper and --init are both given; want --plan=context, which goes on with a model")
         return
-    for name in ("context_steps",):
-        check(not FLAGS[name].present, f"--{name} is given, but only --plan=paper has context stages")
+    only = {"yarn_factor": ("context",), "context_lr": ("context",), "context_steps": ("paper", "context")}
+    for name, plans in only.items():
+        fits = FLAGS.plan in plans or not FLAGS[name].present
+        check(fits, f"--{name} is given, but --plan={FLAGS.plan}, want --plan={' or '.join(plans)}")
+    if FLAGS.plan == "context":
+        check_context_flags(cfg)
     check(FLAGS.seq_len <= cfg.max_length, f"--seq_len is {FLAGS.seq_len}, the model's maximum is {cfg.max_length}")
     a_step = FLAGS.batch_size * FLAGS.seq_len
     steps = FLAGS.steps if FLAGS.tokens is None else -(-FLAGS.tokens // a_step)
-    check(warmup_steps() <= steps, f"--warmup_steps is {warmup_steps()}, want at most --steps {steps}")
+    what, most = ("--context_steps less one,", context_steps() - 1) if only_context() else ("--steps", steps)
+    check(warmup_steps() <= most, f"--warmup_steps is {warmup_steps()}, want at most {what} {most}")
+
+
+def check_context_flags(cfg: ModelConfig) -> None:
+    """Checks the flags of --plan=context."""
+    check(cfg.mla.rope.yarn is None, "--plan=context extends the context itself, want a model without YaRN")
+    least = CONTEXT_FACTORS[-1]
+    check(FLAGS.yarn_factor >= least, f"--yarn_factor is {FLAGS.yarn_factor:g}, want at least {least}, the longest stage's")
+    rate = FLAGS.context_lr
+    check(rate is None or 0 < rate < math.inf, f"--context_lr is {rate}, want a number above 0")
+    for name in ("steps", "tokens"):
+        given = FLAGS.init is not None and FLAGS[name].present
+        check(not given, f"--{name} is given, but with --init and --plan=context there are only stages of --context_steps")
+    for name in OWN:
+        given = FLAGS.init is not None and FLAGS[name].present
+        check(not given, f"--{name} is given, but the stages of --plan=context have the paper's")
+    both = FLAGS.init is not None and FLAGS["lr"].present and rate is not None
+    check(not both, "--lr and --context_lr are both given, but with --init there is one rate; want one of them")
+
+
+def only_context() -> bool:
+    """Whether a model that comes trained gets longer contexts, and nothing before."""
+    return FLAGS.plan == "context" and FLAGS.init is not None
+
+
+def context_steps() -> int:
+    """Steps of a stage of --plan=context: as given, or a tenth of the training before it."""
+    return FLAGS.context_steps or max(1, first_steps() // 10)
+
+
+def first_steps() -> int:
+    """Steps of the first stage, if all its batches are as large as the largest."""
+    return FLAGS.steps if FLAGS.tokens is None else max(1, FLAGS.tokens // (FLAGS.batch_size * FLAGS.seq_len))
 
 
 def warmup_steps() -> int:
-    """Steps of warm-up: as given, or a twentieth of the run."""
-    steps = FLAGS.steps if FLAGS.tokens is None else FLAGS.tokens // (FLAGS.batch_size * FLAGS.seq_len)
-    return steps // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+    """Steps of warm-up: as given, or a twentieth of the run; a tenth of a context stage that it begins with."""
+    if only_context():
+        return context_steps() // 10 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+    return first_steps() // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
 
 
 def make_schedule() -> TrainSchedule:
@@ -63,6 +103,19 @@ def make_schedule() -> TrainSchedule:
             batch_multiple=[first, *map(micro_batch_rows, lengths[1:])], warmup_steps=FLAGS.warmup_steps,
             context_steps=FLAGS.context_steps,
         )  # fmt: skip
+    before = None if only_context() else cosine_schedule(tokens)
+    if FLAGS.plan == "cosine":
+        return before
+    multiples = [micro_batch_rows(factor * FLAGS.seq_len) for factor in CONTEXT_FACTORS]
+    return context_schedule(
+        before, seq_len=FLAGS.seq_len, batch_size=FLAGS.batch_size, steps=context_steps(),
+        learning_rate=FLAGS.context_lr or CONTEXT_LR_SHARE * FLAGS.lr, warmup_steps=warmup_steps() if before is None else 0,
+        yarn_factor=FLAGS.yarn_factor, batch_multiple=multiples,
+    )  # fmt: skip
+
+
+def cosine_schedule(tokens: int) -> TrainSchedule:
+    """One stage of so many tokens: warm-up, cosine, and constants for the rest."""
     a_step = FLAGS.batch_size * FLAGS.seq_len
     rate = warmup_cosine(FLAGS.lr, warmup_tokens=warmup_steps() * a_step, total_tokens=tokens, final=FINAL_LR * FLAGS.lr)
     constant = {name: (Piece(tokens, FLAGS[name].value, FLAGS[name].value),) for name in OWN}
@@ -81,15 +134,15 @@ def micro_batch_rows(seq_len: int) -> int:
 
 def cut_batch(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cuts a batch into micro-batches `[A, B, ...]`; without --accumulate it stays whole, if it always has one size."""
-    if FLAGS.accumulate == 1 and FLAGS.plan != "paper":
+    if FLAGS.accumulate == 1 and FLAGS.plan == "cosine":
         return tokens, weights
     rows = micro_batch_rows(tokens.shape[1] - 1)
     return tuple(part.reshape(-1, min(rows, len(part)), part.shape[-1]) for part in (tokens, weights))
 
 
 def stage_of(cfg: ModelConfig, schedule: TrainSchedule, stage: int) -> ModelConfig:
-    """The architecture of a stage: the paper's plan extends the context, any other one leaves it as it is."""
-    return stage_config(cfg, schedule, stage) if FLAGS.plan == "paper" else cfg
+    """The architecture of a stage: plans with context stages extend the context, any other one leaves it as it is."""
+    return cfg if FLAGS.plan == "cosine" else stage_config(cfg, schedule, stage)
 
 
 def drawn(schedule: TrainSchedule, mixture: Mixture) -> MixtureUse:
@@ -111,7 +164,7 @@ def check_micro_batches(schedule: TrainSchedule) -> None:
     """Refuses a pipeline's schedule that cannot order the micro-batches of some step."""
     ranks = parse_axes(FLAGS.mesh).get("pipe", 1) if FLAGS.mesh else 1
     for run in schedule_runs(schedule):
-        micro = run.batch_size // min(run.batch_size, micro_batch_rows(run.seq_len)) if FLAGS.plan == "paper" else None
+        micro = None if FLAGS.plan == "cosine" else run.batch_size // min(run.batch_size, micro_batch_rows(run.seq_len))
         if micro is not None and ranks > 1:
             pipeline.SCHEDULES[FLAGS.schedule](ranks, micro)
 

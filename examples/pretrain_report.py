@@ -32,8 +32,8 @@ FLAGS = flags.FLAGS
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 64
 
 
-def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
-    """Evaluates, plots, samples and exports; prints what came out and where it is."""
+def report(setup: Setup, state: TrainState, policy: ComputePolicy, more: Sequence = ()) -> None:
+    """Evaluates, plots, samples and exports; prints what came out and where it is. `more`: sections of the page."""
     out, cfg = setup.out, setup.cfg
     params, router, averages = on_host(setup, (state.params, state.router, state.ema))
     if not setup.leads:
@@ -62,7 +62,8 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     if averages:
         save_pretrained(out / "export_ema", cfg, averages, router, extra_files=tokenizer_files)
 
-    page = write_page(out / "report.html", f"Pretraining run {out}", sections(setup, results, rows, plots, samples))
+    parts = [*more, *sections(setup, results, rows, plots, samples)]
+    page = write_page(out / "report.html", f"Pretraining run {out}", parts)
 
     say("\n" + format_samples(samples))
     say(aligned(result_rows(results), left=2))

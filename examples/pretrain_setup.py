@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import flags
 from command import aligned, lock_folder
 from command_mesh import check_axes
-from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, read_prepared, read_text
+from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, given_tokenizer, read_prepared, read_text
 from pretrain_plan import check_micro_batches, check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
 from tensorflow.experimental import dtensor
 from tokenizers import Tokenizer
@@ -26,9 +26,11 @@ import dsv3
 from dsv3 import tree
 from dsv3.checks import check
 from dsv3.data import MixtureUse, check_tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_fingerprint
+from dsv3.data.passkey import passkey_form
 from dsv3.parallel.clients import Clients, read_clients, start_clients
 from dsv3.parallel.collectives import gather_mesh
 from dsv3.parallel.mesh import make_mesh, parse_axes, whole
+from dsv3.pretrained import pretrained_config
 from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import check_settings
 from dsv3.train.schedule import TrainSchedule
@@ -41,8 +43,10 @@ DECIDING = (
     "seed plan steps tokens batch_size accumulate seq_len context_steps lr warmup_steps weight_decay clip mtp_weight "
     "balance_weight bias_rate heldout dtype fp8 ema_decay patience"
 ).split()
+# These do, too; one that has the value here is no setting, as in runs that were made before it was there.
+LATER = {"passkey": 0.0, "passkey_keys": "digits", "yarn_factor": 40.0, "context_lr": None, "init": None}
 PARTS = (
-    *"checkpoints tensorboard tokenizer plots export export_ema".split(),
+    *"checkpoints tensorboard tokenizer plots export export_ema passkey".split(),
     *"log.jsonl trouble.jsonl results.json samples.txt report.html".split(),
     RUN_FILE,
 )
@@ -79,8 +83,8 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def prepare(argv: Sequence[str]) -> Setup:
-    """Checks everything that can be wrong, cheapest first, and prepares the data.
+def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) -> Setup:
+    """Checks everything that can be wrong, cheapest first, and prepares the data; `look` checks more before files appear.
 
     Of several processes the first makes the folder, the tokenizer and the settings; the others wait for them.
 
@@ -91,11 +95,14 @@ def prepare(argv: Sequence[str]) -> Setup:
     check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
     cfg = read_config()
     check_flags(cfg)
-    if FLAGS.tokenizer is not None:
-        check_tokenizer(load_tokenizer(FLAGS.tokenizer), cfg.vocab_size)
+    if FLAGS.data is None and given_tokenizer() is not None:
+        check_tokenizer(load_tokenizer(given_tokenizer()), cfg.vocab_size)
     out, schedule = Path(FLAGS.out), make_schedule()
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
-    settings["warmup_steps"] = warmup_steps() if FLAGS.plan == "cosine" else FLAGS.warmup_steps
+    settings["warmup_steps"] = FLAGS.warmup_steps if FLAGS.plan == "paper" else warmup_steps()
+    settings |= {name: FLAGS[name].value for name, none in LATER.items() if FLAGS[name].value != none}
+    if FLAGS.init is not None:
+        settings["init"] = checkpoint_digest(FLAGS.init)
     settings["batch_multiple"] = list(schedule.multiples)  # with --plan=paper it depends on the mesh
     check_micro_batches(schedule)
     clients, mesh = start_mesh(settings)
@@ -104,17 +111,24 @@ def prepare(argv: Sequence[str]) -> Setup:
         meet(mesh)
     saved = None if _silent else claim_folder(out, settings)
     data = read_data(out, cfg, settings, saved)
+    if FLAGS.passkey:
+        least = passkey_form(data.tokenizer, FLAGS.passkey_keys).least
+        shortest = min(stage.seq_len for stage in schedule.stages)
+        check(shortest >= least, f"--passkey wants sequences of at least {least} tokens, got {shortest}")
     ids = special_ids(data.tokenizer)
     cfg = cfg.replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)
     tokens, longest = sum(data.mixture.tokens), max(stage.seq_len for stage in schedule.stages)
     want = f"want at least {longest + 1} for one sequence of length {longest}"
     check(tokens > longest, f"the corpus has {tokens} tokens, {want}")
     use = drawn(schedule, data.mixture)
+    setup = Setup(cfg, out, settings, data, schedule, clients, mesh)
+    if look is not None:
+        look(setup)
     if not _silent:
         write_setup(out, saved, settings, data.tokenizer)
         meet(mesh)
     describe(cfg, data, schedule, use)
-    return Setup(cfg, out, settings, data, schedule, clients, mesh)
+    return setup
 
 
 def read_data(out: Path, cfg: dsv3.ModelConfig, settings: dict[str, Any], saved: Mapping[str, Any] | None) -> Data:
@@ -183,13 +197,34 @@ def compute_dtype() -> str:
 
 
 def read_config() -> dsv3.ModelConfig:
-    """The architecture of --config or --preset, with --vocab_size."""
+    """The architecture of --init, --config or --preset, with --vocab_size."""
+    if FLAGS.init is not None:
+        for name in ("config", "preset", "vocab_size"):
+            given = FLAGS[name].value is not None if name != "preset" else FLAGS[name].present
+            check(not given, f"--init and --{name} are both given, want one of them")
+        check(FLAGS.tokenizer is None, "--init and --tokenizer are both given; a checkpoint directory has its own tokenizer")
+        cfg = pretrained_config(FLAGS.init)
+        if FLAGS.plan == "context" and cfg.mla.rope.yarn is None:
+            length = FLAGS.seq_len if FLAGS["seq_len"].present else cfg.max_length
+            check(length <= cfg.max_length, f"--seq_len is {length}, the maximum of --init is {cfg.max_length}")
+            FLAGS["seq_len"].value = length
+            cfg = cfg.replace(max_length=length)
+        return cfg
     check(
         FLAGS.config is None or not FLAGS["preset"].present,
         "--config and --preset are both given, want one of them",
     )
     cfg = dsv3.preset(FLAGS.preset) if FLAGS.config is None else dsv3.ModelConfig.from_hf(FLAGS.config)
     return cfg if FLAGS.vocab_size is None else cfg.replace(vocab_size=FLAGS.vocab_size)
+
+
+def checkpoint_digest(folder: str) -> str:
+    """Names the checkpoint of --init by its configuration and by names, sizes and heads of its files of weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read(1 << 20))
+    return digest.hexdigest()
 
 
 def check_flags(cfg: dsv3.ModelConfig) -> None:
@@ -260,7 +295,9 @@ def agree(saved: Mapping[str, Any] | None, settings: Mapping[str, Any], out: Pat
     if saved is None:
         return
     try:
-        check_settings({name: saved.get(name) for name in settings}, settings, where=f"the run in {str(out)!r}")
+        known = [*settings, *(name for name in LATER if name in saved and name not in settings)]
+        old, new = ({name: of.get(name) for name in known} for of in (saved, settings))
+        check_settings(old, new, where=f"the run in {str(out)!r}")
     except ValueError as error:
         raise ValueError(f"{error}; another --out keeps both, --fresh starts anew") from None
 

@@ -18,10 +18,13 @@ from dsv3 import pipeline
 from dsv3.compiled import place
 from dsv3.config import ModelConfig
 from dsv3.data import input_init, input_state, prefetch_batches, read_batches
+from dsv3.data.passkey import passkey_form, passkey_rows
+from dsv3.data.prefetch import InputBatch
 from dsv3.eval import make_evaluator
 from dsv3.layout import make_layouts, zero_layouts
 from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
+from dsv3.pretrained import load_pretrained
 from dsv3.recipe import RECIPES
 from dsv3.train.checkpoint import Keep, drop_checkpoints, restore_checkpoint
 from dsv3.train.loop import Actions, Fed, Feed, LoopResult, Row, train_loop
@@ -33,7 +36,7 @@ from dsv3.train.saving import BackgroundSaver
 from dsv3.train.schedule import curve_schedule, schedule_at
 from dsv3.train.schedule_steps import schedule_steps
 from dsv3.train.state import TrainState
-from dsv3.train.step import make_train_step, train_init, train_specs
+from dsv3.train.step import make_train_step, place_state, train_init, train_specs, train_state
 from dsv3.train.trouble import Cursor, Trouble
 from dsv3.train.watch import make_watch
 
@@ -44,12 +47,13 @@ Restore = Callable[[Callable[[int], bool]], tuple[TrainState, Cursor] | None]
 class Tools(NamedTuple):
     """What all stages share: how the parameters are stored and updated, where rows and checkpoints go, what ends the run.
 
-    The first process has `log` and `progress`; `ends`: steps at which stages end.
+    The first process has `log` and `progress`; `begin` makes the state of step 0; `ends`: steps at which stages end.
     """
 
     optimizer: Optimizer
     layouts: Any
     plain: ComputePolicy
+    begin: Callable[[], TrainState]
     restore: Restore
     saver: BackgroundSaver
     stop: Callable[[], signal.Signals | None]
@@ -63,21 +67,28 @@ def total_steps(setup: Setup) -> int:
     return sum(stage.steps for stage in schedule_steps(setup.schedule))
 
 
-def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
+Stop = Callable[[], signal.Signals | None]
+StageEnd = Callable[[int, TrainState, Stop], None]
+
+
+def train(setup: Setup, plain: ComputePolicy, at_end: StageEnd | None = None) -> LoopResult:
     """Trains from the latest checkpoint, or from the start, to the last step or to a signal.
+
+    `at_end(number, state, stop)` is called when `number` stages are done, 0 before the first, and again by a run that goes
+    on right there; once `stop()` names a signal it is to return.
 
     Held-out losses are those of the compute dtype, as `plain` has it: they tell what FP8 did to the parameters.
     """
     optimizer, layouts = make_optimizer(setup), make_mesh_layouts(setup)
-    restore = make_restore(setup, optimizer, layouts)
+    begin, restore = make_begin(setup, optimizer, layouts), make_restore(setup, optimizer, layouts)
     stages = schedule_steps(setup.schedule)
     ends = tuple(stage.first + stage.steps for stage in stages)
-    state, cursor = start(setup, optimizer, layouts, restore)
-    done = int(whole(state.step))
+    held = [start(setup, begin, restore)]
+    known = None if held[0].cursor.data is None else held[0].step
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        log = stack.enter_context(RunLog(setup.out, step=done)) if setup.leads else None
-        progress = stack.enter_context(Progress(ends[-1], start=done)) if setup.leads else None
+        log = stack.enter_context(RunLog(setup.out, step=known)) if setup.leads else None
+        progress = stack.enter_context(Progress(ends[-1], start=held[0].step)) if setup.leads else None
         saver = stack.enter_context(
             BackgroundSaver(
                 setup.out / "checkpoints", setup.settings,
@@ -85,17 +96,21 @@ def train(setup: Setup, plain: ComputePolicy) -> LoopResult:
                 agree=lambda written: agreed(int(not written), setup.mesh) == 0,
             )  # fmt: skip
         )
-        tools = Tools(optimizer, layouts, plain, restore, saver, stop, log, progress, ends)
-        result = LoopResult(state, done, None, cursor)
-        del state
-        for number, end in enumerate(ends):
-            if result.step < end and result.stopped is None:
-                result = train_stage(setup, tools, number, result)
-        return result
+        tools = Tools(optimizer, layouts, plain, begin, restore, saver, stop, log, progress, ends)
+        for number, end in enumerate((0, *ends)):
+            if number and held[0].step < end and held[0].stopped is None:
+                held.append(train_stage(setup, tools, number - 1, held))
+            if at_end is not None and held[0].step == end and held[0].stopped is None:
+                saver.finish()  # it may take long: the checkpoint of the border is to be there
+                at_end(number, held[0].state, stop)
+                caught = agreed(stop() or 0, setup.mesh)
+                held.append(held.pop()._replace(stopped=signal.Signals(caught) if caught else None))
+        return held.pop()
 
 
-def train_stage(setup: Setup, tools: Tools, number: int, so_far: LoopResult) -> LoopResult:
-    """Trains one stage to its end: its architecture, its length of sequences."""
+def train_stage(setup: Setup, tools: Tools, number: int, held: list[LoopResult]) -> LoopResult:
+    """Trains one stage to its end: its architecture, its length of sequences. Takes where it begins out of `held`: with
+    another reference to that state a run that goes back would have two."""
     cfg, end = stage_of(setup.cfg, setup.schedule, number), tools.ends[number]
     first = tools.ends[number - 1] if number else 0
     if len(tools.ends) > 1:
@@ -110,10 +125,9 @@ def train_stage(setup: Setup, tools: Tools, number: int, so_far: LoopResult) -> 
     watch = make_watch(cfg, tools.optimizer, tools.layouts, policy=policy)
     evaluate = make_evaluate(setup, cfg, tools.plain, setup.schedule.stages[number].seq_len)
     trouble = Trouble(patience=FLAGS.patience) if FLAGS.patience else None
-    return train_loop(
-        step, so_far.state, make_feed(setup), steps=end, cursor=entered(so_far.cursor, so_far.step, first), trouble=trouble,
-        actions=make_actions(setup, tools, cfg, first, watch, evaluate),
-    )  # fmt: skip
+    cursor = entered(held[0].cursor, held[0].step, first)
+    actions = make_actions(setup, tools, cfg, first, watch, evaluate)
+    return train_loop(step, held.pop().state, make_feed(setup), steps=end, cursor=cursor, trouble=trouble, actions=actions)
 
 
 def is_anchor(step: int, ends: tuple[int, ...]) -> bool:
@@ -138,10 +152,14 @@ def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, watch
 
     def go_back(done: int) -> tuple[TrainState, Cursor] | None:
         tools.saver.finish()
-        found = tools.restore(lambda step: first <= step <= done and is_anchor(step, tools.ends))
+        found = tools.restore(lambda step: max(first, 1) <= step <= done and is_anchor(step, tools.ends))
+        if found is None and first == 0:
+            found = tools.begin(), Cursor()
         if found is None:
             return None
         state, cursor = found
+        del found
+        state = in_variables(setup, state)
         step = int(whole(state.step))
         if setup.leads:
             drop_checkpoints(setup.out / "checkpoints", after=step)
@@ -169,23 +187,34 @@ def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, watch
 def trouble_line(row: Row) -> str:
     """What went wrong, for people."""
     if row["kind"] == "rollback":
-        return f"back from step {row['step']} to the checkpoint of step {row['to']}; the data between is left out"
+        to = f"the checkpoint of step {row['to']}" if row["to"] else "the start"
+        return f"back from step {row['step']} to {to}; the data between is left out"
     return f"after step {row['step']} a batch was left out: {row['reason']}"
 
 
 def make_feed(setup: Setup) -> Feed:
-    """Batches of the mixture, read ahead of the step; every process reads the whole batch, as the step wants it."""
+    """Batches of the mixture, with --read_ahead read before they are wanted; every process reads whole ones, as steps do."""
     mixture, schedule = setup.data.mixture, setup.schedule
+    form = passkey_form(setup.data.tokenizer, FLAGS.passkey_keys) if FLAGS.passkey else None
 
     def shape(tokens: int) -> tuple[int, int]:
         values = schedule_at(schedule, tokens)
         return values.batch_size, values.seq_len
 
+    def exercises(batches: Iterator[InputBatch]) -> Iterator[InputBatch]:
+        with contextlib.closing(batches):
+            for item in batches:
+                tokens = passkey_rows(form, np.asarray(item.batch.tokens), share=FLAGS.passkey, seed=FLAGS.seed)
+                yield item._replace(batch=item.batch._replace(tokens=tokens))
+
     def feed(data: Any, tokens: int) -> Iterator[Fed]:
         state = input_init(mixture) if data is None else input_state(data, mixture)
         batches = read_batches(setup.data.sources, mixture, state, shape, tokens=tokens)
-        with contextlib.closing(prefetch_batches(batches)) as ahead:
-            for item in ahead:
+        batches = batches if form is None else exercises(batches)
+        if FLAGS.read_ahead:
+            batches = prefetch_batches(batches, FLAGS.read_ahead)
+        with contextlib.closing(batches):
+            for item in batches:
                 yield Fed(*cut_batch(*(np.asarray(part) for part in item.batch)), item.state._asdict())
 
     return feed
@@ -225,16 +254,36 @@ def make_restore(setup: Setup, optimizer: Optimizer, layouts) -> Restore:
     return restore
 
 
-def start(setup: Setup, optimizer: Optimizer, layouts, restore: Restore) -> tuple[TrainState, Cursor]:
-    """The state and the cursor of the latest checkpoint, or of a new model."""
+def make_begin(setup: Setup, optimizer: Optimizer, layouts) -> Callable[[], TrainState]:
+    """How to make the state of a new model."""
+    return lambda: new_state(setup, optimizer, layouts)
+
+
+def start(setup: Setup, begin: Callable[[], TrainState], restore: Restore) -> LoopResult:
+    """Where the latest checkpoint is, or a new model."""
     found = restore(lambda step: True)
     if found is None:
-        state, cursor = train_init([0, FLAGS.seed], setup.cfg, optimizer, layouts, **state_parts()), Cursor()
+        found = begin(), Cursor()
     else:
-        state, cursor = found
-        say(f"going on from step {int(whole(state.step))} of {setup.out / 'checkpoints'}")
+        say(f"going on from step {int(whole(found[0].step))} of {setup.out / 'checkpoints'}")
+    state, cursor = found
     del found
-    return (place(state) if layouts is None else state), cursor  # with no other reference to it, it does not exist twice
+    state = in_variables(setup, state)
+    return LoopResult(state, int(whole(state.step)), None, cursor)
+
+
+def in_variables(setup: Setup, state: TrainState) -> TrainState:
+    """A state as a step takes it: with no other reference to it left, it does not exist twice."""
+    return place(state) if setup.mesh is None else state
+
+
+def new_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
+    """The state of a new model, or of that of --init."""
+    if FLAGS.init is None:
+        return train_init([0, FLAGS.seed], setup.cfg, optimizer, layouts, **state_parts())
+    _, params, router = load_pretrained(FLAGS.init, dtype="float32")
+    state = train_state(params, router, optimizer, **state_parts())
+    return state if layouts is None else place_state(state, layouts)
 
 
 def make_optimizer(setup: Setup) -> Optimizer:

@@ -73,6 +73,16 @@ def test_place_keeps_variables_and_names_them_by_path():
     assert all(a is b for a, b in zip(tree.flatten(placed), tree.flatten(again)))
 
 
+@pytest.mark.parametrize("owned", [False, True])
+def test_a_leaf_that_nobody_else_holds_is_written_without_a_copy(owned):
+    """Looked at by breaking the promise: the tensor that the variable was made of shows what is written."""
+    step = compile_step(lambda state, x: ({"kv": RowWrite(x, tf.constant([1]))}, ()))
+    tensor = tf.fill([1, 1, 3, 2], 5.0)
+    state, _ = step(place({"kv": tensor}, owned=owned), tf.ones([1, 1, 1, 2]))
+    assert state["kv"].numpy()[0, 0, :, 0].tolist() == [5.0, 1.0, 5.0]
+    assert tensor.numpy()[0, 0, :, 0].tolist() == ([5.0, 1.0, 5.0] if owned else [5.0] * 3)
+
+
 def test_a_step_serves_several_states():
     step = compile_step(counting)
     one, _ = step(start(), tf.constant([1.0, 1.0]))
@@ -235,6 +245,21 @@ def test_update_leaves_overwrites():
     where = address(state["a"])
     state, _ = step(state)
     assert address(state["a"]) == where and state["a"].numpy().tolist() == [2.0] * 1024
+
+
+def test_leaves_of_one_shape_share_a_kernel():
+    seen = []
+
+    def add(a, x):
+        seen.append(a.shape.as_list())
+        return (a + x,)
+
+    state = {"a": tf.zeros([2]), "b": tf.ones([2]), "c": tf.zeros([3])}
+    for x in (1.0, 10.0):  # two steps of one function
+        step = compile_step(lambda s, x: ({name: update_leaves(add, (leaf,), x)[0] for name, leaf in s.items()}, ()))
+        state, _ = step(state, tf.constant(x))
+    assert [leaf.numpy().tolist() for leaf in state.values()] == [[11.0] * 2, [12.0] * 2, [11.0] * 3]
+    assert seen == [[2], [3]]
 
 
 def row_write(state, x):

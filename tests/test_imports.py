@@ -25,6 +25,7 @@ LAYERS = {
     "typing": "",
     "graph": "",
     "page": "",
+    "resident": "",
     "checks": "typing",
     "tree": "typing checks",
     "recipe": "checks",
@@ -44,7 +45,7 @@ LAYERS = {
     "train": f"{BOTTOM} layout compiled ops nn pipeline parallel",
     "plan": f"{BOTTOM} layout ops nn pipeline parallel train",
     "serve": f"{BOTTOM} layout compiled ops nn data io",
-    "eval": f"{BOTTOM} layout compiled ops nn data io serve",
+    "eval": f"{BOTTOM} resident layout compiled ops nn data io serve",
     "rl": f"{BOTTOM} layout compiled ops nn train serve",
 }
 

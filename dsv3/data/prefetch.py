@@ -1,7 +1,8 @@
-"""Batches ahead of the step: a `tf.data` pipeline reads the next ones while a step computes."""
+"""Batches between the steps, and ahead of them: a `tf.data` pipeline reads the next ones while a step computes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -131,4 +132,7 @@ def _consume(
             raise problems[0]
     finally:
         stop()
-        del elements  # which ends the pipeline's thread
+        with contextlib.suppress(tf.errors.OpError):
+            for _ in elements:  # what is ready; then the pipeline has come to its end, and none of its threads is in Python
+                pass
+        del elements

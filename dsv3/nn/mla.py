@@ -15,18 +15,21 @@ from dsv3.checks import Dims, check, check_choice, check_type
 from dsv3.config import LATENT_NORM_EPS, MLAConfig
 from dsv3.graph import plain
 from dsv3.nn.fp8_delayed import DelayedWeight
+from dsv3.nn.heads import heads_first, heads_last, keys_values, lead_dims, per_head, rope_halves
 from dsv3.nn.linear import linear_apply, weight_matrix
 from dsv3.ops.attention import MASKED, NEVER, AttentionMask, attention, attention_naive, causal_mask
+from dsv3.ops.attention_past import attention_past
 from dsv3.ops.fuse import fused
 from dsv3.ops.latent import latent_bytes, latent_pack, latent_unpack
 from dsv3.ops.norm import rms_norm
-from dsv3.ops.quantized import QuantizedWeight, column_scales, quantized_matmul
+from dsv3.ops.quantized import QuantizedWeight, column_scales
 from dsv3.ops.rope import RopeTable, rope_apply, rope_frequencies, rope_table, yarn_mscale
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.spec import ParamSpec
 from dsv3.typing import TensorLike
 
 FORMS = ("auto", "expanded", "absorbed", "naive")
+_PAST_BLOCKS = 4  # blocks of queries whose size a tile of the past has: a score costs less there than expanding its key
 
 
 class MLAParams(NamedTuple):
@@ -216,19 +219,73 @@ def mla_apply(
     if packed:  # attention reads what the cache will hold, so that it sees the same however a text is cut into steps
         kept = latent_pack(entry, rope=cfg.rope_dim, fuse=policy.fuse)
         entry = _read(kept, cfg, entry.dtype, fuse=policy.fuse)
-    if cache is not None:
-        cache = cache._replace(kv=_read(cache.kv, cfg, entry.dtype, fuse=policy.fuse))
     if form == "auto":
         form = "absorbed" if cache is not None and _absorbing_is_cheaper(cfg, x.shape[1]) else "expanded"
+    tile = None if cache is None or form == "naive" else _past_tile(cache, x.shape[1], form, cfg=cfg, policy=policy)
+    if cache is not None and tile is None:
+        cache = cache._replace(kv=_read(cache.kv, cfg, entry.dtype, fuse=policy.fuse))
     if form == "absorbed":
         q = _queries(params, x, cfg=cfg, policy=policy)
-        heads = _absorbed(params, q, entry, table, cache, segments, cfg=cfg)
+        heads = _absorbed(params, q, entry, table, cache, segments, cfg=cfg, policy=policy, tile=tile)
     else:
-        q = _queries(params, x, cfg=cfg, policy=policy, halves=True)
-        heads = _expanded(params, q, entry, table, cache, segments, cfg=cfg, policy=policy, naive=form == "naive")
+        q = mla_queries(params, x, table, cfg=cfg, policy=policy)
+        how = {"cfg": cfg, "policy": policy, "naive": form == "naive", "tile": tile}
+        heads = _expanded(params, q, entry, cache, segments, **how)
     o = weight_matrix(params.o, cfg.num_heads * cfg.v_dim)
     out = linear_apply(heads, o, params.o_bias, fp8=policy.fp8, after_attention=True, fuse=policy.fuse)
     return MLAOutput(out, kept)
+
+
+@plain
+def mla_queries(
+    params: MLAParams, x: TensorLike, table: RopeTable, *, cfg: MLAConfig, policy: ComputePolicy | None = None
+) -> tf.Tensor:
+    """Returns every head's queries, rotated and scaled, for the keys that `mla_expand` makes.
+
+    Args:
+      params: see `MLAParams`.
+      x: `[B, T, D]`.
+      table: cos and sin of the tokens' positions.
+      cfg, policy: as of `mla_apply`.
+
+    Returns:
+      `[B, H, T, P+R]`. The scale of the softmax is in them, as queries are fewer than scores.
+    """
+    policy = policy or default_policy()
+    q = _queries(params, tf.convert_to_tensor(x), cfg=cfg, policy=policy, halves=True)
+    how = {"heads": cfg.num_heads, "rope_dim": cfg.rope_dim, "scale": cfg.softmax_scale}
+    return heads_first(q, *table, **how, fuse=policy.fuse)
+
+
+@plain
+def mla_expand(
+    params: MLAParams,
+    entries: TensorLike,
+    *,
+    cfg: MLAConfig,
+    policy: ComputePolicy | None = None,
+    dtype: tf.DType | str | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Expands cache entries to every head's keys and values: what plain attention with the same heads would keep.
+
+    Args:
+      params: see `MLAParams`; only kv_b is read.
+      entries: `[B, S, L+R]`, or `[B, S, bytes]` `uint8`.
+      cfg, policy: as of `mla_apply`.
+      dtype: of the results; default: the entries', or the compute dtype for bytes.
+
+    Returns:
+      `[B, H, S, P+R]`, in which rotated pairs lie in halves, and `[B, H, S, U]`.
+    """
+    policy = policy or default_policy()
+    entries = tf.convert_to_tensor(entries)
+    if dtype is None:
+        dtype = entries.dtype if entries.dtype != tf.uint8 else policy.compute_dtype or tf.bfloat16
+    latent, k_rope = tf.split(_read(entries, cfg, dtype, fuse=policy.fuse), [cfg.kv_latent, cfg.rope_dim], axis=-1)
+    if cfg.rope.output == "interleaved":
+        k_rope = rope_halves(k_rope, cfg.rope_dim)
+    kv = linear_apply(latent, params.kv_b, fp8=policy.fp8, fuse=policy.fuse)
+    return keys_values(kv, k_rope, heads=cfg.num_heads, nope_dim=cfg.nope_dim, fuse=policy.fuse)
 
 
 def _read(kv: tf.Tensor, cfg: MLAConfig, dtype: tf.DType, *, fuse: bool) -> tf.Tensor:
@@ -256,21 +313,13 @@ def _queries(params: MLAParams, x, *, cfg: MLAConfig, policy: ComputePolicy, hal
     if halves and cfg.rope.pairs == "interleaved":  # on the weights: on the queries it costs more than the rotation
         if isinstance(weight, QuantizedWeight):  # its columns have scales in blocks: there it must be the queries
             q = linear_apply(x, weight, **how)
-            q = _rope_halves(tf.reshape(q, [*_lead(q), cfg.num_heads, cfg.qk_dim]), cfg.rope_dim)
-            return tf.reshape(q, [*_lead(q), cfg.num_heads * cfg.qk_dim])
+            q = rope_halves(tf.reshape(q, [*lead_dims(q), cfg.num_heads, cfg.qk_dim]), cfg.rope_dim)
+            return tf.reshape(q, [*lead_dims(q), cfg.num_heads * cfg.qk_dim])
         if isinstance(weight, DelayedWeight):
-            weight = weight._replace(weight=_rope_halves(weight.weight, cfg.rope_dim))
+            weight = weight._replace(weight=rope_halves(weight.weight, cfg.rope_dim))
         else:
-            weight = _rope_halves(weight, cfg.rope_dim)
+            weight = rope_halves(weight, cfg.rope_dim)
     return linear_apply(x, weight, **how)
-
-
-def _rope_halves(x: tf.Tensor, rope_dim: int) -> tf.Tensor:
-    """Moves interleaved pairs in the last `rope_dim` columns to halves: (.., a0, b0, a1, b1) to (.., a0, a1, b0, b1)."""
-    lead = [tf.shape(x)[i] if size is None else size for i, size in enumerate(x.shape[:-1])]
-    nope, rot = tf.split(x, [x.shape[-1] - rope_dim, rope_dim], axis=-1)
-    rot = tf.reshape(tf.linalg.matrix_transpose(tf.reshape(rot, [*lead, rope_dim // 2, 2])), [*lead, rope_dim])
-    return tf.concat([nope, rot], -1)
 
 
 def _latents(params: MLAParams, x, table: RopeTable, *, cfg: MLAConfig, policy: ComputePolicy) -> tf.Tensor:
@@ -288,54 +337,33 @@ def _finish_latents(latent, weight, cos, sin, *, rope, rounding):
     return tf.concat([latent, rope_apply(k_rope, RopeTable(cos, sin), pairs=rope.pairs, output=rope.output)], -1)
 
 
-# Both transpose first: XLA on a CPU writes a transposition at the end of a chain element by element.
+def _past_tile(cache: LayerCache, tokens: int | None, form: str, *, cfg: MLAConfig, policy: ComputePolicy) -> int | None:
+    """Slots of a tile of a past that is read in tiles, or `None` for one that is short enough, or of unknown size.
+
+    Read at once, it has a score for each slot in a block of queries, and is expanded as a whole.
+    """
+    slots, long = cache.kv.shape[1], policy.attention_block * policy.attention_unroll
+    if slots is None or tokens is None or slots <= long:
+        return None
+    few = tokens * cfg.num_heads <= policy.attention_block if form == "absorbed" else tokens > long
+    return None if few else _PAST_BLOCKS * policy.attention_block
 
 
-@fused
-def _heads_first(q, cos, sin, *, heads, rope_dim, scale):
-    """`[B, T, H·(P+R)]` with pairs in halves to rotated and scaled `[B, H, T, P+R]`, in halves too."""
-    q = tf.transpose(tf.reshape(q, [*_lead(q), heads, q.shape[-1] // heads]), [0, 2, 1, 3])
-    nope, a, b = tf.split(q, [q.shape[-1] - rope_dim, rope_dim // 2, rope_dim // 2], axis=-1)
-    cos, sin = (tf.expand_dims(tf.cast(t, q.dtype), 1) for t in (cos, sin))
-    q_rotated = tf.concat([nope, a * cos - b * sin, b * cos + a * sin], -1)
-    return tf.cast(tf.cast(q_rotated, tf.float32) * scale, q.dtype)  # a rounded scale would be another temperature
+def _expanded(params, q, entry, cache, segments, *, cfg, policy, naive, tile) -> tf.Tensor:
+    how = {"cfg": cfg, "policy": policy}
+    if tile:
+        def expand(kv):
+            return mla_expand(params, kv, dtype=q.dtype, **how)
 
-
-@fused
-def _keys_values(kv, k_rope, *, heads, nope_dim):
-    """`[B, S, H·(P+U)]` and the shared rotary keys `[B, S, R]` to `[B, H, S, P+R]` and `[B, H, S, U]`."""
-    kv = tf.transpose(tf.reshape(kv, [*_lead(kv), heads, kv.shape[-1] // heads]), [0, 2, 1, 3])
-    k_nope, v = tf.split(kv, [nope_dim, kv.shape[-1] - nope_dim], axis=-1)
-    shape = tf.concat([tf.shape(k_nope)[:3], [k_rope.shape[-1]]], 0)
-    return tf.concat([k_nope, tf.broadcast_to(tf.expand_dims(k_rope, 1), shape)], -1), v
-
-
-@fused
-def _heads_last(heads):
-    """`[B, H, T, U]` to `[B, T, H·U]`."""
-    y = tf.transpose(heads, [0, 2, 1, 3])
-    return tf.reshape(y, [*_lead(y), y.shape[2] * y.shape[3]])
-
-
-def _lead(x: tf.Tensor) -> list:
-    """The first two dims, static where known."""
-    return [x.shape[i] if x.shape[i] is not None else tf.shape(x)[i] for i in (0, 1)]
-
-
-def _expanded(params, q, entry, table, cache, segments, *, cfg, policy, naive) -> tf.Tensor:
+        heads = attention_past(
+            q, *expand(entry), cache.kv, cache.length, expand, scale=1.0, tile=tile, fuse=policy.fuse
+        )
+        return heads_last(heads, fuse=policy.fuse)
     if cache is None:
-        mask = causal_mask(q.shape[1] if q.shape[1] is not None else tf.shape(q)[1], segments)
+        mask = causal_mask(q.shape[2] if q.shape[2] is not None else tf.shape(q)[2], segments)
     else:
         entry, mask = _with_past(entry, cache)
-    # The scale goes into the queries, which are fewer than the scores.
-    q = _heads_first(
-        q, *table, heads=cfg.num_heads, rope_dim=cfg.rope_dim, scale=cfg.softmax_scale, fuse=policy.fuse
-    )
-    latent, k_rope = tf.split(entry, [cfg.kv_latent, cfg.rope_dim], axis=-1)
-    if cfg.rope.output == "interleaved":
-        k_rope = _rope_halves(k_rope, cfg.rope_dim)
-    kv = linear_apply(latent, params.kv_b, fp8=policy.fp8, fuse=policy.fuse)
-    k, v = _keys_values(kv, k_rope, heads=cfg.num_heads, nope_dim=cfg.nope_dim, fuse=policy.fuse)
+    k, v = mla_expand(params, entry, **how)
     if naive or q.shape[2] is None or k.shape[2] is None:
         heads = attention_naive(q, k, v, mask, scale=1.0)
     else:
@@ -344,7 +372,7 @@ def _expanded(params, q, entry, table, cache, segments, *, cfg, policy, naive) -
             block=policy.attention_block, max_unroll=policy.attention_unroll, keep=policy.attention_keep,
             fuse=policy.fuse,
         )  # fmt: skip
-    return _heads_last(heads, fuse=policy.fuse)
+    return heads_last(heads, fuse=policy.fuse)
 
 
 def _with_past(entry: tf.Tensor, cache: LayerCache) -> tuple[tf.Tensor, AttentionMask]:
@@ -359,49 +387,44 @@ def _with_past(entry: tf.Tensor, cache: LayerCache) -> tuple[tf.Tensor, Attentio
     return tf.concat([cache.kv, entry], 1), mask
 
 
-def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig) -> tf.Tensor:
+def _absorbed(params, q, entry, table, cache, segments, *, cfg: MLAConfig, policy, tile) -> tf.Tensor:
     """Attends over latents: queries go through the keys' expansion, outputs through the values'."""
     h, p = cfg.num_heads, cfg.nope_dim
     if isinstance(params.k_up, tuple):
         params = mla_absorb(params, cfg=cfg)
-    q = tf.reshape(q, [*_lead(q), h, cfg.qk_dim])
+    q = tf.reshape(q, [*lead_dims(q), h, cfg.qk_dim])
     rot = rope_apply(q[..., p:], table, pairs=cfg.rope.pairs, output=cfg.rope.output)
-    wide = tf.concat([_per_head(q[..., :p], params.k_up, transpose=True), rot], -1)
-    b, t = _lead(wide)
+    wide = tf.concat([per_head(q[..., :p], params.k_up, transpose=True), rot], -1)
+    b, t = lead_dims(wide)
     wide = tf.reshape(wide, [b, t * h, cfg.cache_width])
-    new_mask = _new_token_mask(t, segments)
-    new_scores = _mask_heads(tf.matmul(wide, entry, transpose_b=True), new_mask, h)
+    if tile:
+        def expand(entry):  # all heads have the same keys and values: their queries are rows of one
+            return (tf.expand_dims(_read(entry, cfg, q.dtype, fuse=policy.fuse), 1),) * 2
+
+        how = {"scale": cfg.softmax_scale, "tile": tile, "fuse": policy.fuse}
+        latent = attention_past(tf.expand_dims(wide, 1), *expand(entry), cache.kv, cache.length, expand, **how)
+    else:
+        latent = _over_latents(wide, entry, cache, _new_token_mask(t, segments), cfg=cfg)
+    latent = tf.reshape(latent[..., : cfg.kv_latent], [b, t, h, cfg.kv_latent])
+    return tf.reshape(per_head(latent, params.v_up), [b, t, h * cfg.v_dim])
+
+
+def _over_latents(wide, entry, cache: LayerCache | None, new_mask, *, cfg: MLAConfig) -> tf.Tensor:
+    """`[B, T·H, L]` with all scores at once; further columns, if there are any, mean nothing."""
+    new_scores = _mask_heads(tf.matmul(wide, entry, transpose_b=True), new_mask, cfg.num_heads)
     if cache is None:
         probs = tf.nn.softmax(tf.cast(new_scores, tf.float32) * cfg.softmax_scale, -1)
-        latent = tf.matmul(tf.cast(probs, q.dtype), entry[..., : cfg.kv_latent])
-    else:
-        past = cache.kv
-        slots = past.shape[1] if past.shape[1] is not None else tf.shape(past)[1]
-        filled = tf.expand_dims(tf.range(slots), 0) < tf.expand_dims(cache.length, -1)
-        past_scores = tf.where(
-            tf.expand_dims(filled, 1), tf.matmul(wide, past, transpose_b=True), tf.cast(MASKED, q.dtype)
-        )
-        scores = tf.concat([past_scores, new_scores], -1)
-        probs = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32) * cfg.softmax_scale, -1), q.dtype)
-        # The rotary columns ride along: slicing them off a long cache would copy it.
-        latent = tf.matmul(probs[..., :slots], past) + tf.matmul(probs[..., slots:], entry)
-        latent = latent[..., : cfg.kv_latent]
-    latent = tf.reshape(latent, [b, t, h, cfg.kv_latent])
-    return tf.reshape(_per_head(latent, params.v_up), [b, t, h * cfg.v_dim])
-
-
-def _per_head(x: tf.Tensor, weight: tf.Tensor | QuantizedWeight, *, transpose: bool = False) -> tf.Tensor:
-    """Multiplies `[B, T, H, P]` by each head's `[P, L]` of `[H, P, L]`: `[B, T, H, L]`.
-
-    With `transpose` a quantised weight is `[H, L, P]`.
-    """
-    b, t = _lead(x)
-    rows = tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [x.shape[2], b * t, x.shape[3]])
-    if isinstance(weight, QuantizedWeight):
-        y = quantized_matmul(rows, weight, transpose=transpose)
-    else:
-        y = tf.matmul(rows, tf.cast(weight, x.dtype))
-    return tf.transpose(tf.reshape(y, [x.shape[2], b, t, y.shape[2]]), [1, 2, 0, 3])
+        return tf.matmul(tf.cast(probs, wide.dtype), entry[..., : cfg.kv_latent])
+    past = cache.kv
+    slots = past.shape[1] if past.shape[1] is not None else tf.shape(past)[1]
+    filled = tf.expand_dims(tf.range(slots), 0) < tf.expand_dims(cache.length, -1)
+    past_scores = tf.where(
+        tf.expand_dims(filled, 1), tf.matmul(wide, past, transpose_b=True), tf.cast(MASKED, wide.dtype)
+    )
+    scores = tf.concat([past_scores, new_scores], -1)
+    probs = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32) * cfg.softmax_scale, -1), wide.dtype)
+    # The rotary columns ride along: slicing them off a long cache would copy it.
+    return tf.matmul(probs[..., :slots], past) + tf.matmul(probs[..., slots:], entry)
 
 
 def _new_token_mask(t, segments) -> tf.Tensor:

@@ -14,7 +14,7 @@ from dsv3.ops.reduce import row_max, row_sum
 
 
 @fused
-def _tile_update(s, top, total, acc, q_index, k_index, q_segment, k_segment, *, scale):
+def tile_update(s, top, total, acc, q_index, k_index, q_segment, k_segment, *, scale):
     """One step of the online softmax: (probabilities, new max, new sum, rescaled accumulator)."""
     mask = allowed(AttentionMask(q_index, k_index, q_segment, k_segment))
     scores = tf.where(mask, tf.cast(s, tf.float32) * scale, MASKED)
@@ -92,7 +92,7 @@ def _forward(q, k, v, mask: AttentionMask, *, scale, causal, fuse):
     def inner(i):
         def body(j, top, total, acc):
             s = tf.matmul(q[i], k[j], transpose_b=True)
-            probs, top, total, acc = _tile_update(
+            probs, top, total, acc = tile_update(
                 s, top, total, acc, mask.q_index[i], mask.k_index[j], mask.q_segment[i], mask.k_segment[j],
                 scale=scale, fuse=fuse,
             )  # fmt: skip

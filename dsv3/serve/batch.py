@@ -57,11 +57,13 @@ def rows_take(parts: Sequence[tuple[Caches, Rows]], index: Sequence[int], size: 
       Caches and rows, apart from the parts'.
     """
 
-    def fit(kv: tf.Tensor) -> tf.Tensor:
-        kv = kv[:, :, :size]
-        return tf.pad(kv, [[0, 0], [0, 0], [0, size - kv.shape[2]], [0, 0]])
+    def take(*kv: tf.Tensor) -> tf.Tensor:
+        slots = kv[0].shape[2]
+        if len(kv) == 1 and list(index) == list(range(kv[0].shape[1])) and size > slots:  # just grown: one copy, not three
+            return tf.pad(kv[0], [[0, 0], [0, 0], [0, size - slots], [0, 0]])
+        kv = [tf.pad(part[:, :, :size], [[0, 0], [0, 0], [0, max(size - part.shape[2], 0)], [0, 0]]) for part in kv]
+        return tf.gather(tf.concat(kv, 1), index, axis=1)
 
-    caches = [tree.map_leaves(lambda kv: fit(tf.convert_to_tensor(kv)), part[0]) for part in parts]
-    joined = tree.map_leaves(lambda *kv: tf.gather(tf.concat(kv, 1), index, axis=1), *caches)
+    caches = tree.map_leaves(lambda *kv: take(*map(tf.convert_to_tensor, kv)), *(part[0] for part in parts))
     rows = tree.map_leaves(lambda *x: tf.gather(tf.concat(x, 0), index), *(part[1] for part in parts))
-    return joined, rows
+    return caches, rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from dsv3 import tree
 from dsv3.checks import check
-from dsv3.compiled import compile_step
+from dsv3.compiled import compile_step, place
 from dsv3.config import ModelConfig
 from dsv3.data.tokenizer import check_tokenizer
 from dsv3.nn.model import ModelParams, RouterState, absorb_params, cast_params
@@ -68,6 +68,7 @@ class Engine:
       chunk_sizes: sizes of the chunks in which prompts are read.
       smallest_cache: tokens a row that a cache begins with; it doubles as rows grow.
       record: also return what training on the completions wants: `Completion.experts` and `sampled_logprobs`.
+      on_chunk: is called after each chunk of prompts with the tokens of the longest that are read, and all of them.
 
     Raises:
       ValueError: a tokenizer that does not fit the vocabulary, `speculative` for a model without MTP modules, a `max_length`
@@ -88,6 +89,7 @@ class Engine:
         chunk_sizes: Sequence[int] = (32, 128, 512),
         smallest_cache: int = 256,
         record: bool = False,
+        on_chunk: Callable[[int, int], None] | None = None,
     ):
         max_length = cfg.max_length if max_length is None else max_length
         for name, value in (("max_batch", max_batch), ("smallest_cache", smallest_cache)):
@@ -100,7 +102,8 @@ class Engine:
         self.depth, self._modules = speculative, min(speculative, cfg.num_mtp_layers)
         # A step writes all that it computes behind a row, kept or not, and goes on doing so when the row has ended.
         self._margin = 2 * (self.depth + 1)
-        self._chunks, self._smallest, self.record = tuple(chunk_sizes), smallest_cache, record
+        self._chunks, self._smallest = tuple(chunk_sizes), smallest_cache
+        self.record, self._on_chunk = record, on_chunk
         self._policy = policy or default_policy()
         self._decode_policy = self._policy if self._policy.jit else self._policy.replace(fuse=False)
         prefill = functools.partial(prefill_step, cfg=cfg, policy=self._policy, modules=self._modules, record=record)
@@ -181,7 +184,7 @@ class Engine:
         caches, rows = state_init(
             self.cfg, count, size, dtype=self._dtype, cache=self._policy.cache, modules=self._modules, depth=self.depth
         )
-        at, experts = 0, []
+        caches, at, experts = place(caches, owned=True), 0, []
         for chunk in plan:
             piece = tf.constant(tokens[:, at : at + chunk + self._modules])
             counts = tf.constant(np.clip(lengths - at, 0, chunk))
@@ -189,8 +192,10 @@ class Engine:
             at += chunk
             if self.record:
                 experts.append(chosen.numpy().astype(np.int16))
-        for row, place in zip(new, places) if self.record else ():
-            row.begin([chosen[:, place] for chosen in experts])
+            if self._on_chunk is not None:
+                self._on_chunk(min(at, int(lengths.max())), int(lengths.max()))
+        for row, i in zip(new, places) if self.record else ():
+            row.begin([chosen[:, i] for chosen in experts])
         rows = rows._replace(token=tf.constant(tokens[np.arange(count), lengths]))
         return _Batch(caches, rows, [None] * count), places
 
@@ -216,7 +221,8 @@ class Engine:
         same = len(parts) == 1 and places == list(range(len(parts[0].slots))) and parts[0].size >= size
         state = parts[0].caches, parts[0].rows
         if not same:
-            state = rows_take([(part.caches, part.rows) for part in parts], places, size)
+            caches, rows = rows_take([(part.caches, part.rows) for part in parts], places, size)
+            state = place(caches, owned=True), rows
         return _Batch(*state, slots, _sampling([None if row is None else row.request for row in slots]))
 
     def _advance(self, batch: _Batch, greedy: bool, top: int) -> Iterator[Event]:

@@ -55,8 +55,8 @@ class Actions(NamedTuple):
       save: writes a checkpoint of a state, a step and a cursor; called every `save_every` steps (0: never), after the last
         step, when stopped, and after going back.
       restore: reads the latest checkpoint of a step that is a multiple of `save_every` and at most the given one, for a run
-        that has to go back, and removes later ones; `None` where there is none. (Where a signal has stopped the run must not
-        matter.)
+        that has to go back, and removes later ones; before the first one it may return the start. `None` where there is
+        nothing to go back to. (Where a signal has stopped the run must not matter.) The state that is left is gone by then.
       rewind: told the step that the run has gone back to, after that.
       stop: asked after each step; anything but `None` ends the loop.
     """
@@ -92,7 +92,7 @@ def train_loop(
 
     Args:
       step: the compiled step, see `make_train_step`; the state is donated to it.
-      state: where to start from.
+      state: where to start from. Whoever keeps another reference to it keeps its memory, also when the run goes back.
       feed: see `Feed`; `index_feed` makes one of a function of the number of batches.
       steps: optimiser steps of the whole run; steps that are not taken do not count.
       cursor: where the run is beside its state: as a checkpoint has it.
@@ -108,6 +108,7 @@ def train_loop(
         or no patience left to go back. Nothing of such a step is saved.
     """
     run = _Run(step, state, feed, steps, cursor, trouble, actions)
+    del state
     run.begin()
     try:
         while run.done < steps and run.stopped is None:
@@ -147,7 +148,7 @@ class _Run:
         self._batches, self._load, self._loads = None, None, 0
 
     def begin(self) -> None:
-        if self.done == 0:
+        if self.done == 0 and self.cursor.data is None:  # not a run that has left out its first batches
             self._evaluate(always=True)
 
     def end(self) -> None:
@@ -221,6 +222,7 @@ class _Run:
         what = f"step {self.done + 1}: {self.cursor.skipped} steps in a row were not taken, the last as {reason}"
         if count >= limit:
             raise FloatingPointError(f"{what}; the run has gone back {count} times, which is all that it may")
+        self.state = None  # two states may be more than there is room for
         found = self._actions.restore(self.done) if self._actions.save_every else None
         if found is None:
             raise FloatingPointError(f"{what}; there is no checkpoint to go back to")

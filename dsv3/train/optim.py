@@ -93,6 +93,9 @@ def adamw(
     check(0 <= b1 < 1 and 0 <= b2 < 1, f"adamw: b1={b1} and b2={b2}, want both in [0, 1)")
     check(clip_norm is None or clip_norm > 0, f"adamw: `clip_norm` is {clip_norm}, want > 0 or None")
 
+    how = {"b1": b1, "b2": b2, "eps": eps, "fuse": fuse}
+    leaf_of = [functools.partial(_adamw_leaf, wd=wd, **how) for wd in (0.0, weight_decay)]  # two functions, for all steps
+
     def init(params: Tree) -> AdamState:
         zeros = tree.map_leaves(lambda p: tf.zeros(p.shape, moment_dtype), params)
         return AdamState(tf.constant(0), zeros, tree.map_leaves(tf.identity, zeros))
@@ -110,8 +113,7 @@ def adamw(
         scalars = tf.stack([scale, lr, 1.0 - b1**steps, 1.0 - b2**steps, tf.cast(take, tf.float32)])
         new = []
         for (path, p), g, m, v in zip(want.items(), *map(tree.flatten, (grads, state.mu, state.nu))):
-            wd = weight_decay if decay_mask(path) else 0.0
-            leaf = functools.partial(_adamw_leaf, b1=b1, b2=b2, eps=eps, wd=wd, fuse=fuse)
+            leaf = leaf_of[bool(decay_mask(path))]
             new.append(update_leaves(leaf, (p, m, v), g, scalars) if fuse else leaf(p, m, v, g, scalars))
         params, mu, nu = (tree.unflatten_as(params, leaves) for leaves in zip(*new))
         return params, AdamState(count, mu, nu), OptimStats(norm, lr)

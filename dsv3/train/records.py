@@ -37,25 +37,25 @@ class RunLog:
 
     Args:
       directory: the run's folder; made if it is not there.
-      step: the step that the run goes on from; rows after it are cut. 0 starts the log anew.
+      step: the step that the run goes on from; rows after it are cut. `None`: a new run, whose log begins anew.
 
     Raises:
       ValueError: the log has something that is not a row.
       OSError: it cannot be written; also of `write`, `sync` and `close`.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, step: int = 0):
+    def __init__(self, directory: str | os.PathLike, *, step: int | None = None):
         root = Path(directory)
         self._path, self._trouble, self._folder = root / LOG_FILE, root / TROUBLE_FILE, root / EVENTS_FOLDER
         with _writing(self._path):
             root.mkdir(parents=True, exist_ok=True)
-            if not step:
+            if step is None:
                 self._trouble.unlink(missing_ok=True)
             elif self._trouble.exists():  # without what a crash has left unfinished at its end
                 _write_rows(self._trouble, read_rows(self._trouble))
         self._open(step)
 
-    def _open(self, step: int) -> None:
+    def _open(self, step: int | None) -> None:
         with _writing(self._path):
             rows = cut_rows(self._path, step)
             self._file = open(self._path, "a", encoding="utf-8")
@@ -88,7 +88,7 @@ class RunLog:
             self._write_event(row)
 
     def rewind(self, step: int) -> None:
-        """Cuts the rows after a step that the run has gone back to; with 0 all of them."""
+        """Cuts the rows after a step that the run has gone back to; with 0 those of before the first step stay."""
         self.close()
         self._open(step)
 
@@ -149,10 +149,10 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_rows(path: str | os.PathLike, step: int) -> list[dict[str, Any]]:
-    """Removes the rows after `step` from a log, atomically, and returns those that stay: with step 0 none."""
+def cut_rows(path: str | os.PathLike, step: int | None) -> list[dict[str, Any]]:
+    """Removes the rows after `step` from a log, atomically, and returns those that stay: with `None` none."""
     file, rows = Path(path), read_rows(path)
-    stay = [row for row in rows if row["step"] <= step] if step else []
+    stay = [] if step is None else [row for row in rows if row["step"] <= step]
     if file.exists():
         _write_rows(file, stay)
     return stay

@@ -107,10 +107,11 @@ def _moved(bias: tf.Tensor, load: tf.Tensor, taken: Taken) -> tf.Tensor:
 
 
 def _averaged(ema: tf.Tensor, value: tf.Tensor, weight: tf.Tensor, *, fuse: bool) -> tf.Tensor:
-    def leaf(ema, value, weight):
-        return (_average(ema, value, weight, fuse=fuse),)
+    return update_leaves(_average_leaf, (ema,), value, weight)[0] if fuse else _average(ema, value, weight)
 
-    return update_leaves(leaf, (ema,), value, weight)[0] if fuse else leaf(ema, value, weight)[0]
+
+def _average_leaf(ema, value, weight):
+    return (_average(ema, value, weight, fuse=True),)
 
 
 @fused

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 import dsv3
 from dsv3 import YarnConfig, tree
 from dsv3.nn import mla
-from dsv3.nn.mla import LayerCache, mla_apply, mla_rope, mla_specs
+from dsv3.nn.heads import heads_first
+from dsv3.nn.mla import LayerCache, mla_apply, mla_expand, mla_rope, mla_specs
+from dsv3.nn.mla_plain import PlainCache, plain_apply, plain_cache_values
+from dsv3.ops.latent import latent_pack
 from tests import oracles
 from tests.compare import FUSED, GRADIENT_TOLERANCE, PLAIN, assert_close, check_gradient, gradients, normal, to_numpy
 from tests.small import mla_config, random_params
@@ -116,6 +119,45 @@ def test_past_of_unlike_lengths(form, new, dirt, name):
         assert_close(getattr(got, part), want, 4e-6, part)
 
 
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("name, cache", [("yarn", None), ("yarn", "float8"), ("halves to interleaved", None)])
+def test_a_long_past_is_read_in_tiles(form, cache, name):
+    """11 slots are more than 4 blocks of 2, and are read in tiles of 8; rows have filled none, some and all of them."""
+    cfg, params = setup(**CONFIGS[name])
+    kv = normal(1, 3, 11, cfg.cache_width)
+    past = LayerCache(latent_pack(kv, rope=cfg.rope_dim) if cache else kv, tf.constant([0, 4, 11]))
+
+    def apply(x, unroll, policy):
+        policy = policy.replace(cache=cache, attention_block=2, attention_unroll=unroll)
+        return mla_apply(params, x, cfg=cfg, cache=past, form=form, policy=policy).out
+
+    x = tf.constant(normal(0, 3, 3, cfg.hidden_size))
+    want = apply(x, 6, PLAIN)
+    for policy in (PLAIN, FUSED):
+        fn = tf.function(lambda x, unroll: apply(x, unroll, policy), autograph=False)  # noqa: B023
+        assert_close(fn(x, 4), want, 4e-6)
+        graphs = [fn.get_concrete_function(x, unroll).graph for unroll in (4, 6)]
+        loops = [sum(op.type in ("While", "StatelessWhile") for op in graph.get_operations()) for graph in graphs]
+        assert loops == [1, 0]
+
+
+def test_expanded_keys_and_values_are_what_plain_attention_keeps():
+    cfg, params = setup(**CONFIGS["yarn"])
+    past = [0, 4, 6]
+    x = normal(0, 3, 7, cfg.hidden_size)
+    full = mla_apply(params, x, cfg=cfg, form="naive", policy=PLAIN)
+    k, v = mla_expand(params, full.entry, cfg=cfg, policy=PLAIN)
+    assert k.shape[1:] == (cfg.num_heads, 7, cfg.qk_dim) and v.shape[1:] == (cfg.num_heads, 7, cfg.v_dim)
+    assert plain_cache_values(cfg) == (k[:1, :, :1].numpy().size + v[:1, :, :1].numpy().size)
+    dirt = np.arange(7)[:, None] >= np.array(past)[:, None, None, None]
+    kept = PlainCache(np.where(dirt, 1e4, k), np.where(dirt, 1e4, v), tf.constant(past))
+    newest, entry, want = (np.stack([part[b, n : n + 1] for b, n in enumerate(past)]) for part in (x, full.entry, full.out))
+    got = plain_apply(params, newest, entry, kept, cfg=cfg, policy=PLAIN)
+    assert_close(got, want, 4e-6)
+    with pytest.raises(ValueError, match=r"plain_apply: `cache.v` has shape .*, want \(3, 2, 7, 3\) \[B, H, S, U\]"):
+        plain_apply(params, newest, entry, kept._replace(v=kept.v[..., 1:]), cfg=cfg)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_laid_out_for_decoding_change_nothing(name):
     cfg, params = setup(**CONFIGS[name])
@@ -165,7 +207,7 @@ def test_bfloat16_keeps_the_softmax_scale():
     scale = dsv3.preset("deepseek-v3").mla.softmax_scale
     q = tf.cast(normal(0, 1, 6, 2 * 8, scale=4.0), tf.bfloat16)
     table = mla_rope(mla_config(rope_dim=4), tf.zeros([6], tf.int32))
-    plain, scaled = (mla._heads_first(q, *table, heads=2, rope_dim=4, scale=s) for s in (1.0, scale))
+    plain, scaled = (heads_first(q, *table, heads=2, rope_dim=4, scale=s) for s in (1.0, scale))
     np.testing.assert_array_equal(to_numpy(scaled), to_numpy(tf.cast(to_numpy(plain) * np.float32(scale), tf.bfloat16)))
 
 

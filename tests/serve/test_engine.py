@@ -6,7 +6,10 @@ import tensorflow as tf
 
 import dsv3
 from dsv3 import tree
+from dsv3.resident import measure_growth
 from dsv3.serve import Engine, Request
+from dsv3.serve.batch import rows_take
+from dsv3.serve.steps import Caches, Rows
 from tests import small
 from tests.chi_square import assert_follows
 from tests.compare import FUSED, PLAIN, XLA
@@ -23,6 +26,19 @@ def test_unlike_prompts_decode_as_the_full_forward_pass():
         assert (completion.prompt_tokens, len(completion.tokens)) == (len(prompt), length)
         assert completion.finish_reason == "length" and completion.steps == length
         assert_greedy(prompt, completion)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_caches_longer_than_some_blocks_are_read_in_tiles(depth):
+    """Chunks of 7 tokens in caches of 96 slots, with blocks of 4 queries of which 3 are unrolled; progress is told."""
+    told = []
+    policy = POLICY.replace(attention_block=4, attention_unroll=3)
+    how = {"policy": policy, "chunk_sizes": (7,), "smallest_cache": 48, "max_batch": 2, "speculative": depth}
+    asked = prompts(59, 17)
+    run = Engine(*model(), **how, on_chunk=lambda *counts: told.append(counts))
+    for prompt, done in zip(asked, run.generate(greedy(asked, 9))):
+        assert_greedy(prompt, done)
+    assert told == [(min(7 * i, 58), 58) for i in range(1, 10)]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -90,6 +106,19 @@ def test_the_last_token_fits_max_length():
         (done,) = engine().generate(greedy(prompts(length), 50))
         assert len(done.tokens) == 96 - length and done.finish_reason == "length"
         assert_greedy(prompts(length)[0], done)
+
+
+def test_a_cache_that_grows_exists_beside_its_successor_only():
+    """64 MB that become 128: the most that is needed meanwhile is little more than the latter."""
+    rows = Rows(*(tf.constant([3, 5]) for _ in range(3)), ())
+    caches = Caches(tf.random.uniform([4, 2, 2**15, 64]), ())
+    (grown, same), growth = measure_growth(lambda: rows_take([(caches, rows)], [0, 1], 2**16))
+    np.testing.assert_array_equal(grown.trunk[:, :, : 2**15], caches.trunk)
+    assert grown.trunk.shape == (4, 2, 2**16, 64) and not grown.trunk[:, :, 2**15 :].numpy().any()
+    assert same.length.numpy().tolist() == [3, 5]
+    assert growth.peak < 1.25 * 2**27
+    turned, _ = rows_take([(caches, rows)], [1, 0], 2**16)
+    np.testing.assert_array_equal(turned.trunk[:, :, : 2**15], caches.trunk.numpy()[:, ::-1])
 
 
 def test_many_equal_prompts_are_read_once_and_drawn_apart():

@@ -26,10 +26,13 @@ from absl.testing import flagsaver
 def load(*arguments, **options):
     raise AssertionError("loaded")
 
-generate.load_pretrained = load
-for arguments in json.loads(sys.argv[1]):
+real, generate.load_pretrained = generate.load_pretrained, load
+cases = json.loads(sys.argv[1])
+for arguments in cases:
+    if arguments is cases[-1]:
+        generate.load_pretrained = real
     stream = io.StringIO()
-    with contextlib.redirect_stderr(stream), flagsaver.flagsaver():
+    with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(io.StringIO()), flagsaver.flagsaver():
         try:
             code = generate.main(generate.parse_flags(["generate.py", *arguments]))
         except BaseException as error:
@@ -48,6 +51,7 @@ CASES = {
     "standard input": (["{whole}"], "standard input is not UTF-8 (byte 1)"),
     "a good one": (["{whole}", PROMPT, "--speculative=1", "--max_length=96"], "loaded"),
 }
+COMPARE = ["{whole}", PROMPT, "--max_new_tokens=8", "--speculative=1", "--compare", "--dtype=float32"]
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +63,14 @@ def results(tmp_path_factory):
         save_tokenizer(tokenizer(), places[name])
     edit_config(folder / "plain", num_nextn_predict_layers=0)
     (folder / "bytes.txt").write_bytes(b"ab\xff")
-    cases = [[argument.format(**places) for argument in arguments] for arguments, _ in CASES.values()]
+    wanted = [*(arguments for arguments, _ in CASES.values()), COMPARE]
+    cases = [[argument.format(**places) for argument in arguments] for arguments in wanted]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(cases)], input=b"a\xff\n", capture_output=True, timeout=240, cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}", "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip([*CASES, "compare"], map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -77,12 +82,9 @@ def test_bad_input_is_one_line_before_loading(results, what):
         assert code == 2 and len(lines) == 1 and lines[0].startswith("generate: ") and message in lines[0], (code, lines)
 
 
-def test_the_speed_up_of_drafts_is_told(tmp_path):
-    save_pretrained(tmp_path, *model(VOCAB))
-    save_tokenizer(tokenizer(), tmp_path)
-    program = [sys.executable, str(EXAMPLES / "generate.py"), str(tmp_path), PROMPT, "--max_new_tokens=8"]
-    program += ["--speculative=1", "--compare", "--dtype=float32"]
-    done = subprocess.run(program, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"speed-up \d+\.\d\d: [\d.]+ tokens/s with drafts, [\d.]+ without", done.stderr)
-    assert "1 of 1 greedy texts are the same" in done.stderr
+def test_the_speed_up_of_drafts_is_told(results):
+    code, lines = results["compare"]
+    told = "\n".join(lines)
+    assert code == 0, told
+    assert re.search(r"speed-up \d+\.\d\d: [\d.]+ tokens/s with drafts, [\d.]+ without", told)
+    assert "1 of 1 greedy texts are the same" in told

@@ -7,17 +7,19 @@ import pytest
 import tensorflow as tf
 
 import dsv3
-from dsv3 import pipeline, tree
+from dsv3 import RouterState, pipeline, tree
 from dsv3.ops.dispatch import dispatch_capacity
 from tests.compare import PLAIN, assert_close
 from tests.small import model_config, random_params, random_router, random_tokens
-from tests.train.test_pipeline_step import gradients
+from tests.train.test_mesh_step import layouts_of
+from tests.train.test_pipeline_step import gradients, recorder
 
 # Eight groups of two experts: with four nodes each has two groups, with two each has four.
 FIELDS = {
     "num_hidden_layers": 2, "n_routed_experts": 16, "n_group": 8, "topk_group": 3, "num_experts_per_tok": 5,
     "num_nextn_predict_layers": 1,
 }  # fmt: skip
+ONE = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}  # one mixture: little to compile
 CFG = model_config(**FIELDS)
 MICRO, ROWS, LENGTH = 2, 8, 5
 
@@ -37,14 +39,14 @@ def on_one_device(cfg):
 
 # As many experts, groups and choices as DeepSeek-V3 has, a group a node.
 PUBLISHED = {
-    "n_routed_experts": 256, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "num_nextn_predict_layers": 0,
+    "n_routed_experts": 256, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8,
 }  # fmt: skip
 CASES = [
     ("expert:4", 2, {}, {}),
-    ("data:2,expert:4", 4, {}, {"dispatch_dtype": "float32"}),  # one device a node: nothing to forward to
-    ("pipe:2,expert:4", 2, {"n_shared_experts": 0}, {"schedule": pipeline.zb1p}),
-    ("expert:8", 4, {}, {"policy": PLAIN.replace(remat="block")}),
-    ("expert:8", 8, PUBLISHED, {"policy": PLAIN.replace(experts="blocks")}),
+    ("data:2,expert:4", 4, ONE, {"dispatch_dtype": "float32"}),  # one device a node: nothing to forward to
+    ("pipe:2,expert:4", 2, {"n_shared_experts": 0, "num_nextn_predict_layers": 0}, {"schedule": pipeline.zb1p}),
+    ("expert:8", 4, ONE, {"policy": PLAIN.replace(remat="block")}),
+    ("expert:8", 8, ONE | PUBLISHED, {"policy": PLAIN.replace(experts="blocks")}),
 ]
 
 
@@ -65,14 +67,13 @@ def chosen(cfg, tokens):
     params, router = random_params(dsv3.model_specs(cfg)), random_router(cfg)
     for batch in tokens:
         out = dsv3.model_apply(params, router, batch[:, :-1], cfg=cfg, policy=PLAIN)
-        chain = dsv3.mtp_chain(params, router, out, batch[:, 1:], cfg=cfg, policy=PLAIN)
-        yield from (*out.stats.experts.numpy(), *chain.stats.experts.numpy())
+        yield from out.stats.experts.numpy()
 
 
 def test_a_token_stays_within_its_nodes_and_bytes_are_those_of_the_formula():
     """With a group a node, a token reaches at most `groups_kept`; between nodes a row goes once for each of them."""
     nodes, each, ways, d, k = 4, 2, 8, CFG.hidden_size, 5
-    cfg = model_config(**FIELDS | {"n_group": 4, "topk_group": 2})
+    cfg = model_config(**FIELDS | ONE | {"n_group": 4, "topk_group": 2})
     tokens = tokens_of(cfg)
     _, metrics = gradients(cfg, "expert:8", tokens, expert_nodes=nodes)
     here, between, within, reached, rows, room = ROWS // ways * LENGTH, 0, 0, [], 0, 0
@@ -97,18 +98,13 @@ def test_a_token_stays_within_its_nodes_and_bytes_are_those_of_the_formula():
 
 def test_nothing_is_dropped_when_all_tokens_want_one_expert():
     """The forwarder's capacity is the tokens of all nodes then."""
-    cfg = model_config(**FIELDS | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1})
-
-    def run(axes, **kwargs):
-        state = dsv3.train_init([1, 2], cfg, dsv3.adamw(1e-3))
-        state = state._replace(router=tree.map_leaves(lambda b: b + 10.0 * tf.one_hot(9, 16), state.router))
-        layouts = None
-        if axes:
-            layouts = dsv3.make_layouts(dsv3.model_specs(cfg), dsv3.make_mesh(axes))
-            state = dsv3.place_state(state, layouts)
-        return dsv3.make_train_step(cfg, dsv3.adamw(1e-3), layouts, policy=PLAIN, **kwargs)(state, tokens_of(cfg))[1]
-
-    got, want = run("expert:4", expert_nodes=2), run(None)
+    cfg = model_config(**FIELDS | ONE | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1})
+    state = dsv3.train_init([1, 2], cfg, recorder())
+    state = state._replace(router=RouterState(state.router.moe + 10.0 * tf.one_hot(9, 16), state.router.mtp))
+    _, want = dsv3.train_update(state, tokens_of(cfg), cfg=cfg, optimizer=recorder(), policy=PLAIN)
+    layouts = layouts_of(cfg, "expert:4")
+    step = dsv3.make_train_step(cfg, recorder(), layouts, policy=PLAIN, expert_nodes=2)
+    _, got = step(dsv3.place_state(state, layouts), tokens_of(cfg))
     assert got.parts.load.moe[0, 9] == MICRO * ROWS * LENGTH and got.mesh.token_nodes == 1
     assert_close(got.loss, want.loss, 1e-5)
     assert_close(got.optim.grad_norm, want.optim.grad_norm, 1e-5)

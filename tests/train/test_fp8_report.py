@@ -1,14 +1,12 @@
 """What the FP8 programs make of losses, and how they refuse bad input."""
 
 import json
-import pathlib
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+from tests.programs import EXAMPLES, run_programs
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +49,33 @@ def test_no_run_is_one_line(fp8_compare, tmp_path):
         fp8_compare.write_report(tmp_path, ["paper"])
 
 
+PROGRAMS = {
+    "fp8_report": ["--seeds=a"], "fp8_speed": ["--cases=all"],
+    "fp8_error": ["--rows=16", "--depth=128", "--depth=1024", "--positive"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    done = run_programs(*((program, [flags]) for program, flags in PROGRAMS.items()), folder=folder)
+    return dict(zip(PROGRAMS, done, strict=True)) | {"left": list(folder.iterdir())}
+
+
 @pytest.mark.parametrize(
-    ("program", "flag", "message"),
+    ("program", "message"),
     [
-        ("fp8_report", "--seeds=a", "--seeds has 'a', want numbers of 0 or more"),
-        ("fp8_speed", "--cases=all", "--cases has ['all'], want some of quantize, product, step"),
+        ("fp8_report", "--seeds has 'a', want numbers of 0 or more"),
+        ("fp8_speed", "--cases has ['all'], want some of quantize, product, step"),
     ],
 )
-def test_bad_input_is_one_line(program, flag, message, tmp_path):
-    command = [sys.executable, EXAMPLES / f"{program}.py", flag]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == f"{program}: {message}\n" and not list(tmp_path.iterdir())
+def test_bad_input_is_one_line(program, message, results):
+    assert results[program] == (2, "", f"{program}: {message}\n") and not results["left"]
 
 
-def test_errors_of_products_are_shown(tmp_path):
+def test_errors_of_products_are_shown(results):
     """The paper's 128-element promotion keeps sums' errors small at any length; without it they grow."""
-    command = [sys.executable, EXAMPLES / "fp8_error.py", "--rows=16", "--depth=128", "--depth=1024", "--positive"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    short, long = (line.split() for line in done.stdout.splitlines()[2:])
+    assert results["fp8_error"].code == 0
+    short, long = (line.split() for line in results["fp8_error"].out.splitlines()[2:])
     promoted, never = ([float(row[i]) for row in (short, long)] for i in (6, 8))
     assert promoted[1] < 1.5 * promoted[0] and never[0] == promoted[0] and never[1] > 10 * promoted[1]

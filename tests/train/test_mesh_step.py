@@ -14,12 +14,12 @@ from dsv3.ops.dispatch import dispatch_capacity
 from dsv3.parallel.mesh import make_mesh, whole
 from dsv3.train.mesh_params import state_layouts
 from tests.compare import PLAIN, assert_close
-from tests.more import more
+from tests.more import MORE, more
 from tests.small import KEY, model_config, random_tokens
 
 RATES = {"mtp_weight": 0.3, "balance_weight": 0.01, "bias_rate": 0.01}
-STEPS = 10
-# Rounding of sums in another order, 6e-8 a sum, grows over ten steps of Adam, whose division by √v makes small gradients
+STEPS = 10 if MORE else 4
+# Rounding of sums in another order, 6e-8 a sum, grows over the steps of Adam, whose division by √v makes small gradients
 # count as much as large ones (the larger eps bounds that).
 LOSS, PARAMS = 1e-5, 1e-4
 
@@ -36,16 +36,25 @@ def layouts_of(cfg, axes, zero=True):
 
 def train(cfg, axes, batches, *, policy=PLAIN, zero=True, **kwargs):
     """Returns the state after the batches, as plain tensors, and all metrics."""
-    state, layouts = dsv3.train_init(KEY, cfg, optimizer()), None
-    if axes is not None:
+    state = dsv3.train_init(KEY, cfg, optimizer())
+    if axes is None:
+        step = one_device(cfg, optimizer(), sum(map(len, batches)), policy=policy, **RATES)
+    else:
         layouts = layouts_of(cfg, axes, zero)
         state = dsv3.place_state(state, layouts)
-    step = dsv3.make_train_step(cfg, optimizer(), layouts, policy=policy, **RATES, **kwargs)
+        step = dsv3.make_train_step(cfg, optimizer(), layouts, policy=policy, **RATES, **kwargs)
     found = []
     for batch in batches:
         state, metrics = step(state, batch)
         found.append(metrics)
-    return (state if layouts is None else dsv3.gather_state(state)), found
+    return (state if axes is None else dsv3.gather_state(state)), found
+
+
+def one_device(cfg, optimizer, micro_batches, **kwargs):
+    """The step on one device; for a few micro-batches not compiled, which changes nothing (test_step.py) and takes long."""
+    if micro_batches > 12:
+        return dsv3.make_train_step(cfg, optimizer, **kwargs)
+    return functools.partial(dsv3.train_update, cfg=cfg, optimizer=optimizer, **kwargs)
 
 
 def batches_of(cfg, micro, rows, length, steps=STEPS):
@@ -77,8 +86,10 @@ def assert_same_run(got, want):
         assert_close(a, b, PARAMS, path)
 
 
+# One mixture, of which a mesh compiles a third: where layers, blocks and modules are not what a test is about.
+ONE = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
 CONFIGS = [
-    {"num_nextn_predict_layers": 1},
+    {"num_hidden_layers": 3 if MORE else 2, "num_nextn_predict_layers": 1},
     {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, "q_lora_rank": None, "n_shared_experts": 2},
     {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 2, "n_shared_experts": 0,
      "n_routed_experts": 12, "tie_word_embeddings": True},
@@ -133,7 +144,7 @@ def test_however_parameters_are_stored_and_computed(fields, axes, rules, policy)
 
 def test_bfloat16_products():
     """Each side rounds to 8 bits, in sums of another order."""
-    cfg, policy = model_config(**CONFIGS[0]), PLAIN.replace(dtype="bfloat16")
+    cfg, policy = model_config(**ONE), PLAIN.replace(dtype="bfloat16")
     batches = batches_of(cfg, 1, 4, 5, 1)
     _, (got,) = train(cfg, "data:2,expert:2", batches, policy=policy)
     _, (want,) = train(cfg, None, batches, policy=policy)
@@ -148,13 +159,7 @@ def test_a_state_lies_as_its_layouts_say_and_takes_the_bytes_of_the_formula():
     layouts = layouts_of(cfg, "data:2,expert:4")
     state = dsv3.train_init(KEY, cfg, optimizer())
     placed = dsv3.place_state(state, layouts)
-    step = dsv3.make_train_step(cfg, optimizer(), layouts, policy=PLAIN)
-    after, _ = step(placed, batches_of(cfg, 1, 8, 5, 1)[0])
-    for one in (placed, after):
-        held = [dtensor.unpack(leaf)[0] for leaf in tree.flatten((one.params, one.opt.mu, one.opt.nu))]
-        assert sum(int(np.prod(leaf.shape)) for leaf in held) * 4 == 3 * local_bytes(dsv3.model_specs(cfg), layouts)
-        for (path, leaf), layout in zip(tree.items(one), tree.flatten(state_layouts(one, layouts))):
-            assert dtensor.fetch_layout(leaf) == layout, path
+    assert_lies(placed, cfg, layouts)
     experts = layouts.moe.ffn.gate_up.sharding_specs
     assert experts[1] == "expert" and "data" in experts, "experts over expert, their optimiser's part over data"
     assert set(layouts.embed.sharding_specs) == {"data", "expert"}
@@ -162,15 +167,28 @@ def test_a_state_lies_as_its_layouts_say_and_takes_the_bytes_of_the_formula():
     ratio = local_bytes(dsv3.model_specs(cfg), layouts) / (whole_bytes / 8)
     assert 1 <= ratio < 1.25, "an eighth, but for leaves with one dim that divides, as norms"
     np.testing.assert_array_equal(whole(placed.params.embed), state.params.embed)
+    small = cfg.replace(**ONE)
+    layouts = layouts_of(small, "data:2,expert:4")
+    placed = dsv3.place_state(dsv3.train_init(KEY, small, optimizer()), layouts)
+    step = dsv3.make_train_step(small, optimizer(), layouts, policy=PLAIN)
+    assert_lies(step(placed, batches_of(small, 1, 8, 5, 1)[0])[0], small, layouts)
+
+
+def assert_lies(state, cfg, layouts):
+    """Each leaf as its layout says, a device with the bytes of the formula."""
+    held = [dtensor.unpack(leaf)[0] for leaf in tree.flatten((state.params, state.opt.mu, state.opt.nu))]
+    assert sum(int(np.prod(leaf.shape)) for leaf in held) * 4 == 3 * local_bytes(dsv3.model_specs(cfg), layouts)
+    for (path, leaf), layout in zip(tree.items(state), tree.flatten(state_layouts(state, layouts))):
+        assert dtensor.fetch_layout(leaf) == layout, path
 
 
 def test_bytes_and_padding_are_those_of_the_formula():
     """Rows there and back, forward and backward, with a gate value: ways − 1 of ways parts of each buffer leave a device."""
-    cfg = model_config(**CONFIGS[0])
+    cfg = model_config(**ONE)
     ways, length, rows, d = 3, 6, 6, 12
     _, (metrics,) = train(cfg, f"expert:{ways}", batches_of(cfg, 1, rows, length, 1))
-    tokens, experts, k, layers = rows // ways * length, 6, 2, 3
-    load = tf.concat([metrics.parts.load.moe, metrics.parts.load.mtp], 0).numpy()
+    tokens, experts, k, layers = rows // ways * length, 6, 2, 1
+    load = metrics.parts.load.moe.numpy()
     assert load.sum() == layers * rows * length * k
     capacity = sum(dispatch_capacity(n, tokens) for n in fullest(cfg, batches_of(cfg, 1, rows, length, 1)[0][0], ways))
     a_row = 4 * (2 * d + 2 * d + 2)
@@ -182,20 +200,19 @@ def fullest(cfg, tokens, ways):
     """Tokens of the fullest expert of each mixture, counted on each of `ways` devices."""
     state = dsv3.train_init(KEY, cfg, optimizer())
     out = dsv3.model_apply(state.params, state.router, tokens[:, :-1], cfg=cfg, policy=PLAIN)
-    chain = dsv3.mtp_chain(state.params, state.router, out, tokens[:, 1:], cfg=cfg, policy=PLAIN)
-    for experts in (*out.stats.experts.numpy(), *chain.stats.experts.numpy()):
+    for experts in out.stats.experts.numpy():
         yield max(int(np.bincount(part.reshape(-1)).max()) for part in np.split(experts, ways))
 
 
 def test_nothing_is_dropped_when_all_tokens_want_one_expert():
     """The worst case: the capacity is the number of tokens."""
-    cfg = model_config(**CONFIGS[0], n_group=1, topk_group=1, num_experts_per_tok=1)
+    cfg = model_config(**ONE, n_group=1, topk_group=1, num_experts_per_tok=1)
     state = dsv3.train_init(KEY, cfg, optimizer())
     bias = tree.map_leaves(lambda b: b + 10.0 * tf.one_hot(1, 6), state.router)
     state = state._replace(router=bias)
     layouts, tokens = layouts_of(cfg, "expert:2"), batches_of(cfg, 1, 4, 9, 1)[0]
     _, got = dsv3.make_train_step(cfg, optimizer(), layouts, policy=PLAIN)(dsv3.place_state(state, layouts), tokens)
-    _, want = dsv3.make_train_step(cfg, optimizer(), policy=PLAIN)(state, tokens)
+    _, want = dsv3.train_update(state, tokens, cfg=cfg, optimizer=optimizer(), policy=PLAIN)
     assert got.parts.load.moe[0, 1] == 4 * 9
     assert_close(got.loss, want.loss, LOSS)
     assert_close(got.optim.grad_norm, want.optim.grad_norm, 1e-5)
@@ -203,7 +220,7 @@ def test_nothing_is_dropped_when_all_tokens_want_one_expert():
 
 
 def test_rows_may_travel_in_bfloat16():
-    cfg = model_config(**CONFIGS[0])
+    cfg = model_config(**ONE)
     batch = batches_of(cfg, 1, 4, 5, 1)
     _, (full,) = train(cfg, "expert:2", batch)
     _, (half,) = train(cfg, "expert:2", batch, dispatch_dtype="bfloat16")

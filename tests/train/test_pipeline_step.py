@@ -38,13 +38,15 @@ def gradients(cfg, axes, tokens, weights=None, times=1, **kwargs):
     With `times` the same step is made so often: later ones find what the first has prepared.
     """
     state = dsv3.train_state(random_params(dsv3.model_specs(cfg)), random_router(cfg), recorder())
+    kwargs = {"policy": PLAIN} | RATES | kwargs
     layouts = None if axes is None else layouts_of(cfg, axes)
     if layouts is not None:
         state = dsv3.place_state(state, layouts)
-    step = dsv3.make_train_step(cfg, recorder(), layouts, **{"policy": PLAIN} | RATES | kwargs)
+    # Compiled on one device too: outside of a graph other kernels round, of which a gradient here shows up to 1.2e-5.
+    step = dsv3.make_train_step(cfg, recorder(), layouts, **kwargs)
     for _ in range(times):
         after, metrics = step(state, tokens, weights)
-    return (after if layouts is None else dsv3.gather_state(after)).params, metrics
+    return (after if axes is None else dsv3.gather_state(after)).params, metrics
 
 
 @functools.cache

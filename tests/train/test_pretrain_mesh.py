@@ -15,22 +15,23 @@ import pytest
 from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from tests.small import model_config
-from tests.train.test_pretrain_example import EXAMPLES, call, corpus, environment, pretrain, read_rows, refused, train_rows
+from tests.train.test_pretrain_example import EXAMPLES, call, environment, pretrain, read_rows, refused, train_rows
+from tests.train.test_pretrain_plan import data
 
-__all__ = ["corpus", "pretrain"]
+__all__ = ["data", "pretrain"]
 
 STEPS = 12
 MESH = "--mesh=data:2,expert:2"
 
 
 @pytest.fixture(scope="module")
-def same(corpus, tmp_path_factory):
-    """The flags of every run here: a small model, of which one process compiles little."""
+def same(data, tmp_path_factory):  # noqa: F811
+    """The flags of every run here: a mixture of two sources; a small model, of which one process compiles little."""
     fields = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, "vocab_size": 300, "n_routed_experts": 4, "n_group": 2}
     path = tmp_path_factory.mktemp("config") / "config.json"
     path.write_text(json.dumps(model_config(**fields, topk_group=1, max_position_embeddings=64).to_hf()))
-    sizes = f"--steps={STEPS} --batch_size=8 --accumulate=2 --seq_len=16 --heldout=0.1 --eval_every=6 --save_every=3"
-    return [f"--corpus={corpus}", f"--config={path}", *sizes.split()]
+    sizes = f"--steps={STEPS} --batch_size=8 --accumulate=2 --seq_len=16 --eval_every=6 --save_every=3"
+    return [f"--data={data}", f"--config={path}", *sizes.split()]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,12 @@ def assert_same_curve(out, straight, steps=STEPS):
 
 
 def launched(folder, clients, arguments):
-    command = [sys.executable, str(EXAMPLES / "launch.py"), f"--num_clients={clients}", str(EXAMPLES / "pretrain.py")]
-    log = open(folder / "printed", "w")  # noqa: SIM115
+    """Starts the program, as several processes by the launcher, as one without it; what they print is in a file."""
+    launcher = [str(EXAMPLES / "launch.py"), f"--num_clients={clients}"] if clients > 1 else []
+    command = [sys.executable, *launcher, str(EXAMPLES / "pretrain.py"), *arguments]
     env = environment() | {"DSV3_JOIN_SECONDS": "120"}
-    return subprocess.Popen([*command, *arguments], env=env, stdout=log, stderr=subprocess.STDOUT)
+    with open(folder / "printed", "w") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
 def wait(process, seconds):
@@ -75,7 +78,8 @@ def wait(process, seconds):
 def killed(same, tmp_path_factory):
     """A run by two processes of which the second was killed after some steps."""
     folder = tmp_path_factory.mktemp("killed")
-    process, log = launched(folder, 2, [*same, MESH, f"--out={folder / 'run'}"]), folder / "run" / "log.jsonl"
+    arguments = [*same, MESH, "--read_ahead=2", f"--out={folder / 'run'}"]  # how rows are read does not matter
+    process, log = launched(folder, 2, arguments), folder / "run" / "log.jsonl"
     end = time.monotonic() + 200
     while not log.exists() or log.read_bytes().count(b'"train"') < 5:
         assert process.poll() is None and time.monotonic() < end, (folder / "printed").read_text()
@@ -122,11 +126,13 @@ def test_gone_on_with_by_two_processes_on_another_mesh(pretrain, same, straight,
     assert load_pretrained(out / "export", dtype="float32")[0].vocab_size == 300
 
 
-def test_a_mesh_of_one_process_gives_the_curve_of_one_device(pretrain, same, straight, tmp_path, monkeypatch):
+def test_gone_on_with_by_one_process_on_the_same_mesh(pretrain, same, straight, killed, tmp_path, monkeypatch):
+    """Its devices read what two processes have read; so a mesh of one process gives the curve of one device, too."""
+    out = shutil.copytree(killed, tmp_path / "run")
     monkeypatch.setattr(pretrain, "report", lambda *arguments: None)
-    assert call(pretrain, *same, MESH, f"--out={tmp_path}") == 0
-    assert_same_curve(tmp_path, straight)
-    rows = train_rows(tmp_path)
+    assert call(pretrain, *same, MESH, f"--out={out}") == 0
+    assert_same_curve(out, straight)
+    rows = train_rows(out)
     assert all(row["dispatch_bytes"] > 0 and 0 < row["dispatch_padding"] < 1 for row in rows), "experts are on two devices"
     assert not any("dispatch_bytes" in row for row in train_rows(straight))
 

@@ -1,15 +1,21 @@
 """`examples/pretrain.py --plan=paper --data=...`: the paper's whole plan, scaled, on a mixture; stopped in every stage."""
 
+import contextlib
+import functools
+import gc
+import io
 import json
 import re
 import shutil
 import signal
 import sys
+import weakref
 
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 
+from dsv3 import tree
 from dsv3.data import (
     Document,
     Manifest,
@@ -24,19 +30,20 @@ from dsv3.data import (
     write_shard,
 )
 from dsv3.pretrained import load_pretrained
-from dsv3.train.checkpoint import list_checkpoints
+from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.checkpoint_tools import open_checkpoint
 from dsv3.train.records import read_rows
 from tests.more import more
-from tests.train.test_pretrain_example import call, pretrain, refused, train_rows  # noqa: F401 (a fixture)
+from tests.train.test_loop import toy_step
+from tests.train.test_pretrain_example import CONFIG, call, pretrain, refused, train_rows
+
+__all__ = ["pretrain"]
 
 PLAN = (
-    "--preset=tiny --vocab_size=300 --plan=paper --batch_size=32 --seq_len=8 --accumulate=8 --steps=90 --context_steps=3 "
-    "--warmup_steps=2 --eval_every=0 --save_every=20 --watch_every=30 --ema_decay=0.9"
+    f"{CONFIG} --plan=paper --batch_size=32 --seq_len=8 --accumulate=8 --steps=90 --context_steps=3 --warmup_steps=2 "
+    "--eval_every=0 --save_every=20 --keep=9 --watch_every=30 --ema_decay=0.9"
 ).split()
-SHORT = (
-    "--preset=tiny --vocab_size=300 --steps=20 --batch_size=4 --seq_len=8 --eval_every=0 --save_every=5 --patience=3"
-).split()
+SHORT = f"{CONFIG} --steps=20 --batch_size=4 --seq_len=8 --eval_every=0 --save_every=5 --patience=3".split()
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +104,25 @@ def test_everything_changes_when_the_plan_says_so(whole, data):
     assert json.loads((whole / "run.json").read_text())["corpus"] == manifest_digest(read_manifest(data))
 
 
-@pytest.mark.parametrize("stop_after", [-5, *more(30, -1)])
-def test_stopped_in_any_stage_it_goes_on_to_the_same_losses(whole, pretrain, data, tmp_path, monkeypatch, stop_after):  # noqa: F811
+def cut(whole, out, step):
+    """A copy of a run as if it had been killed after some of the steps that came after a checkpoint."""
+    shutil.copytree(whole, out)
+    found = list_checkpoints(out / "checkpoints")
+    for path in found:
+        if checkpoint_step(path) > step:
+            shutil.rmtree(path)
+    assert step in map(checkpoint_step, found)
+
+
+# The pretraining is the longest: a plain test run begins at its end, where the first context stage does.
+@pytest.mark.parametrize(("begin", "stop_after"), [(-6, -5), *more((None, 30), (None, -5), (None, -1))])
+def test_stopped_in_any_stage_it_goes_on_to_the_same_losses(whole, pretrain, data, tmp_path, monkeypatch, begin, stop_after):  # noqa: F811
     total = len(train_rows(whole))
     stop_after %= total
     train_loop, out = sys.modules["pretrain_train"].train_loop, tmp_path / "run"
     monkeypatch.setattr(pretrain, "report", lambda *arguments: None)
+    if begin is not None:
+        cut(whole, out, total + begin)
     with monkeypatch.context() as patch:
 
         def stopped(*args, actions, **options):
@@ -176,36 +196,106 @@ def test_bad_input_is_one_line(pretrain, data, broken, tmp_path, what):  # noqa:
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_flipped_byte_ends_the_run_with_its_name(pretrain, broken, tmp_path, capsys):  # noqa: F811
+def test_a_flipped_byte_ends_the_run_with_its_name(pretrain, broken, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Wherever the training is by then; nothing is computed here."""
     arguments, message = BAD["a flipped byte"]
+
+    def step(state, tokens, weights, limits):
+        return toy_step(state, np.float32(3.0), None, limits)
+
+    monkeypatch.setattr("pretrain_train.make_train_step", lambda *arguments, **options: step)
+    monkeypatch.setattr("pretrain_train.make_watch", lambda *arguments, **options: lambda state, metrics: {})
     arguments = [argument.format(tmp=broken) for argument in arguments]
     assert call(pretrain, *SHORT, "--steps=400", f"--out={tmp_path / 'run'}", *arguments) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
     assert re.search(message, line) and "of source 'code'" in line
 
 
-def test_bad_batches_take_the_run_back_and_are_not_seen_again(pretrain, data, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Batches 12 to 14 have weights that are no numbers: left out, until the run is back at step 10, and on behind them."""
-    feed_of, out = sys.modules["pretrain_train"].make_feed, tmp_path / "run"
+def poisoned(make_feed, bad):
+    """A feed in which batches of these numbers, counted from 1, have weights that are no numbers."""
 
-    def poisoned(setup):
-        feed = feed_of(setup)
+    def make(setup):
+        feed = make_feed(setup)
 
         def poison(position, tokens):
             for fed in feed(position, tokens):
-                bad = 12 < fed.data["steps"] <= 15
-                yield fed._replace(weights=fed.weights * np.float32("inf") if bad else fed.weights)
+                yield fed._replace(weights=fed.weights * np.float32("inf" if fed.data["steps"] in bad else 1))
 
         return poison
 
-    monkeypatch.setattr("pretrain_train.make_feed", poisoned)
-    monkeypatch.setattr(pretrain, "report", lambda *arguments: None)
-    assert call(pretrain, f"--data={data}", *SHORT, f"--out={out}") == 0
+    return make
+
+
+def watched(module, left):
+    """A step that notes what it is given, first and last, and a reader of checkpoints that notes how much of it is left."""
+    make_step, restore, first, last = module.make_train_step, module.restore_checkpoint, [], []
+
+    def make(*arguments, **options):
+        step = make_step(*arguments, **options)
+
+        def noting(state, *batch):
+            last[:] = map(weakref.ref, tree.flatten(state.params))
+            first[:] = first or last
+            return step(state, *batch)
+
+        return noting
+
+    def restoring(*arguments, **options):
+        gc.collect()
+        left.append((len(first), sum(one() is not None for one in (*first, *last))))
+        first.clear()
+        return restore(*arguments, **options)
+
+    return make, restoring
+
+
+@pytest.fixture(scope="module")
+def taken_back(pretrain, data, tmp_path_factory):
+    """A run that goes back twice, to its start and to a checkpoint, on devices as the flags say; and its last lines."""
+    module = sys.modules["pretrain_train"]
+
+    @functools.cache
+    def run(*flags):
+        out, left, stream = tmp_path_factory.mktemp("back") / "run", [], io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stream):
+            patch.setattr(module, "make_feed", poisoned(module.make_feed, {3, 4, 5, 18, 19, 20}))
+            make, restoring = watched(module, left)
+            patch.setattr(module, "make_train_step", make)
+            patch.setattr(module, "restore_checkpoint", restoring)
+            patch.setattr(pretrain, "report", lambda *arguments: None)
+            assert call(pretrain, f"--data={data}", *SHORT, "--eval_every=20", f"--out={out}", *flags) == 0
+        return out, left, stream.getvalue()
+
+    return run
+
+
+def test_bad_batches_take_the_run_back_and_are_not_seen_again(taken_back):
+    """Left out, until the run is back at a checkpoint, before the first one at its start, and on behind them."""
+    out, left, said = taken_back()
     rows, trouble = train_rows(out), read_rows(out / "trouble.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 21)) and all(np.isfinite(row["loss"]) for row in rows)
-    assert [row["kind"] for row in trouble] == ["skipped"] * 3 + ["rollback"]
-    assert [row["data"]["steps"] for row in trouble] == [12, 13, 14, 10]
-    assert (trouble[-1]["step"], trouble[-1]["to"], trouble[-1]["data_after"]["steps"]) == (12, 10, 15)
+    assert [row["kind"] for row in trouble] == 2 * (["skipped"] * 3 + ["rollback"])
+    assert [row["data"] and row["data"]["steps"] for row in trouble] == [2, 3, 4, None, 17, 18, 19, 15]
+    first, second = trouble[3], trouble[7]
+    assert (first["step"], first["to"], first["data_after"]["steps"]) == (2, 0, 5)
+    assert (second["step"], second["to"], second["data_after"]["steps"]) == (12, 10, 20)
     cursor = open_checkpoint(out).meta["cursor"]
-    assert (cursor["data"]["steps"], cursor["rollbacks"], cursor["skipped"]) == (25, 1, 0)
-    assert "back from step 12 to the checkpoint of step 10" in capsys.readouterr().err
+    assert (cursor["data"]["steps"], cursor["rollbacks"], cursor["skipped"]) == (30, 2, 0)
+    assert [row["step"] for row in read_rows(out / "log.jsonl") if row["kind"] == "heldout"] == [0, 20]
+    assert "back from step 12 to the checkpoint of step 10" in said and "back from step 2 to the start" in said
+    assert [count for _, count in left] == [0, 0, 0], "no checkpoint is read while the state that is left is still there"
+    assert left[0][0] == 0 < left[1][0] == left[2][0], "it would have been noticed"
+
+
+def test_a_mesh_goes_back_as_one_device_does(taken_back):
+    out, left, _ = taken_back("--mesh=data:2,expert:2")
+    one, _, _ = taken_back()
+    for name in ("loss", "grad_norm", "tokens"):
+        want, got = ([row[name] for row in train_rows(run)] for run in (one, out))
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)  # sums in another order, over twenty steps of Adam
+    names = ("kind", "step", "to", "data", "data_after")
+    want, got = ([[row.get(n) for n in names] for row in read_rows(run / "trouble.jsonl")] for run in (one, out))
+    assert got == want
+    want, got = (open_checkpoint(run).meta["cursor"] for run in (one, out))
+    assert {**got, "losses": 0, "norms": 0} == {**want, "losses": 0, "norms": 0}
+    assert [count for _, count in left] == [0, 0, 0] and left[2][0] > 0, "of what lies on devices nothing either"

@@ -167,10 +167,10 @@ def test_wrong_input_is_named():
 def test_parameters_of_a_checkpoint_become_float32():
     """In bfloat16 an update of 1e-5 would be rounded away."""
     params = tree.map_leaves(lambda p: tf.cast(p, tf.bfloat16), random_params(model_specs(CFG)))
-    state = train_state(params, random_router(CFG), adamw(1e-5))
-    step = make_train_step(CFG, adamw(1e-5), policy=PLAIN)
+    optimizer = adamw(1e-5, fuse=False)
+    state = train_state(params, random_router(CFG), optimizer)
     before = snapshot(state.params)
-    state, _ = step(state, batch(2)[0])
+    state, _ = train_update(state, batch(2)[0], cfg=CFG, optimizer=optimizer, policy=PLAIN)
     for a, b in zip(tree.flatten(state.params), tree.flatten(before)):
         assert a.dtype == tf.float32 and np.any(a.numpy() != b.numpy())
 
@@ -207,7 +207,7 @@ def test_any_number_of_micro_batches_is_one_function(policy):
     state = start(sgd())
     how = {"cfg": CFG, "optimizer": sgd(), "policy": PLAIN}
     want = start(sgd())
-    for seed, parts in enumerate((1, 3, 2, 5)):
+    for seed, parts in enumerate((1, 3, 2)):
         tokens, weights = batch(2 * parts, seed)
         state, metrics = step(state, parts_of(tokens, parts), parts_of(weights, parts))
         want, at_once = train_update(want, tokens, weights, **how)

@@ -1,5 +1,7 @@
 """Steps that are not taken, and the average of the parameters: on one device, fused and not, and on a mesh."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,7 +17,7 @@ from tests.more import more
 from tests.small import KEY, model_config, random_tokens
 from tests.train.test_mesh_step import layouts_of
 
-CFG = model_config(num_hidden_layers=2, num_nextn_predict_layers=1)
+CFG = model_config(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
 DECAY = 0.75
 POLICIES = {"plain": PLAIN, "fused": PLAIN.replace(fuse=True)}
 
@@ -30,16 +32,23 @@ def start(optimizer, axes=None, **kwargs):
     return train_init(KEY, CFG, optimizer, layouts, **kwargs), layouts
 
 
+@functools.cache
+def compiled(policy, axes, ema):
+    """A step, which tests share, and how to make a state for it."""
+    optimizer = adamw(1e-2, fuse=policy == "fused")
+    layouts = None if axes is None else layouts_of(CFG, axes)
+    step = make_train_step(CFG, optimizer, layouts, policy=POLICIES[policy], ema_decay=DECAY if ema else None)
+    return step, lambda: train_init(KEY, CFG, optimizer, layouts, ema=ema)
+
+
 def values(state):
     return tree.map_leaves(lambda leaf: np.array(leaf.numpy()), dsv3.gather_state(state))
 
 
 @pytest.mark.parametrize(("policy", "axes"), [("fused", None), *more(("plain", None), ("plain", "data:2,expert:2"))])
 def test_a_step_beyond_the_limits_leaves_the_state_as_it_was(policy, axes):
-    optimizer = adamw(1e-2, fuse=policy == "fused")
-    state, layouts = start(optimizer, axes, ema=True)
-    step = make_train_step(CFG, optimizer, layouts, policy=POLICIES[policy], ema_decay=DECAY)
-    state, first = step(state, tokens(0))
+    step, begin = compiled(policy, axes, True)
+    state, first = step(begin(), tokens(0))
     before = values(state)
     loss, norm = float(first.loss), float(first.optim.grad_norm)
     for limits in (Limits(loss=loss / 2), Limits(grad_norm=norm / 100), Limits(loss=float("nan"))):
@@ -48,10 +57,9 @@ def test_a_step_beyond_the_limits_leaves_the_state_as_it_was(policy, axes):
         assert_trees_close(values(state), before, 0.0)
     state, metrics = step(state, tokens(1), None, Limits(2 * loss, 100 * norm))
     assert bool(metrics.taken) and bool(first.taken)
-    want, layouts = start(optimizer, axes, ema=True)
-    again = make_train_step(CFG, optimizer, layouts, policy=POLICIES[policy], ema_decay=DECAY)
+    want = begin()
     for seed in (0, 1):
-        want, at_once = again(want, tokens(seed))
+        want, at_once = step(want, tokens(seed))
     assert_trees_close(values(state), values(want), 0.0)
     assert float(metrics.loss) == float(at_once.loss), "as if the steps between had not been"
     if axes is None:
@@ -60,10 +68,8 @@ def test_a_step_beyond_the_limits_leaves_the_state_as_it_was(policy, axes):
 
 @pytest.mark.parametrize(("policy", "axes"), [("plain", "expert:2"), *more(("plain", None), ("fused", None))])
 def test_a_gradient_that_is_not_finite_changes_nothing(policy, axes):
-    optimizer = adamw(1e-2, fuse=policy == "fused")
-    state, layouts = start(optimizer, axes)
-    step = make_train_step(CFG, optimizer, layouts, policy=POLICIES[policy])
-    state, _ = step(state, tokens(0))
+    step, begin = compiled(policy, axes, False)
+    state, _ = step(begin(), tokens(0))
     before = values(state)
     weights = np.ones((4, 5), np.float32)
     weights[1, 2] = np.inf
@@ -85,11 +91,10 @@ def test_delayed_scales_forget_a_step_that_was_not_taken():
 
 @pytest.mark.parametrize(("policy", "axes"), [("fused", None), *more(("plain", None), ("plain", "data:2,expert:2"))])
 def test_the_average_follows_the_parameters(policy, axes):
-    optimizer = adamw(1e-2, fuse=policy == "fused")
-    state, layouts = start(optimizer, axes, ema=True)
+    step, begin = compiled(policy, axes, True)
+    state = begin()
     want = values(state).params
     assert_trees_close(values(state).ema, want, 0.0)
-    step = make_train_step(CFG, optimizer, layouts, policy=POLICIES[policy], ema_decay=DECAY)
     for seed in range(3):
         state, _ = step(state, tokens(seed))
         now = values(state)
@@ -98,16 +103,13 @@ def test_the_average_follows_the_parameters(policy, axes):
     assert not np.allclose(now.ema.embed, now.params.embed, atol=1e-4)
 
 
-@pytest.mark.parametrize("axes", [None, "data:2,expert:2"])
-def test_squares_of_each_parameter_make_the_norm(axes):
+def test_squares_of_each_parameter_make_the_norm():
     optimizer = adamw(1e-2, fuse=False)
-    state, layouts = start(optimizer, axes)
-    step = make_train_step(CFG, optimizer, layouts, policy=PLAIN)
-    _, metrics = step(state, tokens(0))
-    assert metrics.grad_squares.shape == [len(tree.flatten(dsv3.model_specs(CFG)))]
-    assert_close(metrics.optim.grad_norm, np.sqrt(np.asarray(metrics.grad_squares, np.float64).sum()))
-    if axes is not None:
-        one = make_train_step(CFG, optimizer, policy=PLAIN)(train_init(KEY, CFG, optimizer), tokens(0))[1]
+    _, one = train_update(train_init(KEY, CFG, optimizer), tokens(0), cfg=CFG, optimizer=optimizer, policy=PLAIN)
+    step, begin = compiled("plain", "expert:2", False)
+    for metrics in (one, step(begin(), tokens(0))[1]):
+        assert metrics.grad_squares.shape == [len(tree.flatten(dsv3.model_specs(CFG)))]
+        assert_close(metrics.optim.grad_norm, np.sqrt(np.asarray(metrics.grad_squares, np.float64).sum()))
         assert_close(metrics.grad_squares, one.grad_squares, 1e-4)  # sums in another order, squared
 
 

@@ -1,7 +1,9 @@
 """Spikes and losses that are no numbers: what is skipped, when a run goes back, what it remembers; with a toy step."""
 
+import gc
 import json
 import statistics
+import weakref
 
 import numpy as np
 import pytest
@@ -91,6 +93,48 @@ def test_a_run_does_not_go_back_for_ever():
         alone.run(10)
 
 
+def test_a_run_may_go_back_to_its_start():
+    """It is told of step 0, and what was measured before the first step is not measured again."""
+    toy, measured = Toy([3.0] * 2 + [np.nan] * 3 + [2.5] * 10), []
+
+    def restore(step):
+        return Toy.restore(toy, step) or (toy_state(), Cursor())
+
+    def run(cursor=Cursor()):
+        actions = Actions(write=toy.rows.append, save=toy.save, save_every=4, restore=restore, rewind=toy.rewound.append,
+                          evaluate=lambda state: measured.append(int(state.step)) or {}, eval_every=9)  # fmt: skip
+        return train_loop(toy_step, toy_state(), toy.feed, steps=9, cursor=cursor, trouble=TROUBLE, actions=actions)
+
+    run()
+    assert toy.rewound == [0] and toy.taken() == [3.0] * 2 + [2.5] * 9 and measured == [0, 9]
+    (back,) = (row for row in toy.rows if row["kind"] == "rollback")
+    assert (back["step"], back["to"], back["data"], back["data_after"]) == (2, 0, None, 5)
+    done, cursor = toy.saved[0]
+    assert done == 0 and cursor["data"] == 5, "a run that is killed now does not go the way that it has left"
+    run(Cursor(**cursor))
+    assert measured == [0, 9, 9]
+
+
+def test_what_a_run_leaves_is_gone_before_a_checkpoint_is_read():
+    """Two states may be more than there is room for."""
+    held = [toy_state()._replace(params=tf.Variable(1.0))]
+    left, alive = weakref.ref(held[0].params), []
+
+    def note(what):
+        gc.collect()
+        alive.append((what, left() is not None))
+
+    def restore(step):
+        note("restore")
+        return toy_state(), Cursor()
+
+    toy = Toy([3.0, 3.0, np.nan, np.nan, np.nan, 3.0, 3.0, 3.0])
+    actions = Actions(write=lambda row: note(row["kind"]), save_every=4, restore=restore)
+    train_loop(toy_step, held.pop(), toy.feed, steps=3, trouble=TROUBLE, actions=actions)
+    assert alive[:6] == [(kind, True) for kind in ("train", "load", "train", "skipped", "skipped", "skipped")]
+    assert alive[6] == ("restore", False)
+
+
 @pytest.mark.parametrize("stop_after", range(1, 15))
 def test_an_interrupted_run_meets_the_same_trouble(stop_after):
     """Stopped in quiet, amid skipped steps and after going back; then the whole is that of a run without a stop."""
@@ -138,6 +182,13 @@ def test_the_journal_of_trouble_is_never_cut(tmp_path):
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "log.jsonl")][3:] == [(4, 1.0), (5, 3.0)]
     trouble = read_rows(tmp_path / "trouble.jsonl")
     assert [row["kind"] for row in trouble] == ["skipped", "rollback"] and all(row["time"] > 1e9 for row in trouble)
+    with RunLog(tmp_path, step=4) as log:
+        log.write({"kind": "heldout", "step": 0, "nll": 5.0})
+        log.rewind(0)
+    assert [row["kind"] for row in read_rows(tmp_path / "log.jsonl")] == ["heldout"], "of before the first step"
+    with RunLog(tmp_path, step=0):
+        pass
+    assert len(read_rows(tmp_path / "trouble.jsonl")) == 2 and len(read_rows(tmp_path / "log.jsonl")) == 1
     with RunLog(tmp_path):
         pass
     assert read_rows(tmp_path / "trouble.jsonl") == [], "a new run begins a new one"

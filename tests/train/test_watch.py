@@ -9,7 +9,7 @@ from dsv3 import adamw, make_train_step, train_init, tree
 from dsv3.train.watch import COMPONENTS, bias_numbers, component_norms, component_of, make_watch, memory_numbers
 from tests.compare import PLAIN, assert_close
 from tests.small import KEY, model_config, random_tokens
-from tests.train.test_mesh_step import layouts_of
+from tests.train.test_mesh_step import ONE, layouts_of, one_device
 
 CFG = model_config(num_hidden_layers=2, num_nextn_predict_layers=1)
 
@@ -46,13 +46,16 @@ def test_norms_of_components_make_the_norm():
 @pytest.mark.parametrize(("axes", "moments"), [(None, "float32"), (None, "bfloat16"), ("data:2,expert:2", "float32")])
 def test_a_row_has_the_norms_of_the_step(axes, moments):
     optimizer = adamw(1e-2, weight_decay=0.3, clip_norm=0.5, moment_dtype=moments, fuse=False)
-    layouts = None if axes is None else layouts_of(CFG, axes)
-    state = train_init(KEY, CFG, optimizer, layouts)
-    step = make_train_step(CFG, optimizer, layouts, policy=PLAIN)
-    watch = make_watch(CFG, optimizer, layouts, policy=PLAIN)
+    cfg = CFG if axes is None else model_config(**ONE)
+    layouts = None if axes is None else layouts_of(cfg, axes)
+    state = train_init(KEY, cfg, optimizer, layouts)
+    step = one_device(cfg, optimizer, 3, policy=PLAIN)
+    if axes is not None:
+        step = make_train_step(cfg, optimizer, layouts, policy=PLAIN)
+    watch = make_watch(cfg, optimizer, layouts, policy=PLAIN)
     for seed in range(3):
         before = tree.map_leaves(lambda leaf: np.array(leaf.numpy()), dsv3.gather_state(state).params)
-        state, metrics = step(state, random_tokens(CFG, 4, 6, seed))
+        state, metrics = step(state, random_tokens(cfg, 4, 6, seed))
     row = watch(state, metrics)
     after = tree.map_leaves(lambda leaf: leaf.numpy(), dsv3.gather_state(state).params)
     assert_same(row["param_norms"], by_component(after))
