@@ -46,7 +46,7 @@ LAYERS = {
     "plan": f"{BOTTOM} layout ops nn pipeline parallel train",
     "serve": f"{BOTTOM} layout compiled ops nn data io",
     "eval": f"{BOTTOM} resident layout compiled ops nn data io serve",
-    "rl": f"{BOTTOM} layout compiled ops nn train serve",
+    "rl": f"{BOTTOM} layout compiled ops nn data train serve",
 }
 
 # Modules that are one row, split to keep files short.
