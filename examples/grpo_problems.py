@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 from dsv3.checks import check
 from dsv3.rl import problems as files
 from dsv3.rl.explore import Task
-from dsv3.rl.reward import RewardFn, make_reward
+from dsv3.rl.reward import Reward, RewardFn, make_reward
 from dsv3.rl.reward_code import make_code_reward
 from dsv3.rl.reward_math import make_math_reward
 from dsv3.rl.reward_text import (
@@ -90,30 +89,25 @@ def make_tasks(questions: Sequence[Question], tokenizer: Tokenizer, template: st
     return tasks
 
 
-def number_reward(prompt: str, completion: str, reference: Any) -> float:
-    """1.0 where the last whole number of an answer is the reference, else 0.0.
-
-    >>> number_reward("", "7 and 5 are 12.", "12"), number_reward("", "none", "12")
-    (1.0, 0.0)
-    """
-    found = re.findall(r"-?\d+", completion)
-    return float(bool(found) and found[-1].lstrip("0") == str(reference).lstrip("0"))
-
-
 def read_rewards(
-    named: Sequence[str], *, tokenizer: Tokenizer, max_new_tokens: int
-) -> Callable[[str, str, Any], Any]:
+    named: Sequence[str], *, tokenizer: Tokenizer, max_new_tokens: int, threads: int = 1
+) -> Callable[[str, str, Any], Reward]:
     """Returns the weighted reward of names and weights, such as `["accuracy:1", "format:0.5"]`.
+
+    Args:
+      named: see above.
+      tokenizer, max_new_tokens: what counts an answer's tokens, and how many there may be.
+      threads: that will call it.
 
     Raises:
       ValueError: an unknown name, or a weight that is no number.
     """
     makers: Mapping[str, Callable[[], RewardFn]] = {
-        "accuracy": lambda: make_math_reward(),
+        "accuracy": lambda: make_math_reward(workers=threads),
         "code": lambda: make_code_reward(),
         "format": lambda: make_format_reward(),
         "language": lambda: make_language_reward("en"),
-        "number": lambda: number_reward,
+        "number": lambda: make_math_reward(rules=("number",), workers=threads),
         "overlong": lambda: make_overlong_penalty(
             max_length=max_new_tokens, buffer=max(1, max_new_tokens // 4), count=lambda text: len(tokenizer.encode(text).ids)
         ),

@@ -21,6 +21,7 @@ from dsv3.config import ModelConfig
 from dsv3.data import check_tokenizer, load_tokenizer
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.rl.explore import Task
+from dsv3.rl.reward import Reward
 from dsv3.rl.rollout import Prompt, check_prompts
 from dsv3.rl.settings import PUBLISHED, GrpoSettings
 from dsv3.rl.workers import EngineOptions
@@ -60,7 +61,7 @@ class Setup(NamedTuple):
     loss: dict[str, Any]
     tasks: list[Task]
     heldout: list[Task]
-    reward: Callable[[str, str, Any], Any]
+    reward: Callable[[str, str, Any], Reward]
     options: EngineOptions
     agreed: dict[str, Any]
 
@@ -92,13 +93,14 @@ def prepare(argv: Sequence[str]) -> Setup:
     )
     options.check()
     named = FLAGS.reward or ["accuracy:1" if FLAGS.problems else "number:1"]
-    reward = read_rewards(named, tokenizer=tokenizer, max_new_tokens=settings.max_new_tokens)
+    reward = read_rewards(named, tokenizer=tokenizer, max_new_tokens=settings.max_new_tokens, threads=FLAGS.reward_threads)
     tasks, heldout = split_tasks(make_all_tasks(tokenizer), settings)
     prompts = [Prompt(task.ids, i, task.turns) for i, task in enumerate([*tasks, *heldout])]
     check_prompts(prompts, max_new_tokens=settings.max_new_tokens, max_length=cfg.max_length)
+    check_references([*tasks, *heldout], reward)
     loss = {name: FLAGS[name].value for name in LOSS} | {"length": loss_length(settings)}
     agreed = {name: FLAGS[name].value for name in (*DECIDING, *EXPLORING, *LOSS, "stop")} | {"reward": named}
-    agreed["problems"] = hashlib.sha256(json.dumps([(t.text, str(t.reference)) for t in tasks]).encode()).hexdigest()[:16]
+    agreed["problems"] = digest([*tasks, *heldout])
     out = claim_folder(Path(FLAGS.out), agreed)
     say(f"model {FLAGS.model}: {cfg.num_layers} layers, {cfg.moe.router.num_experts} experts, {cfg.num_mtp_layers} MTP")
     first = f"{tasks[0].text!r:.70}, {tasks[0].reference!r:.40}"
@@ -146,6 +148,20 @@ def split_tasks(tasks: list[Task], settings: GrpoSettings) -> tuple[list[Task], 
         f"which are {settings.prompts}",
     )
     return tasks[:left], tasks[left:]
+
+
+def check_references(tasks: Sequence[Task], reward: Callable[[str, str, Any], Reward]) -> None:
+    """Raises `ValueError` for a problem whose reference the rewards cannot use: an empty answer asks them in no time."""
+    for number, task in enumerate(tasks):
+        try:
+            reward(task.text, "", task.reference)
+        except ValueError as error:
+            raise ValueError(f"problem {number}, {task.text!r:.60}: {error}") from None
+
+
+def digest(tasks: Sequence[Task]) -> str:
+    """A hash of problems."""
+    return hashlib.sha256(json.dumps([(task.text, str(task.reference)) for task in tasks]).encode()).hexdigest()[:16]
 
 
 def claim_folder(out: Path, agreed: dict[str, Any]) -> Path:

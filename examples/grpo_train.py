@@ -35,7 +35,7 @@ def train(setup: Setup) -> GrpoResult:
     score = make_score(setup.cfg, rows=FLAGS.rows, **how)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        log = stack.enter_context(RunLog(setup.out, step=cursor.step))
+        log = stack.enter_context(RunLog(setup.out, step=cursor.step or None))
         saver = stack.enter_context(BackgroundSaver(setup.out / "checkpoints", setup.agreed, keep=Keep(FLAGS.keep)))
         worker = make_worker(setup, stack)
 

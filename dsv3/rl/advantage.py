@@ -43,7 +43,9 @@ def group_advantages(rewards: TensorLike, *, std: str = "population", eps: float
     spread = tf.reduce_max(rewards, -1, keepdims=True) > tf.reduce_min(rewards, -1, keepdims=True)
     if std != "none":
         freedom = tf.cast(tf.shape(rewards)[-1] - (std == "sample"), tf.float32)
-        deviation = tf.sqrt(tf.reduce_sum(apart * apart, -1, keepdims=True) / freedom)
+        largest = tf.where(spread, tf.reduce_max(tf.abs(apart), -1, keepdims=True), 1.0)
+        unit = apart / largest  # whose squares are neither nothing nor infinite
+        deviation = largest * tf.sqrt(tf.reduce_sum(unit * unit, -1, keepdims=True) / freedom)
         apart /= tf.where(spread, deviation + eps, 1.0)
     return tf.where(spread, apart, 0.0)
 

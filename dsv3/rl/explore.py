@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dsv3.checks import check
 from dsv3.rl.advantage import saturated_groups
+from dsv3.rl.reward import Reward, score_completions
 from dsv3.rl.rollout import Prompt, Rollouts, join_rollouts, take_rollouts
 from dsv3.rl.settings import GrpoSettings
 from dsv3.typing import Tree
 
-RewardOf = Callable[[str, str, Any], Any]
-"""`reward(prompt, answer, reference)`: a number, or something with a number `total` and a mapping `parts` of numbers."""
+RewardOf = Callable[[str, str, Any], Reward]
+"""`reward(prompt, answer, reference)`, as `dsv3.rl.reward.make_reward` makes them."""
 
 
 class Task(NamedTuple):
@@ -170,35 +169,23 @@ def grade(rollouts: Rollouts, tasks: Sequence[Task], reward: RewardOf, *, thread
       ValueError: a reward that is not a finite number, by problem, sample and part; parts that are not always the same.
     """
 
-    def one(row: int) -> tuple[float, dict[str, float]]:
-        task = tasks[int(rollouts.numbers[row])]
+    def named(prompt: str, answer: str, row: int) -> Reward:
         where = f"the reward of problem {rollouts.numbers[row]}, sample {rollouts.samples[row]}"
         try:
-            found = reward(task.text, rollouts.answer(row), task.reference)
+            found = reward(prompt, answer, tasks[rollouts.numbers[row]].reference)
         except ValueError as error:
-            raise ValueError(f"grade: {where}: {error}") from error
-        parts = getattr(found, "parts", {})
-        check(isinstance(parts, Mapping), f"grade: {where} has parts of type {type(parts).__name__}, want a mapping")
-        named = {str(name): _number(f"grade: part {name!r} of {where}", value) for name, value in parts.items()}
-        return _number(f"grade: {where}", getattr(found, "total", found)), named
+            raise ValueError(f"{where}: {error}") from error
+        check(isinstance(found, Reward), f"{where} is of type {type(found).__name__}, want a Reward, as of make_reward")
+        check(math.isfinite(found.total), f"{where} is {found.total}, want a finite number")
+        return found
 
     rows = range(len(rollouts.finish))
-    if threads == 1:
-        found = [one(row) for row in rows]
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(one, rows))
-    names = list(found[0][1])
+    asked = [tasks[number].text for number in rollouts.numbers]
+    found = score_completions(named, asked, [rollouts.answer(row) for row in rows], rows, workers=threads)
+    names = list(found[0].parts)
     for row, (_, parts) in zip(rows, found):
         check(list(parts) == names, f"grade: sample {row} has the parts {list(parts)}, but the first has {names}")
-    return Graded(np.array([total for total, _ in found]), {n: np.array([parts[n] for _, parts in found]) for n in names})
-
-
-def _number(what: str, value: Any) -> float:
-    good = isinstance(value, numbers.Real) or type(value).__name__ == "bool"
-    check(good, f"{what} is of type {type(value).__name__}, want a number")
-    check(math.isfinite(value), f"{what} is {float(value)}, want a finite number")
-    return float(value)
+    return Graded(np.array([total for total, _ in found]), {n: np.array([r.parts[n] for r in found]) for n in names})
 
 
 def _rows(graded: Graded, rows: Sequence[int]) -> Graded:

@@ -28,7 +28,7 @@ class GrpoStats(NamedTuple):
       clip_low, clip_high: share of tokens whose ratio is beyond the lower limit with a negative advantage, and beyond the
         upper one with a positive: those that give no gradient. dual_clip: share of those that the dual limit stops.
       kl: the divergence from the reference by the chosen estimator; 0 without a reference.
-      drift: that from the policy that sampled, by k3: how far the policy has gone since.
+      drift: that of the policy that sampled from this one, `KL(π_old ‖ π_θ)` by k3: how far the policy has gone since.
       ratio_mean, ratio_max: of `π_θ / π_old`.
     """
 
@@ -217,7 +217,7 @@ def grpo_loss(
         return tf.stop_gradient(tf.reduce_sum(mask * tf.cast(x, tf.float32)) / totals.tokens)
 
     stats = GrpoStats(
-        *map(mean, limits), kl=mean(divergence), drift=mean(kl_estimate(logprobs, old)), ratio_mean=mean(ratio),
+        *map(mean, limits), kl=mean(divergence), drift=mean(kl_estimate(old, logprobs)), ratio_mean=mean(ratio),
         ratio_max=tf.stop_gradient(tf.reduce_max(tf.where(counted, ratio, 0.0))),
     )  # fmt: skip
     loss = policy + kl_weight * penalty if kl_weight else policy

@@ -224,7 +224,7 @@ class RayWorkers(_Pool):
             raise ValueError("RayWorkers: Ray is not installed, want the extra: pip install 'dsv3[ray]'") from None
         self._ray, self._started = ray, not ray.is_initialized()
         if self._started:
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, configure_logging=False)
         actor = ray.remote(**({"num_cpus": 1} | (resources or {})))(WorkerHost)
         self._actors = [actor.remote(options) for _ in range(count)]
 

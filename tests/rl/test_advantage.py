@@ -34,6 +34,14 @@ def test_cases_by_hand():
         [[1, -1, -1, 1]]))  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_rewards_of_any_size_have_a_deviation(size):
+    """Also those whose squares float32 does not have."""
+    rewards = size * np.array([[3.0, 0.0, 0.0, 1.0]])
+    for std in ("population", "sample"):
+        assert_close(group_advantages(rewards, std=std, eps=0.0), oracle(rewards, std, 0.0), 1e-6)
+
+
 @pytest.mark.parametrize("std", STDS)
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_a_group_of_equal_rewards_gives_exact_zeros(std, eps):

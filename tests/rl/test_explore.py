@@ -1,21 +1,15 @@
 """Which problems and groups an exploration takes, and how rewards are read."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 
 from dsv3.rl.explore import Task, evaluate, explore, grade, task_number
+from dsv3.rl.reward import Reward, make_reward
 from dsv3.rl.rollout import Prompt
 from dsv3.rl.settings import PUBLISHED, GrpoSettings
 from tests.rl.fakes import FakeWorker
 
 TASKS = [Task([1, 2, 3], f"problem {i}", i) for i in range(10)]
-
-
-class Found(NamedTuple):
-    total: float
-    parts: dict
 
 
 def settings(**fields):
@@ -24,7 +18,7 @@ def settings(**fields):
 
 def by_sum(prompt, answer, reference):
     assert prompt == f"problem {reference}"
-    return Found(float(answer), {"accuracy": float(int(answer) % 2), "size": len(answer)})
+    return Reward(float(answer), {"accuracy": float(int(answer) % 2), "size": len(answer)})
 
 
 def test_each_epoch_has_all_problems_in_an_order_of_its_own():
@@ -56,7 +50,11 @@ def test_groups_come_in_the_order_of_the_run_and_rewards_belong_to_their_samples
 
 def dull(numbers):
     """All the same for some problems."""
-    return lambda prompt, answer, reference: 1.0 if reference in numbers else float(answer)
+    return plain(lambda prompt, answer, reference: 1.0 if reference in numbers else float(answer))
+
+
+def plain(function):
+    return make_reward({"all": (function, 1.0)})
 
 
 def test_saturated_groups_are_counted_and_by_default_kept():
@@ -96,29 +94,27 @@ def test_what_is_missing_after_so_many_draws_is_filled():
 @pytest.mark.parametrize(
     "reward, message",
     [
-        (lambda p, a, r: float("nan"), "the reward of problem 4, sample 0 is nan, want a finite number"),
-        (lambda p, a, r: np.inf, "the reward of problem 4, sample 0 is inf"),
-        (lambda p, a, r: "1", "the reward of problem 4, sample 0 is of type str, want a number"),
-        (lambda p, a, r: None, "the reward of problem 4, sample 0 is of type NoneType"),
-        (lambda p, a, r: Found(1.0, {"format": float("nan")}), "part 'format' of the reward of problem 4, sample 0 is nan"),
-        (lambda p, a, r: Found(1.0, [1.0]), "the reward of problem 4, sample 0 has parts of type list, want a mapping"),
-        (lambda p, a, r: int("x"), "the reward of problem 4, sample 0: invalid literal"),
-        (lambda p, a, r: Found(1.0, {a: 1.0}), r"sample 1 has the parts \["),
+        (plain(lambda p, a, r: float("nan")), "reward: part 'all' is nan, want a finite number"),
+        (plain(lambda p, a, r: np.inf), "reward: part 'all' is inf"),
+        (plain(lambda p, a, r: "1"), "reward: part 'all' is '1' of type str, want a number"),
+        (plain(lambda p, a, r: int("x")), "invalid literal"),
+        (lambda p, a, r: 1.0, "is of type float, want a Reward, as of make_reward"),
+        (lambda p, a, r: Reward(float("nan"), {}), "is nan, want a finite number"),
     ],
 )
 def test_a_bad_reward_is_one_clear_line(reward, message):
     worker = FakeWorker()
     rollouts = worker.rollout([Prompt([1], 4), Prompt([1], 5)], group_size=2)
-    with pytest.raises(ValueError, match=f"grade: {message}") as caught:
-        grade(rollouts, TASKS, reward)
-    assert "\n" not in str(caught.value)
+    for threads in (1, 3):
+        with pytest.raises(ValueError, match="row 0: the reward of problem 4, sample 0:? " + message) as caught:
+            grade(rollouts, TASKS, reward, threads=threads)
+        assert "\n" not in str(caught.value)
 
 
-def test_rewards_may_be_plain_numbers_or_truths():
-    rollouts = FakeWorker().rollout([Prompt([1], 4)], group_size=3)
-    for reward, want in ((lambda p, a, r: True, 1.0), (lambda p, a, r: np.float32(0.5), 0.5), (lambda p, a, r: 2, 2.0)):
-        graded = grade(rollouts, TASKS, reward)
-        assert graded.total.tolist() == [want] * 3 and graded.parts == {}
+def test_rewards_have_always_the_same_parts():
+    rollouts = FakeWorker().rollout([Prompt([1], 4), Prompt([1], 5)], group_size=2)
+    with pytest.raises(ValueError, match=r"grade: sample 1 has the parts \["):
+        grade(rollouts, TASKS, lambda prompt, answer, reference: Reward(1.0, {answer: 1.0}))
 
 
 def test_evaluation_takes_the_best_token_once_a_problem():

@@ -138,7 +138,7 @@ def test_statistics_by_hand():
     assert_close(stats.ratio_max, 4.0)
     assert_close(stats.ratio_mean, (1.5 + 0.5 + 1.1 + 0.5 + 4 + 0.9 + 2) / 7)
     assert_close(stats.kl, (lp * mask).sum() / 7 - 0.5)
-    assert_close(stats.drift, ((1 / ratio + np.log(ratio) - 1) * mask).sum() / 7)
+    assert_close(stats.drift, ((ratio - np.log(ratio) - 1) * mask).sum() / 7)  # of samples of the old one
 
 
 def test_zero_advantages_give_no_gradient_but_the_penalty_s():

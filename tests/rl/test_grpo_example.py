@@ -55,6 +55,8 @@ BAD = {
     "no room": (["--max_new_tokens=40"], "wants room for 1 answer of 40, that is 4"),
     "a template": (["--template=what?"], "--template is 'what?', want a text with {question} in it"),
     "rows": (["--problems=rows.jsonl"], "--problems 'rows.jsonl' line 2 has no `prompt` and `reference`"),
+    "a reference": (["--problems=empty.jsonl", "--heldout=0", "--prompts=1", "--reward=accuracy,format", "--max_new_tokens=4"],
+                    "problem 0, '1+1=\\n': "),
     "a long turn": (["--problems=turns.jsonl", "--heldout=0", "--prompts=2", "--reward=number", "--max_new_tokens=12"],
                     "prompt 0 (problem 0) has 12 tokens and wants room for 2 answers of 12, that is 36"),
     "temperature": (["--temperature=0"], "GrpoSettings: `temperature` is 0.0, want above 0"),
@@ -75,6 +77,7 @@ def results(tmp_path_factory):
     save_pretrained(folder / "model", cfg, random_params(dsv3.model_specs(cfg), std=0.1), dsv3.router_init(cfg))
     save_tokenizer(tokenizer, folder / "model")
     (folder / "rows.jsonl").write_text('{"prompt": "1+1=", "reference": 2}\n{"question": "2+2="}\n')
+    (folder / "empty.jsonl").write_text('{"prompt": "1+1=", "reference": ""}\n')
     turns = [["1+1=", "2+2="], ["3+3="] * 8]
     rows = [json.dumps({"prompt": turn, "reference": 2}) for turn in turns]
     (folder / "turns.jsonl").write_text("\n".join(rows))

@@ -5,6 +5,7 @@ import numpy as np
 from dsv3 import adamw, train_state
 from dsv3.rl.explore import Task
 from dsv3.rl.loop import GrpoActions, GrpoCursor, grpo_loop, grpo_specs, grpo_state
+from dsv3.rl.reward import make_reward
 from dsv3.rl.score import make_score
 from dsv3.rl.settings import GrpoSettings
 from dsv3.rl.step import make_grpo_step
@@ -43,8 +44,9 @@ class Parts:
 
     def run(self, state, cursor=GrpoCursor(), **actions):
         rows = []
+        reward = make_reward({"accuracy": (sevens, 1.0)})
         result = grpo_loop(
-            self.step, self.score, state, self.worker, TASKS, sevens, settings=SETTINGS, cursor=cursor, heldout=TASKS[:2],
+            self.step, self.score, state, self.worker, TASKS, reward, settings=SETTINGS, cursor=cursor, heldout=TASKS[:2],
             policy=PLAIN, actions=GrpoActions(write=rows.append, eval_every=8, **actions),
         )  # fmt: skip
         return result, rows

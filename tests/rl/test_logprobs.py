@@ -67,6 +67,18 @@ def test_a_row_that_ends_within_accepted_drafts_keeps_its_own_part_of_the_record
     assert all(apart < 2e-5 and same.all() for apart, same in compared(pairs, 1.3))
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_prompts_whose_chunks_read_a_long_cache_in_tiles_have_their_experts_recorded(depth):
+    """Chunks of 7 tokens, caches of 64 slots, blocks of 4 queries of which 3 are unrolled, tiles of 16 slots."""
+    tiled = PLAIN.replace(attention_block=4, attention_unroll=3)
+    run = engine(speculative=depth, policy=tiled, chunk_sizes=(7,), smallest_cache=48)
+    asked = prompts(50, 17)
+    how = {"max_new_tokens": 5, "temperature": 0.8, **FREE}
+    pairs = list(zip(asked, run.generate([Request(prompt, seed=i, **how) for i, prompt in enumerate(asked)])))
+    for apart, same in compared(pairs):
+        assert apart < 2e-5 and same.all()
+
+
 def test_a_model_without_mixtures_records_no_experts():
     from dsv3.serve import Engine
 

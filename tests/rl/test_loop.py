@@ -9,6 +9,7 @@ from dsv3.rl.explore import Task
 from dsv3.rl.loop import GrpoActions, GrpoCursor, GrpoState, Policy, grpo_loop
 from dsv3.rl.plots import plot_grpo
 from dsv3.rl.report import progress_line
+from dsv3.rl.reward import make_reward
 from dsv3.rl.rollout import Prompt
 from dsv3.rl.settings import GrpoSettings
 from dsv3.train.records import RunLog, read_rows, row_scalars
@@ -18,8 +19,7 @@ TASKS = [Task([1, 2, 3], f"problem {i}", i) for i in range(20)]
 TIMES = ("seconds", "rollout_seconds")
 
 
-def by_sum(prompt, answer, reference):
-    return float(answer)
+by_sum = make_reward({"sum": (lambda prompt, answer, reference: float(answer), 1.0)})
 
 
 def run(explorations=3, *, step=None, score=None, worker=None, state=None, cursor=GrpoCursor(), heldout=(), **fields):

@@ -62,10 +62,14 @@ def test_processes_give_the_samples_of_this_process_and_a_death_is_told(local):
     assert not any(process.is_alive() for process in processes)
 
 
-def test_ray_actors_give_the_samples_of_this_process(local):
+def test_ray_actors_give_the_samples_of_this_process_and_a_death_is_told(local):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     with RayWorkers(options(), 2) as pool:
         check_pool(pool, local)
+        pool._ray.kill(pool._actors[1])
+        with pytest.raises(OSError, match="worker 1 is gone") as caught:
+            pool.rollout(ASKED, **HOW)
+        assert "\n" not in str(caught.value)
 
 
 def test_without_ray_a_clear_line(monkeypatch):
