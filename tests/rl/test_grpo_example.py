@@ -18,15 +18,21 @@ from tests.small import model_config, random_params
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 # Flags are the process's own, and another example's have the same names: so it is a process of its own, one for all cases.
-# The first of them is sent a signal when it shows its second exploration.
+# The first of them ends before it has saved anything, the second is sent a signal when it shows its second exploration.
 DRIVER = """
 import contextlib, io, json, os, signal, sys
 import grpo, grpo_train
 from absl.testing import flagsaver
 
+def once(name):
+    new = not os.path.exists(name)
+    open(name, "w").close()
+    return new
+
 def interrupted(row, total):
-    if row["step"] == 2 and not os.path.exists("sent"):
-        open("sent", "w").close()
+    if once("ended"):
+        raise KeyboardInterrupt
+    if row["step"] == 2 and once("sent"):
         os.kill(os.getpid(), signal.SIGTERM)
     return f"exploration {row['step']}"
 
@@ -45,7 +51,7 @@ RUN = (
     "--out=run --explorations=3 --prompts=2 --group_size=4 --max_new_tokens=4 --made=30 --heldout=4 --lr=0.01 --kl_weight=0 "
     "--measure_every=0 --eval_every=2 --reward=language:0.5,number:0 --rows=8 --samples=2"
 ).split()
-GOOD = {"stopped": RUN, "gone on": RUN}
+GOOD = {"ended": RUN, "stopped": RUN, "gone on": RUN}
 BAD = {
     "a group of one": ([*RUN, "--group_size=1"], "--group_size=1: 1 is not integer >= 2"),
     "no model": (["--model=nowhere"], "nowhere"),
@@ -55,7 +61,7 @@ BAD = {
     "no room": (["--max_new_tokens=40"], "wants room for 1 answer of 40, that is 4"),
     "a template": (["--template=what?"], "--template is 'what?', want a text with {question} in it"),
     "rows": (["--problems=rows.jsonl"], "--problems 'rows.jsonl' line 2 has no `prompt` and `reference`"),
-    "a reference": (["--problems=empty.jsonl", "--heldout=0", "--prompts=1", "--reward=accuracy,format", "--max_new_tokens=4"],
+    "a reference": (["--problems=empty.jsonl", "--heldout=0", "--prompts=1", "--reward=accuracy", "--max_new_tokens=4"],
                     "problem 0, '1+1=\\n': "),
     "a long turn": (["--problems=turns.jsonl", "--heldout=0", "--prompts=2", "--reward=number", "--max_new_tokens=12"],
                     "prompt 0 (problem 0) has 12 tokens and wants room for 2 answers of 12, that is 36"),
@@ -93,6 +99,7 @@ def results(tmp_path_factory):
 
 def test_a_run_that_was_stopped_goes_on_to_the_end(results):
     folder, found = results
+    assert found["ended"][0] == 130 and found["ended"][2] == "grpo: interrupted; the same command goes on\n", found["ended"]
     code, out, err = found["stopped"]
     assert code == 128 + 15 and "SIGTERM: saved after 2 of 3 explorations; the same command goes on" in out, (out, err)
     code, out, err = found["gone on"]
