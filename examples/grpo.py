@@ -10,8 +10,8 @@ that are made up here, or those of --problems:
                             answers each before it reads the next; its answers are judged together
 
 Rewards by name, each with its weight: accuracy (the answer in <answer>, in a box or behind ####), format (<think> and
-<answer>), language (English), repetition, overlong, code; number (the last whole number) is for small models. With a weight
-of 0 a reward is measured only. docs/rewards.md describes them, docs/grpo.md the training.
+<answer>), language (English), repetition, overlong, code; number (accuracy of the last number) is for small models. With a
+weight of 0 a reward is measured only. docs/rewards.md describes them, docs/grpo.md the training.
 
 In --out are log.jsonl (a row an exploration, with transcripts and held-out accuracy), tensorboard/, checkpoints/ from which
 the same command goes on, and at the end plots/, report.html and export/, the trained model.

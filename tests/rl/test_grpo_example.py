@@ -90,7 +90,7 @@ def results(tmp_path_factory):
     cases = list(GOOD.values()) + [arguments for arguments, _ in BAD.values()]
     cases = [["--model=model", *arguments] for arguments in cases]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, text=True, timeout=280, cwd=folder,
+        [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, text=True, timeout=400, cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
