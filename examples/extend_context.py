@@ -190,8 +190,10 @@ def sections(setup: Setup) -> list:
     plot.parent.mkdir(exist_ok=True)
     plot_grids(plot, grids, {name: lengths.get(name, known) for name in grids})
     rows = grid_rows(grids)
-    say("\n" + aligned(rows) + f"\n{plot}")
-    note = "Right of the black line prompts are longer than any sequence that the model was trained with."
+    trials = FLAGS.grid_trials
+    chance = f"Problems in a cell: {trials}; its standard error is up to {50 / trials**0.5:.0f} points."
+    say("\n" + aligned(rows) + f"\n{chance}\n{plot}")
+    note = f"Right of the black line prompts are longer than any sequence that the model was trained with. {chance}"
     return [("Passkey retrieval", [Table(rows), plot, note])]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 from command import aligned
-from pretrain_setup import Setup, compute_dtype, on_host, say
+from pretrain_setup import Setup, compute_dtype, on_host, say, summed
 
 import dsv3
 from dsv3.compiled import snapshot
@@ -26,6 +26,7 @@ from dsv3.serve import Completion, Engine, Request
 from dsv3.train.checkpoint import flat_settings
 from dsv3.train.plots import plot_run
 from dsv3.train.records import read_rows
+from dsv3.train.schedule import schedule_at
 from dsv3.train.state import TrainState
 
 FLAGS = flags.FLAGS
@@ -36,6 +37,7 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy, more: Sequenc
     """Evaluates, plots, samples and exports; prints what came out and where it is. `more`: sections of the page."""
     out, cfg = setup.out, setup.cfg
     params, router, averages = on_host(setup, (state.params, state.router, state.ema))
+    fastest = summed(product_rate(compute_dtype()), setup.mesh)
     if not setup.leads:
         return
     params, router, averages = snapshot((params, router, averages))
@@ -47,7 +49,7 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy, more: Sequenc
     if averages:
         score["ema_bits_per_byte"] = evaluate(averages, router, setup.data.heldout).bits_per_byte
     training = training_numbers(rows)
-    training |= utilisation(cfg, FLAGS.seq_len, training["tokens_per_second"], compute_dtype())
+    training |= {"product_flops": fastest, "mfu": training_flops(setup, rows) / fastest}
     results = {"heldout": score, "compressors": compression_bits_per_byte(text), "training": training}
 
     say("completing held-out text")
@@ -94,13 +96,22 @@ def sections(setup: Setup, results: dict[str, Any], rows, plots: Sequence[Path],
     ]
 
 
-def utilisation(cfg: dsv3.ModelConfig, seq_len: int, tokens_per_second: float, dtype: str) -> dict[str, float]:
-    """Model FLOPs utilisation: the products that a token's training needs, by formula, over the fastest product here.
+def training_flops(setup: Setup, rows: Sequence[dict[str, Any]]) -> float:
+    """Products that the training needs, by formula, FLOP/s: of the median step, each at its length of sequences."""
+    train = [row for row in rows if row["kind"] == "train"]
+    before = [0, *(row["tokens"] for row in train)]
+    lengths = [schedule_at(setup.schedule, tokens).seq_len for tokens in before[:-1]]
+    specs = dsv3.model_specs(setup.cfg)
+    needed = {length: flops_by_part(setup.cfg, specs, length=length).model for length in set(lengths)}
+    return float(np.median([row["tokens_per_second"] * needed[length] for row, length in zip(train, lengths)]))
 
-    The yardstick is a 2048³ product in the compute dtype, warm, the best of five: what this machine gives, not what its
-    maker says.
+
+def product_rate(dtype: str) -> float:
+    """The fastest product of this process, FLOP/s: 2048³ in the compute dtype, warm, the best of five.
+
+    It is the yardstick of model FLOPs utilisation: what this machine gives, not what its maker says. Several processes
+    measure at the same time, so that those of one machine share it as they do in the training.
     """
-    needed = flops_by_part(cfg, dsv3.model_specs(cfg), length=seq_len).model
     a = tf.random.stateless_normal([2048, 2048], [0, 1], dtype=dtype)
     product = tf.function(lambda x: tf.matmul(x, x), autograph=False)
     times = []
@@ -108,8 +119,7 @@ def utilisation(cfg: dsv3.ModelConfig, seq_len: int, tokens_per_second: float, d
         begin = time.perf_counter()
         product(a).numpy()
         times.append(time.perf_counter() - begin)
-    peak = 2 * 2048**3 / min(times[1:])
-    return {"flops_a_token": needed, "product_flops": peak, "mfu": tokens_per_second * needed / peak}
+    return 2 * 2048**3 / min(times[1:])
 
 
 def balance_table(rows: Sequence[dict[str, Any]], layers: int) -> list[tuple[object, ...]]:

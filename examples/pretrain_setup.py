@@ -181,6 +181,14 @@ def agreed(number: int, mesh: dtensor.Mesh | None) -> int:
     return int(gather_mesh([tf.constant(number)] * len(mesh.local_devices()), mesh).max())
 
 
+def summed(number: float, mesh: dtensor.Mesh | None) -> float:
+    """The sum of the processes' numbers."""
+    if mesh is None or dtensor.num_clients() == 1:
+        return number
+    devices = len(mesh.local_devices())
+    return float(gather_mesh([tf.constant(number / devices, tf.float64)] * devices, mesh).sum())
+
+
 def on_host(setup: Setup, values: Tree) -> Tree:
     """Gathers what lies on the mesh, for the first process; the others take part and keep nothing."""
 

@@ -36,7 +36,7 @@ from dsv3.train.saving import BackgroundSaver
 from dsv3.train.schedule import curve_schedule, schedule_at
 from dsv3.train.schedule_steps import schedule_steps
 from dsv3.train.state import TrainState
-from dsv3.train.step import make_train_step, place_state, train_init, train_specs, train_state
+from dsv3.train.step import make_train_step, train_init, train_specs, train_state
 from dsv3.train.trouble import Cursor, Trouble
 from dsv3.train.watch import make_watch
 
@@ -282,8 +282,7 @@ def new_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
     if FLAGS.init is None:
         return train_init([0, FLAGS.seed], setup.cfg, optimizer, layouts, **state_parts())
     _, params, router = load_pretrained(FLAGS.init, dtype="float32")
-    state = train_state(params, router, optimizer, **state_parts())
-    return state if layouts is None else place_state(state, layouts)
+    return train_state(params, router, optimizer, layouts, **state_parts())
 
 
 def make_optimizer(setup: Setup) -> Optimizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -101,7 +102,10 @@ def prefetch_batches(batches: Generator[InputBatch, None, None], depth: int = 2)
     options = tf.data.Options()
     options.experimental_warm_start = True  # begin with the iterator, not with its first element
     dataset = tf.data.Dataset.from_generator(elements, output_signature=_SIGNATURE).prefetch(depth)
-    consumer = _consume(iter(dataset.with_options(options)), problems, lambda: _stop(batches, reading))
+    found = iter(dataset.with_options(options))
+    end = _make_end(batches, reading, found)
+    consumer = _consume(found, problems, end)
+    weakref.finalize(consumer, end)  # also when the process ends, while there is still a TensorFlow to end it with
     next(consumer)
     return consumer
 
@@ -115,14 +119,25 @@ def _next_or_none(batches: Iterator[InputBatch], problems: list[Exception]) -> I
         return None
 
 
-def _stop(batches: Generator[InputBatch, None, None], reading: threading.Lock) -> None:
-    """Ends the producer, after the batch that it is at."""
-    with reading:
-        batches.close()
+def _make_end(batches: Generator[InputBatch, None, None], reading: threading.Lock, elements: Iterator[Any]):
+    """Returns what ends the producer, after the batch that it is at, and the pipeline; a second call does nothing."""
+    ended = []
+
+    def end() -> None:
+        if ended:
+            return
+        ended.append(True)
+        with reading:
+            batches.close()
+        with contextlib.suppress(tf.errors.OpError):
+            for _ in elements:  # what is ready; then the pipeline has come to its end, and none of its threads is in Python
+                pass
+
+    return end
 
 
 def _consume(
-    elements: Iterator[Any], problems: list[Exception], stop: Callable[[], None]
+    elements: Iterator[Any], problems: list[Exception], end: Callable[[], None]
 ) -> Generator[InputBatch, None, None]:
     try:
         yield  # so that closing it before the first batch ends the reading, too
@@ -131,8 +146,5 @@ def _consume(
         if problems:
             raise problems[0]
     finally:
-        stop()
-        with contextlib.suppress(tf.errors.OpError):
-            for _ in elements:  # what is ready; then the pipeline has come to its end, and none of its threads is in Python
-                pass
-        del elements
+        end()
+        del elements, end

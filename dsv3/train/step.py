@@ -55,7 +55,11 @@ def train_init(
     def draw(path: str, spec: ParamSpec, layout: Any) -> tf.Tensor:
         return place_leaf(tf.cast(init_params(key, {path: spec})[path], tf.float32), layout)
 
-    params = tree.map_with_path(draw, model_specs(cfg), layouts)
+    return _state_on_mesh(tree.map_with_path(draw, model_specs(cfg), layouts), router_init(cfg), optimizer, layouts, ema)
+
+
+def _state_on_mesh(params: ModelParams, router: RouterState, optimizer: Optimizer, layouts: Tree, ema: bool) -> TrainState:
+    """The state of parameters that lie on the mesh already; each device makes its own part of the optimiser's."""
     parts = []
     for device, part in zip(mesh_of(layouts).local_devices(), unpack_tree(params)):
         with on_device(device):
@@ -63,7 +67,7 @@ def train_init(
     placed = state_layouts({"opt": parts[0]}, layouts)["opt"]
     leaves = [pack(held, layout) for held, layout in zip(zip(*map(tree.flatten, parts)), tree.flatten(placed))]
     opt = tree.unflatten_as(parts[0], leaves)
-    small = TrainState(tf.constant(0, tf.int64), tf.constant(0, tf.int64), (), router_init(cfg), ())
+    small = TrainState(tf.constant(0, tf.int64), tf.constant(0, tf.int64), (), router, ())
     return place_state(small, layouts)._replace(params=params, opt=opt, ema=params if ema else ())
 
 
@@ -79,14 +83,17 @@ def train_specs(cfg: ModelConfig, optimizer: Optimizer, *, fp8: Fp8Recipe | None
 
 
 def train_state(
-    params: ModelParams, router: RouterState, optimizer: Optimizer, *, fp8: Fp8Recipe | None = None, ema: bool = False
-) -> TrainState:
+    params: ModelParams, router: RouterState, optimizer: Optimizer, layouts: Tree | None = None, *,
+    fp8: Fp8Recipe | None = None, ema: bool = False,
+) -> TrainState:  # fmt: skip
     """Returns the state that starts training from given parameters.
 
     Args:
       params, router: the model, e.g. from `load_pretrained`. Parameters become float32, whatever they are: in bfloat16 most
         updates would be rounded away. The dtype of the products is the policy's.
       optimizer: see `adamw`.
+      layouts: how they are stored on a mesh; the parameters are then tensors that are equal on all processes, and what the
+        optimiser has is never whole in a process. `None`: one device.
       fp8, ema: as of `train_init`.
 
     References: DeepSeek-V3 section 3.3.3 (master weights in float32), 3.2.3 (average of the parameters).
@@ -96,6 +103,10 @@ def train_state(
         not is_quantized(params),
         "train_state: `params` hold quantised matrices, want floating ones, as of `load_pretrained(..., dtype='float32')`",
     )
+    if layouts is not None:
+        _check_mesh_recipe("train_state", fp8)
+        params = tree.map_leaves(lambda p, layout: place_leaf(tf.cast(p, tf.float32), layout), params, layouts)
+        return _state_on_mesh(params, router, optimizer, layouts, ema)
     params = tree.map_leaves(lambda p: tf.cast(p, tf.float32), params)
     zero = tf.constant(0, tf.int64)
     amax = tree.map_leaves(lambda spec: tf.zeros(spec.shape), delayed_specs(params, fp8))

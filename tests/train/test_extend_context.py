@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import dsv3
@@ -41,12 +43,15 @@ SMALL = (
 ).split()
 
 
+def environment():
+    return os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "utf-8"}
+
+
 def run(folder, cases):
     """Exit code, output and errors of each case."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps([list(map(str, case)) for case in cases])], capture_output=True,
-        timeout=600, cwd=folder, env=environment,
+        timeout=600, cwd=folder, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     return [json.loads(line) for line in done.stdout.decode().splitlines()]
@@ -114,6 +119,7 @@ def test_a_trained_model_gets_longer_contexts(folder):
     exported = dsv3.ModelConfig.from_hf(folder / "long" / "export")
     yarn = exported.mla.rope.yarn
     assert (yarn.factor, yarn.original_length, exported.max_length) == (40.0, 96, 40 * 96)
+    assert "Problems in a cell: 1; its standard error is up to 50 points." in out
     assert again[0] == 0 and "going on from step 4" in again[1] and "passkey problems" not in again[1]
     assert other[0] == 2 and "'before' in 'long' has lengths, depths and trials [90, 700], [0.0, 1.0], 1" in other[2]
 
@@ -164,3 +170,40 @@ def test_a_model_is_trained_first_and_a_stopped_run_goes_on(folder):
     assert again[0] == 0 and "going on from step 6" in again[1], again[2]
     assert {path.name: path.read_bytes() for path in (folder / "whole" / "passkey").iterdir()} == made
     assert [row["loss"] for row in read_rows(folder / "whole" / "log.jsonl") if row["kind"] == "train"] == log
+
+
+@pytest.mark.skipif(not MORE, reason="a long case")
+def test_a_trained_model_on_a_mesh_in_fp8_and_with_an_average(folder):
+    """A mesh gives the curve of one device; the export is of the average, too."""
+    one = ["--init=model", "--corpus=corpus.txt", *SMALL, "--grid_lengths=90", "--grid_depths=0", "--ema_decay=0.5"]
+    more = {"plain": [], "mesh": ["--mesh=data:2"], "fp8": ["--fp8=paper"]}
+    losses = {}
+    for name, (code, _, err) in zip(more, run(folder, [[*one, *flags, f"--out={name}"] for name, flags in more.items()])):
+        assert code == 0, err
+        losses[name] = [row["loss"] for row in read_rows(folder / name / "log.jsonl") if row["kind"] == "train"]
+        assert dsv3.ModelConfig.from_hf(folder / name / "export_ema").max_length == 40 * 96
+        results = json.loads((folder / name / "results.json").read_text())
+        assert 0 < results["training"]["mfu"] < 1
+        assert load_grid(folder / name / "passkey" / "context_32x.json").trials == 1
+    np.testing.assert_allclose(losses["mesh"], losses["plain"], rtol=1e-5)  # sums in another order, over four steps
+    np.testing.assert_allclose(losses["fp8"], losses["plain"], rtol=0.02)  # products rounded to 2^-4, of some hundred terms
+    assert losses["fp8"] != losses["plain"]
+
+
+@pytest.mark.skipif(not MORE, reason="a long case")
+def test_a_signal_ends_a_grid_which_is_made_when_the_run_goes_on(folder):
+    command = ["--init=model", "--corpus=corpus.txt", *SMALL, "--grid_trials=9", "--context_steps=1", "--out=signal"]
+    program = [sys.executable, str(ROOT / "examples" / "extend_context.py"), *command]
+    process = subprocess.Popen(program, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said = ""
+    while "passkey problems" not in said:
+        line = process.stdout.readline().decode()
+        assert line, process.stderr.read().decode()
+        said += line
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list((folder / "signal" / "passkey").glob("*.json")), "a grid that is not complete is not kept"
+    ((code, out, err),) = run(folder, [command])
+    assert code == 0 and "passkey problems, before" in out, err
+    assert len(list((folder / "signal" / "passkey").glob("*.json"))) == 4

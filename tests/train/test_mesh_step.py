@@ -12,6 +12,7 @@ from dsv3 import tree
 from dsv3.layout import local_bytes
 from dsv3.ops.dispatch import dispatch_capacity
 from dsv3.parallel.mesh import make_mesh, whole
+from dsv3.recipe import RECIPES
 from dsv3.train.mesh_params import state_layouts
 from tests.compare import PLAIN, assert_close
 from tests.more import MORE, more
@@ -172,6 +173,19 @@ def test_a_state_lies_as_its_layouts_say_and_takes_the_bytes_of_the_formula():
     placed = dsv3.place_state(dsv3.train_init(KEY, small, optimizer()), layouts)
     step = dsv3.make_train_step(small, optimizer(), layouts, policy=PLAIN)
     assert_lies(step(placed, batches_of(small, 1, 8, 5, 1)[0])[0], small, layouts)
+
+
+def test_a_state_of_given_parameters_is_that_of_one_device_laid_out():
+    cfg = model_config(**ONE)
+    layouts = layouts_of(cfg, "data:2,expert:2")
+    state = dsv3.train_init(KEY, cfg, optimizer(), ema=True)
+    got = dsv3.train_state(state.params, state.router, optimizer(), layouts, ema=True)
+    want = dsv3.place_state(state, layouts)
+    for (path, a), b in zip(tree.items(got), tree.flatten(want), strict=True):
+        assert dtensor.fetch_layout(a) == dtensor.fetch_layout(b), path
+        np.testing.assert_array_equal(whole(a), whole(b), err_msg=path)
+    with pytest.raises(ValueError, match="train_state: the recipe has delayed scales"):
+        dsv3.train_state(state.params, state.router, optimizer(), layouts, fp8=RECIPES["delayed"])
 
 
 def assert_lies(state, cfg, layouts):
