@@ -1,4 +1,4 @@
-"""A process that compares answers with math-verify: JSON lines `[reference, answer]` come in, `true` or `false` goes out.
+"""A process that compares answers with math-verify: JSON lines `[number, reference, answer]` come in, `[number, equal]` go out.
 
 A comparison that needs too much CPU time is ended by an exception, and where that cannot be raised, inside one long
 computation of C code, the process ends; `dsv3.rl.math_process` starts another one.
@@ -45,8 +45,11 @@ def main(cpu_seconds: int, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
+    asked = False
+
     def stop(*_):
-        raise OutOfTimeError
+        if asked:  # else the answer is there
+            raise OutOfTimeError
 
     signal.signal(signal.SIGPROF, stop)
     print("ready", file=replies, flush=True)
@@ -56,10 +59,14 @@ def main(cpu_seconds: int, memory_bytes: int) -> None:
         last = last if most == resource.RLIM_INFINITY else min(last, most)
         resource.setrlimit(resource.RLIMIT_CPU, (last, most))  # ends the process
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # raises `OutOfTimeError`
+        number, *answers = json.loads(line)
         try:
-            equal = compare_answers(*json.loads(line))
-        except (Exception, OutOfTimeError):
-            equal = False
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(equal), file=replies, flush=True)
+            asked = True
+            try:
+                equal = compare_answers(*answers)
+            finally:
+                asked = False
+        except (Exception, OutOfTimeError, SystemExit):
+            equal = asked = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps([number, equal]), file=replies, flush=True)

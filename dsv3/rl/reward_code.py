@@ -78,7 +78,7 @@ def make_code_reward(
     """
     limits = limits or SandboxLimits()
     check_choice("make_code_reward", "compare", compare, COMPARISONS)
-    settle_isolation("make_code_reward", isolation, limits)
+    isolation = settle_isolation("make_code_reward", isolation, limits)  # the same for all that it judges
 
     def code_reward(prompt: str, completion: str, reference: Any) -> float:
         """Returns 0.0 to 1.0; `prompt` is not looked at."""

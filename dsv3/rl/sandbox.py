@@ -29,17 +29,22 @@ frames or memory reach nothing but the program's own process. What remains:
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import sys
 import tempfile
+import time
+import warnings
 from typing import NamedTuple
 
 from dsv3.checks import check, check_choice
 from dsv3.rl.sandbox_process import SandboxLimits, SandboxProcess, drain_processes
 
 ISOLATIONS = ("best", "namespaces", "seccomp", "none")
+_RETRY_SECONDS = 30.0  # a machine that was too busy for an isolation may have it later
+_users: dict[str, int] = {}  # isolation, of which a trial went well → the user that its program has
+_troubles: dict[str, tuple[float, str]] = {}  # isolation → when a trial of it failed, and why
+_told: set[str] = set()
 
 
 class ProgramEnd(NamedTuple):
@@ -190,22 +195,37 @@ def settle_isolation(function: str, isolation: str, limits: SandboxLimits) -> st
         return isolation
     tried = {name: _trouble(name) for name in (("namespaces", "seccomp") if isolation == "best" else (isolation,))}
     kind = next((name for name, trouble in tried.items() if trouble is None), None)
-    why = "; ".join(f"{name}: {trouble}" for name, trouble in tried.items())
+    why = "; ".join(f"{name}: {trouble}" for name, trouble in tried.items() if trouble)
     want = "want isolation='none' where that is accepted"
     check(kind is not None, f"{function}: a program cannot be kept from the network here ({why}), {want}")
-    few = kind == "namespaces" or limits.processes == 0
-    check(few, f"{function}: `limits` allow {limits.processes} processes, want 0 with {kind!r}")
+    many = f"{function}: `limits` allow {limits.processes} processes, want 0"
+    check(kind == "namespaces" or limits.processes == 0, f"{many} with {kind!r}")
+    bound = limits.processes == 0 or _users.get(kind) != 0
+    check(bound, f"{many}: the kernel counts none of root, who can be nobody else here")
+    if isolation == "best" and kind != "namespaces" and kind not in _told:
+        _told.add(kind)
+        warnings.warn(f"{function}: programs run with {kind!r}, {why}", stacklevel=3)
     return kind
 
 
-@functools.lru_cache
 def _trouble(kind: str) -> str | None:
-    """Why an isolation cannot be had here; None: it can."""
+    """Why an isolation cannot be had here; None: it can. A failure is tried again after a while."""
+    if kind in _users:
+        return None
+    tried, why = _troubles.get(kind, (0.0, ""))
+    if why and time.monotonic() < tried + _RETRY_SECONDS:
+        return why
     try:
-        end = _run(kind, "import json\nprint('here')", "", SandboxLimits())
+        end = _run(kind, "import os\nprint('here', os.getuid())", "", SandboxLimits())
+        why = f"a trial ended with {end.code}: {end.stderr.strip()[-200:]}"
+        here, _, user = end.stdout.partition(" ")
+        if here == "here":
+            _users[kind] = int(user)
+            return None
     except OSError as error:
-        return str(error).removeprefix("sandbox: ")
-    return None if end.stdout == "here\n" else f"a trial ended with {end.code}: {end.stderr.strip()[-200:]}"
+        why = str(error).removeprefix("sandbox: ")
+    _troubles[kind] = time.monotonic(), why
+    return why
 
 
 def _run(kind: str, program: str, stdin: str, limits: SandboxLimits) -> ProgramEnd:
@@ -222,7 +242,9 @@ def _judge(tests_run: SandboxProcess, program_run: SandboxProcess) -> Verdict:
     late, report = program_run.out_of_time(), tests_run.report()
     try:
         verdict = Verdict(**json.loads(bytes(tests_run.written["stdout"])))
-    except ValueError:
+        good = verdict.status in ("passed", "failed", "error") and isinstance(verdict.detail, str)
+        check(good, "check_calls: the tests' process has written something else")
+    except (ValueError, TypeError, RecursionError):
         late = late or tests_run.out_of_time()
         verdict = Verdict("failed", f"the tests' process ended with {report['code']}")
     return Verdict("timeout", "a limit of time") if late and verdict.status == "failed" else verdict
@@ -249,7 +271,7 @@ def write(folder):
     os.unlink(name)
 
 print(json.dumps({
-    "network": fails(lambda: socket.socket().close()),
+    "network": all(map(fails, [lambda: socket.socket().close(), lambda: socket.socketpair(type=socket.SOCK_DGRAM)])),
     "processes": fails(fork),
     "writes": all(fails(lambda: write(folder)) for folder in folders),
     "reads": all(fails(lambda: open(name).close()) for name in ("/etc/passwd", source, f"/proc/{caller}/environ")),

@@ -147,15 +147,17 @@ def check_calls(job: dict) -> None:
 
     try:
         names = _execute(_compiled(job["prompt"], job["prompt"] + "    pass\n", ""), "tests")
-        tests = compile(job["tests"], "<tests>", "exec")
+        tests = _compile(job["tests"], "<tests>")
     except BaseException as error:
         end("error", f"the tests are no program: {_describe(error)}")
     names[job["entry_point"]] = candidate
+    before = names.get("check")  # a helper of the prompt, or the function itself
     try:
         random.seed(0)
         exec(tests, names)
-        if callable(names.get("check")):
-            names["check"](candidate)
+        checks = names.get("check")
+        if checks is not before and callable(checks):
+            checks(candidate)
     except BaseException as error:
         end("failed", _describe(error))
     end("passed" if calls else "error", "" if calls else f"the tests never call {job['entry_point']!r}")
@@ -170,14 +172,19 @@ def _execute(parts: list[str | types.CodeType], name: str) -> dict[str, Any]:
     sys.modules[name] = module
     sys.argv = ["program"]
     for part in parts:
-        exec(compile(part, "<program>", "exec") if isinstance(part, str) else part, module.__dict__)
+        exec(_compile(part, "<program>") if isinstance(part, str) else part, module.__dict__)
     return module.__dict__
+
+
+def _compile(source: str, name: str) -> types.CodeType:
+    """A program as it is, without this file's own `from __future__`."""
+    return compile(source, name, "exec", dont_inherit=True)
 
 
 def _parts(prompt: str, program: str, name: str) -> list[str | types.CodeType]:
     """The prompt, then the program where that defines the function; else the program as the prompt's continuation."""
     try:
-        code = compile(program, "<program>", "exec")
+        code = _compile(program, "<program>")
     except (SyntaxError, ValueError):
         return [prompt + program]
     inner = {constant.co_name for constant in code.co_consts if isinstance(constant, types.CodeType)}
@@ -190,7 +197,7 @@ def _compiled(*choices: str) -> list[str | types.CodeType]:
     """The first of the texts that is a program: a prompt may end where a function's body is to begin."""
     for text in choices:
         try:
-            return [compile(text, "<prompt>", "exec")]
+            return [_compile(text, "<prompt>")]
         except SyntaxError:
             continue
     return []

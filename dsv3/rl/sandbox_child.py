@@ -6,6 +6,7 @@ end, and the status pipe for what became of the program, which the program does 
     caller ─ this process ─ [first process of the namespaces, the watcher] ─ the program
 
 The program is never the first process of its namespaces: when the watcher ends, the kernel kills what the program has left.
+Each of them dies with the one before it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import select
 import signal
 import time
@@ -32,32 +34,46 @@ def main(job_descriptor: int, control: int, status: int) -> None:
     """
     with open(job_descriptor, "rb") as file:
         job = json.load(file)
+    folder = os.path.split(job["folder"])
+    above = os.open(folder[0], os.O_PATH | os.O_CLOEXEC)  # by no path: the root will be another one
     try:
         if job["isolation"] == "namespaces":
             sandbox_linux.enter_namespaces()
             if first := os.fork():
                 os.waitpid(first, 0)
-                os._exit(0)
+                _leave(folder[1], above)
+            os.close(above)
+            sandbox_linux.die_with_parent(0)
             sandbox_linux.make_root(job["folder"], size=job["folder_bytes"])
         sandbox_linux.hide_memory()
-        program = os.fork()
+        watcher, program = os.getpid(), os.fork()
     except OSError as error:
         _report(status, {"error": str(error)})
         os._exit(0)
     if program:
-        _watch(program, control, status, job["wall_seconds"])
-        os._exit(0)
+        _watch_safely(program, control, status, job["wall_seconds"])
+        _leave(folder[1], above)
     os.close(control)
     try:
-        _shut_in(job)
+        if job["isolation"] != "namespaces":
+            os.close(above)
+        _shut_in(job, watcher)
     except Exception as error:  # whatever it is, the program must not run
         _report(status, {"error": f"{type(error).__name__}: {error}"})
         os._exit(0)
     os.close(status)
+    random.seed(0)
     sandbox_call.RUNS[job["mode"]](job)
 
 
-def _shut_in(job: dict) -> None:
+def _leave(name: str, above: int) -> None:
+    """Ends this process and removes the sandbox's folder, which is empty: the caller may have been killed."""
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=above)
+    os._exit(0)
+
+
+def _shut_in(job: dict, watcher: int) -> None:
     """Gives up all that the program is not to have: its user, its capabilities, files, system calls."""
     os.setsid()
     os.environ.clear()
@@ -70,7 +86,10 @@ def _shut_in(job: dict) -> None:
         with contextlib.suppress(OSError):  # a user namespace that knows no other user
             os.chown(".", user, user)
         dropped = sandbox_linux.drop_user(user)
+    if job["processes"] and namespaces and os.geteuid() == 0:
+        raise OSError("the kernel counts no processes of root, who can be nobody else here, want `processes` of 0")
     sandbox_linux.drop_capabilities()
+    sandbox_linux.die_with_parent(watcher)
     # The limit counts all of a user's processes, so it is of use where the user, or its namespace, is this sandbox's own.
     own = dropped or namespaces
     sandbox_linux.set_limits(
@@ -79,6 +98,16 @@ def _shut_in(job: dict) -> None:
     )  # fmt: skip
     if job["isolation"] != "none":
         sandbox_linux.install_filter(forks=namespaces and job["processes"] > 0, writes=namespaces)
+
+
+def _watch_safely(program: int, control: int, status: int, seconds: float) -> None:
+    """As `_watch`; where that fails, the program does not go on without it."""
+    try:
+        _watch(program, control, status, seconds)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            os.kill(program, signal.SIGKILL)
+        _report(status, {"error": f"{type(error).__name__}: {error}"})
 
 
 def _watch(program: int, control: int, status: int, seconds: float) -> None:

@@ -12,6 +12,7 @@ import ctypes
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 
@@ -22,7 +23,7 @@ _NOSUID, _NODEV, _NOEXEC, _BIND, _REC, _PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 _DETACH, _ATTR_RDONLY, _AT_FDCWD, _AT_RECURSIVE = 2, 1, -100, 0x8000
 _PIVOT_ROOT, _CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (-1, -1))
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
-_SET_DUMPABLE, _SET_SECCOMP, _NO_NEW_PRIVILEGES = 4, 22, 38
+_SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_SECCOMP, _NO_NEW_PRIVILEGES = 1, 4, 22, 38
 _LANDLOCK_ALL, _LANDLOCK_READ_FILE, _LANDLOCK_READ_DIR = 0x1FFF, 1 << 2, 1 << 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -160,6 +161,17 @@ def drop_capabilities() -> None:
 def refuse_privileges() -> None:
     """From now on no program that this process runs has more rights than itself."""
     _call("prctl", _libc.prctl(_NO_NEW_PRIVILEGES, ctypes.c_ulong(1), *(ctypes.c_ulong(0),) * 3))
+
+
+def die_with_parent(parent: int) -> None:
+    """Lets the kernel kill this process when its parent ends; a later change of user would undo that.
+
+    Args:
+      parent: the parent's process id; where it has another one by now, this process ends. 0: not looked at.
+    """
+    _call("prctl", _libc.prctl(_SET_DEATH_SIGNAL, ctypes.c_ulong(signal.SIGKILL), *(ctypes.c_ulong(0),) * 3))
+    if parent and os.getppid() != parent:
+        os._exit(0)
 
 
 def hide_memory() -> None:

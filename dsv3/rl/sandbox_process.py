@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
+import secrets
 import selectors
 import shutil
 import signal
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, BinaryIO
 
 from dsv3.checks import check
 
@@ -25,7 +25,7 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 _START = "import sys; sys.path.append(sys.argv[1]); from dsv3.rl import sandbox_child; sys.path.pop(); "
 _START += "sandbox_child.main(*map(int, sys.argv[2:]))"
 _GRACE = 20.0  # seconds after a limit in which the sandbox itself has to end; long, as the machine may be busy
-_numbers = itertools.count()
+_MOST_SECONDS = 10**6  # `poll` waits for milliseconds in 31 bits
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class SandboxLimits:
             kinds, want = ((int, float), "a number") if field.name == "wall_seconds" else ((int,), "a whole number")
             good = type(value) in kinds and low <= value < math.inf
             check(good, f"SandboxLimits: `{field.name}` is {value!r}, want {want} of at least {low}")
+        most = f"want at most {_MOST_SECONDS}"
+        check(self.wall_seconds <= _MOST_SECONDS, f"SandboxLimits: `wall_seconds` is {self.wall_seconds!r}, {most}")
 
 
 class SandboxProcess:
@@ -82,7 +84,7 @@ class SandboxProcess:
         self.limits, self._stdin, self._keep = limits, stdin, keep
         self._job = {**asdict(limits), **job, "isolation": isolation}
         self._job["wall_seconds"] += extra_seconds
-        self._job["number"] = (os.getpid() * 1009 + next(_numbers)) % (1 << 20)
+        self._job["number"] = secrets.randbelow(1 << 29)
         self.written = {name: bytearray() for name in ("stdout", "stderr", "status")}
         self.pipes: dict[str, int] = {}
         self.flooded = False
@@ -92,10 +94,8 @@ class SandboxProcess:
             self._folder = tempfile.mkdtemp(prefix="dsv3-sandbox-")
             stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
             self._job["folder"] = self._folder
-            job, stdin = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
-            for file, content in ((job, json.dumps(self._job)), (stdin, self._stdin)):
-                file.write(content.encode("utf-8", "surrogatepass"))
-                file.seek(0)
+            contents = json.dumps(self._job), self._stdin
+            job, stdin = (stack.enter_context(_readable_file(self._folder, content)) for content in contents)
             control, status = _pipe(stack), _pipe(stack)
             descriptors = (job.fileno(), control[0], status[1])
             calls = [self._job[name] for name in ("requests", "replies") if name in self._job]
@@ -187,6 +187,16 @@ def drain_processes(runs: Sequence[SandboxProcess], seconds: float) -> None:
                 if run is runs[0] and name == "status":
                     for other in runs[1:]:
                         other.stop()
+
+
+def _readable_file(folder: str, content: str) -> BinaryIO:
+    """A file without a name that can be read alone."""
+    path = os.path.join(folder, "content")
+    with open(path, "wb") as file:
+        file.write(content.encode("utf-8", "surrogatepass"))
+    opened = open(path, "rb")
+    os.unlink(path)
+    return opened
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:

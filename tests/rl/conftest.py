@@ -7,11 +7,29 @@ import uuid
 import pytest
 
 from dsv3.rl import sandbox_process
+from tests.rl import isolations
 
 
 @pytest.fixture
 def kind(request):
+    """An isolation that this machine allows."""
+    isolations.need(request.param)
     return request.param
+
+
+@pytest.fixture
+def namespaces():
+    isolations.need("namespaces")
+
+
+@pytest.fixture
+def sandboxed():
+    isolations.need(*isolations.KINDS)
+
+
+@pytest.fixture
+def bound_on_processes():
+    isolations.need_a_bound_on_processes()
 
 
 @pytest.fixture

@@ -11,9 +11,7 @@ from dsv3.rl.sandbox import check_calls
 from dsv3.rl.sandbox_process import SandboxLimits
 from tests.more import more
 from tests.rl.data import HUMANEVAL
-from tests.rl.isolations import TROUBLE
 
-pytestmark = pytest.mark.skipif(None not in TROUBLE.values(), reason=f"this machine allows no sandbox: {TROUBLE}")
 ADDS = {"test": "def check(candidate):\n    assert candidate(41) == 42", "entry_point": "f"}
 PRINTS = {"inputs": ["41", "1", "-1"], "outputs": ["42\n", "2\n", "0\n"]}
 
@@ -22,6 +20,7 @@ def fenced(code):
     return f"<think>hm\n```python\nraise ValueError\n```\n</think> Here:\n```python\n{code}\n```\nDone."
 
 
+@pytest.mark.usefixtures("sandboxed")
 def test_functions():
     reward = make_code_reward()
     assert reward("", fenced("def f(x):\n    return x + 1"), ADDS) == 1.0
@@ -31,6 +30,7 @@ def test_functions():
     assert make_code_reward(whole=True)("", "def f(x):\n    return x + 1", ADDS) == 1.0
 
 
+@pytest.mark.usefixtures("sandboxed")
 def test_outputs():
     reward, share = make_code_reward(), make_code_reward(partial=True)
     good, bad = fenced("print(int(input()) + 1)"), fenced("print(abs(int(input())) + 1)")
@@ -39,6 +39,7 @@ def test_outputs():
     assert share("", fenced("print(int(input()) + 1)\nraise SystemExit(3)"), PRINTS) == 0.0
 
 
+@pytest.mark.usefixtures("sandboxed")
 @pytest.mark.parametrize(
     "printed, lines, words, exact",
     [("1 2\n3\n", 1, 1, 1), ("1 2\n3", 1, 1, 0), ("1 2 \n3\n\n", 1, 1, 0), ("1 2 3", 0, 1, 0), ("1 2\n4\n", 0, 0, 0)],
@@ -50,6 +51,7 @@ def test_comparisons(printed, lines, words, exact):
         assert verdict.status == ("passed" if passes else "failed")
 
 
+@pytest.mark.usefixtures("sandboxed")
 def test_verdicts_of_outputs():
     tests = OutputTests(("1", "0", "2"), ("1", "0", "2"))
     verdicts = check_outputs("print(1 // int(input()))", tests)
@@ -61,6 +63,7 @@ def test_verdicts_of_outputs():
     assert slow[0].status == "timeout"
 
 
+@pytest.mark.usefixtures("sandboxed")
 @pytest.mark.parametrize(
     "reference, message",
     [
@@ -94,7 +97,20 @@ def test_it_is_refused_before_any_work(monkeypatch):
         make_code_reward(compare="loose")
 
 
+@pytest.mark.usefixtures("sandboxed")
+def test_all_that_one_reward_judges_has_the_same_isolation(monkeypatch):
+    """Whatever the machine's trials say later."""
+    monkeypatch.setattr(sandbox, "_told", {"seccomp"})
+    reward, tried = make_code_reward(), []
+    trouble = sandbox._trouble
+    monkeypatch.setattr(sandbox, "_trouble", lambda kind: tried.append(kind) or trouble(kind))
+    assert reward("", fenced("def f(x):\n    return x + 1"), ADDS) == 1.0
+    assert reward("", fenced("print(int(input()) + 1)"), PRINTS) == 1.0
+    assert len(set(tried)) == 1 and len(tried) == 4
+
+
 @pytest.mark.skipif(not HUMANEVAL.is_file(), reason="no humaneval in the data folder")
+@pytest.mark.usefixtures("sandboxed")
 @pytest.mark.parametrize("step", [12, *more(1)])
 def test_humaneval(step):
     """Each solution passes its tests, an empty body none; the tests of 32, 38 and 50 use helpers of the prompt."""

@@ -215,9 +215,78 @@ def test_a_comparison_whose_process_somebody_ends_is_made_again(monkeypatch):
     monkeypatch.setattr(comparer, "_ask", end_first)
     deaths = [1]
     assert comparer.equal("x + 1", "1 + x") and len(asked) == 2
-    deaths = [3, 4]
-    with pytest.raises(OSError, match="MathComparer: its process was ended twice, with -15"):
-        comparer.equal("x + 2", "2 + x")
+    deaths = [3, 4]  # it may be the answer's own doing, so that the run goes on: other comparisons can be made
+    with pytest.warns(UserWarning, match=r"MathComparer: '2 \+ x' has ended its process twice, with -15: no answer"):
+        assert not comparer.equal("x + 2", "2 + x")
+    assert len(asked) == 5
+    deaths = [6, 7, 8]
+    with pytest.raises(OSError, match="MathComparer: its processes are ended, the last one with -15"):
+        comparer.equal("x + 3", "3 + x")
+
+
+def test_an_interrupted_comparison_answers_no_other_one():
+    comparer = MathComparer(cpu_seconds=3)
+    assert comparer.equal("x + 1", "1 + x")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            comparer.equal("9^{9^{9^{9}}} + x", "12 + x")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert comparer.equal("x + 2", "2 + x")
+
+
+def test_an_answer_to_another_question_is_none(monkeypatch):
+    comparer, ask, late = MathComparer(), MathComparer._ask, [b"[0, false]\n"]
+
+    def ask_late(worker, line, seconds):
+        return late.pop() if line and late else ask(comparer, worker, line, seconds)
+
+    monkeypatch.setattr(comparer, "_ask", ask_late)
+    assert comparer.equal("x + 1", "1 + x") and not late
+
+
+def test_threads_of_a_forked_process_have_the_same_places(monkeypatch):
+    comparer, made, old = MathComparer(), threading.Event(), math_process.queue.LifoQueue
+
+    def make_slowly():
+        made.set()
+        time.sleep(0.2)
+        return old()
+
+    monkeypatch.setattr(math_process.queue, "LifoQueue", make_slowly)
+    comparer._owner, inherited = -1, comparer._idle
+    first = threading.Thread(target=comparer._settle)
+    first.start()
+    made.wait()
+    comparer._settle()
+    assert comparer._idle is not inherited
+    first.join()
+
+
+def test_a_process_may_be_forked_while_places_are_made():
+    comparer = MathComparer()
+    with math_process._settling:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            comparer._settle()
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_process_has_this_version(monkeypatch, tmp_path):
+    """Not another one on Python's path."""
+    (tmp_path / "dsv3").mkdir()
+    (tmp_path / "dsv3" / "__init__.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert MathComparer().equal("x + 1", "1 + x")
 
 
 def test_a_process_that_does_not_start_is_an_error(monkeypatch):

@@ -98,6 +98,7 @@ def check(candidate):
     assert check_calls(program, tests, "f", isolation=kind) == ("passed", "")
 
 
+@pytest.mark.usefixtures("sandboxed")
 def test_verdicts_have_reasons():
     cases = [
         ("def f(x):\n    return 1 / 0", "assert f(1)", "failed", "ZeroDivisionError: division by zero"),
@@ -114,6 +115,7 @@ def test_verdicts_have_reasons():
         assert verdict.status == status and detail in verdict.detail, verdict
 
 
+@pytest.mark.usefixtures("sandboxed")
 def test_a_prompt_gives_names_and_the_head():
     prompt = "from typing import List\n\ndef helper(x):\n    return x + 1\n\n"
     prompt += "def f(x: List[int]) -> int:\n    \"\"\"Adds.\"\"\"\n"
@@ -127,6 +129,29 @@ def test_a_prompt_gives_names_and_the_head():
     assert check_calls("\n    return x", "assert f(3) == 3", "f", prompt=bare).status == "passed"
 
 
+@pytest.mark.usefixtures("sandboxed")
+def test_a_function_may_have_the_name_of_the_tests_function():
+    good, bad = "def check(x):\n    return x + 1", "def check(x):\n    return x"
+    for tests in ("assert check(1) == 2", "def check(candidate):\n    assert candidate(1) == 2"):
+        assert check_calls(good, tests, "check") == ("passed", ""), tests
+        assert check_calls(bad, tests, "check").status == "failed", tests
+    helper = "def check(x):\n    return x > 0\n"
+    assert check_calls("def f(x):\n    return check(x)", "assert f(1) and check(1)", "f", prompt=helper) == ("passed", "")
+
+
+NO_VERDICTS = ["[1]", "{}", '{"status": "x", "detail": ""}', '{"status": "passed", "detail": 1}', "[" * 10**5]
+
+
+@pytest.mark.parametrize("said", NO_VERDICTS, ids=range(5))
+@pytest.mark.usefixtures("sandboxed")
+def test_a_verdict_that_is_none_is_a_failure(said):
+    tests = f"import os\nf(1)\nfor fd in range(3, 16):\n    try:\n        os.write(fd, {said.encode()!r})\n"
+    tests += "    except OSError:\n        pass\nos._exit(0)"
+    verdict = check_calls("def f(x):\n    return x", tests, "f")
+    assert verdict == ("failed", "the tests' process ended with 0")
+
+
+@pytest.mark.usefixtures("sandboxed")
 def test_verdicts_repeat():
     """Hashes and random numbers have a fixed seed, in the program and in its tests."""
     program = "import random\ndef f(x):\n    return [random.random(), list({'a', 'b', 'c', 'd'})]"
@@ -136,6 +161,7 @@ def test_verdicts_repeat():
     assert len(verdicts) == 1 and verdicts.pop().detail.startswith("ValueError: [[0.")
 
 
+@pytest.mark.usefixtures("sandboxed")
 def test_many_at_a_time_do_not_mix(nothing_left):
     def run(number):
         program = f"def f(x):\n    return x * {number}"
@@ -146,6 +172,7 @@ def test_many_at_a_time_do_not_mix(nothing_left):
         assert list(pool.map(run, range(16))) == [("passed", f"{number}\n") for number in range(16)]
 
 
+@pytest.mark.usefixtures("sandboxed")
 def test_a_caller_with_many_descriptors():
     """Those of the pipes are beyond what `select` takes."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1500:

@@ -17,6 +17,8 @@ def test_the_filter_decides_as_written(machine, forks, writes):
     refused, absent, allowed, killed = 0x50001, 0x50026, 0x7FFF0000, 0x80000000
     decide = lambda number, *arguments, arch=architecture: interpret(code, number, arch, arguments)  # noqa: E731
     calls = {"read": (0, 63), "socket": (41, 198), "clone": (56, 220), "openat": (257, 56), "kill": (62, 129)}
+    calls |= {"socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202)}
+    calls |= {"accept4": (288, 242), "sendmmsg": (307, 269), "shmat": (30, 196), "msgrcv": (70, 188), "semctl": (66, 191)}
     number = {name: numbers[column] for name, numbers in calls.items()} | {"fcntl": (72, 25)[column]}
     assert decide(number["read"]) == allowed
     assert decide(number["socket"]) == refused
@@ -25,6 +27,13 @@ def test_the_filter_decides_as_written(machine, forks, writes):
     assert decide(435) == decide(437) == decide(463) == decide(600) == absent
     assert decide(number["clone"], 0x10F00) == allowed
     assert decide(number["clone"], 17) == (allowed if forks else refused)
+    for flags in (1 << 17, *(1 << bit for bit in range(25, 31))):  # a namespace of its own
+        assert decide(number["clone"], 17 | flags) == decide(number["clone"], 0x10F00 | flags) == refused
+    assert decide(number["socketpair"], 1, 1) == decide(number["socketpair"], 1, 0x80801) == allowed
+    for family, kind in ((1, 2), (1, 5), (1, 0x80002), (2, 1), (30, 1), (1, 0x4001)):
+        assert decide(number["socketpair"], family, kind) == refused
+    for name in ("connect", "bind", "listen", "accept", "accept4", "sendmmsg", "shmat", "msgrcv", "semctl"):
+        assert decide(number[name]) == refused
     assert decide(number["kill"], 77) == allowed
     assert decide(number["kill"], 1) == (allowed if forks else refused)
     assert decide(number["openat"], 0, 0, 0o2000000) == allowed
