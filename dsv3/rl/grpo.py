@@ -165,8 +165,9 @@ def grpo_loss(
       old_logprobs: `[N, T]`, under the policy that sampled. For a step on fresh samples `tf.stop_gradient(logprobs)` will
         do: every ratio is then 1, and the gradient that of `A·log π`.
       ref_logprobs: `[N, T]`, under the reference policy; `None`: there is none.
-      advantages: `[N]`, of the sequences.
-      mask: `[N, T]`, 1 for tokens that count: those that were drawn. What the others hold does not matter.
+      advantages: `[N]`, of the sequences, without a gradient.
+      mask: `[N, T]`, 1 for tokens that count: those that were drawn. What the others hold does not matter, nor the advantage
+        of a sequence without any.
       clip_low, clip_high: ε_low and ε_high. Above 1, ε_low is no limit. dual_clip: c, above 1; `None`: no limit.
       kl: estimator of the divergence, see `kl_estimate`. kl_weight: β.
       average, length: what w_t is, see `token_weights`.
@@ -209,7 +210,8 @@ def grpo_loss(
     if ref_logprobs is not None:
         ref = tf.stop_gradient(tf.where(counted, tf.cast(ref_logprobs, tf.float32), 0.0))
     ratio = tf.exp(logprobs - old)
-    gain, limits = _clipped(ratio, tf.expand_dims(tf.cast(advantages, tf.float32), 1), clip_low, clip_high, dual_clip)
+    advantages = tf.where(counted, tf.expand_dims(tf.stop_gradient(tf.cast(advantages, tf.float32)), 1), 0.0)
+    gain, limits = _clipped(ratio, advantages, clip_low, clip_high, dual_clip)
     divergence = kl_estimate(logprobs, ref, estimator=kl)
     policy, penalty = -tf.reduce_sum(weights * gain), tf.reduce_sum(weights * divergence)
 

@@ -109,8 +109,8 @@ def by_hand_of(logprob, advantage, **how):
 
 def test_only_the_policy_gets_a_gradient():
     lp, old, ref, advantages, mask = inputs(3, 5)
-    found = gradients(lambda *x: grpo_loss(*x, advantages, mask, kl_weight=0.1).loss, [lp, old, ref])
-    assert [bool(np.abs(g.numpy()).max() > 0) for g in found] == [True, False, False]
+    found = gradients(lambda *x: grpo_loss(*x, mask, kl_weight=0.1).loss, [lp, old, ref, advantages])
+    assert [bool(np.abs(g.numpy()).max() > 0) for g in found] == [True, False, False, False]
 
 
 def test_averages_by_hand():
@@ -163,8 +163,9 @@ def test_what_padding_holds_does_not_matter(bad):
     want, (gradient,) = (f(lambda *x: grpo_loss(*x, advantages, mask, kl_weight=0.2).loss) for f in (
         lambda fn: fn(lp, old, ref), lambda fn: gradients(lambda x: fn(x, old, ref), [lp])))  # fmt: skip
     dirty = [np.where(mask > 0, x, np.float32(bad)) for x in (lp, old, ref)]
-    assert_close(grpo_loss(*dirty, advantages, mask, kl_weight=0.2).loss, want)
-    (got,) = gradients(lambda x: grpo_loss(x, *dirty[1:], advantages, mask, kl_weight=0.2).loss, [dirty[0]])
+    dirty.append(np.where(mask.any(1), advantages, np.float32(bad)))
+    assert_close(grpo_loss(*dirty, mask, kl_weight=0.2).loss, want)
+    (got,) = gradients(lambda x: grpo_loss(x, *dirty[1:], mask, kl_weight=0.2).loss, [dirty[0]])
     assert_close(got, gradient)
 
 
