@@ -137,7 +137,7 @@ def build_prefill(batch: int, length: int, dtype: str) -> Prepared:
 
     def run(tokens):
         nonlocal caches
-        caches, rows = prefill(caches, params, router, start, tokens, counts)
+        caches, (rows, _) = prefill(caches, params, router, start, tokens, counts)
         rows = rows._replace(token=tokens[:, -1])
         caches, (_, drawn) = decode(caches, params, router, rows, sampling, active)
         return drawn.tokens.numpy()

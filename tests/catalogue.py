@@ -202,6 +202,28 @@ TRAIN = [
     ),
 ]  # fmt: skip
 
+# Reinforcement learning
+
+
+def grpo_inputs() -> dict[str, Any]:
+    names = ("logprobs", "old_logprobs", "ref_logprobs")
+    tokens = {name: normal(seed, 3, 4, scale=0.3) for seed, name in enumerate(names)}
+    return tokens | {"advantages": normal(3, 3), "mask": np.ones([3, 4], np.float32)}
+
+
+RL = [
+    Entry(
+        "dsv3.rl.advantage.group_advantages", lambda: {"rewards": normal(0, 3, 4)},
+        wrong=lambda: {"rewards": normal(0, 3)}, unknown=("rewards",),
+    ),
+    Entry(
+        "dsv3.rl.grpo.grpo_loss", grpo_inputs, {"kl_weight": 0.1},
+        lambda: {"old_logprobs": normal(1, 3, 5), "advantages": normal(3, 4), "mask": np.ones([3, 5], np.float32)},
+        unknown=("logprobs", "old_logprobs", "ref_logprobs", "advantages", "mask"),
+    ),
+    Entry("dsv3.rl.step.make_grpo_step", static={"cfg": TRAINED, "optimizer": OPTIMIZER}, python=True),
+]  # fmt: skip
+
 # The rest
 
 
@@ -230,4 +252,4 @@ OTHERS = [
     Entry("dsv3.spec.init_params", lambda: {"key": KEY.numpy()}, {"specs": SPECS}, lambda: {"key": int32(3)}, no_xla=DRAWS),
 ]
 
-CATALOGUE = [*OPS, *MODEL, *TRAIN, *OTHERS]
+CATALOGUE = [*OPS, *MODEL, *TRAIN, *RL, *OTHERS]

@@ -263,6 +263,13 @@ OPS = [
         tolerance=1e-5,
     ),
     Entry(
+        "dsv3.ops.loss.target_logprobs",
+        lambda: {"hidden": normal(0, 5, 3), "head": normal(1, 3, 7), "targets": int32(5, high=7)},
+        {"chunk": 2, "temperature": 0.7},
+        lambda: {"hidden": normal(0, 5), "head": normal(1, 4, 7), "targets": int32(4)},
+        tolerance=1e-5,
+    ),
+    Entry(
         "dsv3.ops.norm.rms_norm", lambda: {"x": normal(0, 2, 8), "weight": normal(1, 8)},
         wrong=lambda: {"x": np.float32(1.0), "weight": normal(1, 7)},
         unknown=("x",),

@@ -53,8 +53,8 @@ LAYERS = {
 FAMILY = {"config_hf": "config", "presets": "config"}
 
 # Packages that only the named modules may import: chex has gaps that `checks` covers, and dsv3 has to work
-# where the extras `export` and `parity` are not installed.
-CONFINED = {"chex": ("checks",), "jax": ("export",), "torch": (), "transformers": ()}
+# where the extras `export`, `parity` and `ray` are not installed.
+CONFINED = {"chex": ("checks",), "jax": ("export",), "ray": ("rl",), "torch": (), "transformers": ()}
 
 EXEMPT = "dsv3/__init__.py"
 EDGE = "dsv3/compiled.py"

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from tokenizers import Tokenizer
 
+from dsv3 import tree
 from dsv3.checks import check
 from dsv3.compiled import compile_step, place
 from dsv3.config import ModelConfig
@@ -66,6 +67,7 @@ class Engine:
       max_length: tokens of prompt and completion at most; default: the config's.
       chunk_sizes: sizes of the chunks in which prompts are read.
       smallest_cache: tokens a row that a cache begins with; it doubles as rows grow.
+      record: also return what training on the completions wants: `Completion.experts` and `sampled_logprobs`.
       on_chunk: is called after each chunk of prompts with the tokens of the longest that are read, and all of them.
 
     Raises:
@@ -86,6 +88,7 @@ class Engine:
         max_length: int | None = None,
         chunk_sizes: Sequence[int] = (32, 128, 512),
         smallest_cache: int = 256,
+        record: bool = False,
         on_chunk: Callable[[int, int], None] | None = None,
     ):
         max_length = cfg.max_length if max_length is None else max_length
@@ -99,10 +102,11 @@ class Engine:
         self.depth, self._modules = speculative, min(speculative, cfg.num_mtp_layers)
         # A step writes all that it computes behind a row, kept or not, and goes on doing so when the row has ended.
         self._margin = 2 * (self.depth + 1)
-        self._chunks, self._smallest, self._on_chunk = tuple(chunk_sizes), smallest_cache, on_chunk
+        self._chunks, self._smallest = tuple(chunk_sizes), smallest_cache
+        self.record, self._on_chunk = record, on_chunk
         self._policy = policy or default_policy()
         self._decode_policy = self._policy if self._policy.jit else self._policy.replace(fuse=False)
-        prefill = functools.partial(prefill_step, cfg=cfg, policy=self._policy, modules=self._modules)
+        prefill = functools.partial(prefill_step, cfg=cfg, policy=self._policy, modules=self._modules, record=record)
         self._prefill = {
             first: compile_step(functools.partial(prefill, first=first), jit=self._policy.jit) for first in (True, False)
         }
@@ -180,14 +184,18 @@ class Engine:
         caches, rows = state_init(
             self.cfg, count, size, dtype=self._dtype, cache=self._policy.cache, modules=self._modules, depth=self.depth
         )
-        caches, at = place(caches, owned=True), 0
+        caches, at, experts = place(caches, owned=True), 0, []
         for chunk in plan:
             piece = tf.constant(tokens[:, at : at + chunk + self._modules])
             counts = tf.constant(np.clip(lengths - at, 0, chunk))
-            caches, rows = self._prefill[at == 0](caches, self._params, self._router, rows, piece, counts)
+            caches, (rows, chosen) = self._prefill[at == 0](caches, self._params, self._router, rows, piece, counts)
             at += chunk
+            if self.record:
+                experts.append(chosen.numpy().astype(np.int16))
             if self._on_chunk is not None:
                 self._on_chunk(min(at, int(lengths.max())), int(lengths.max()))
+        for row, i in zip(new, places) if self.record else ():
+            row.begin([chosen[:, i] for chosen in experts])
         rows = rows._replace(token=tf.constant(tokens[np.arange(count), lengths]))
         return _Batch(caches, rows, [None] * count), places
 
@@ -225,16 +233,18 @@ class Engine:
         batch.caches, (batch.rows, drawn) = self._step(greedy, top)(
             batch.caches, self._params, self._router, batch.rows, batch.sampling, tf.constant(active)
         )
-        tokens, counts, logprobs, top_ids, top_logprobs = (x.numpy() for x in drawn)
+        drawn = tree.map_leaves(lambda x: x.numpy(), drawn)
         for i in live:
-            new = slice(0, counts[i])
-            best = [list(zip(*pair)) for pair in zip(top_ids[i, new].tolist(), top_logprobs[i, new].tolist())]
-            yield batch.slots[i].push(tokens[i, new].tolist(), logprobs[i, new].tolist(), best, self.depth)
+            new, row = slice(0, drawn.count[i]), batch.slots[i]
+            best = [list(zip(*pair)) for pair in zip(drawn.top_ids[i, new].tolist(), drawn.top_logprobs[i, new].tolist())]
+            if self.record:
+                row.note(drawn.record.logprobs[i, new], drawn.record.experts[:, i, new].astype(np.int16))
+            yield row.push(drawn.tokens[i, new].tolist(), drawn.logprobs[i, new].tolist(), best, self.depth)
 
     def _step(self, greedy: bool, top: int):
         """The compiled decode step for one kind of sampling."""
         if (greedy, top) not in self._decode:
-            how = {"cfg": self.cfg, "policy": self._decode_policy, "greedy": greedy, "top": top}
+            how = {"cfg": self.cfg, "policy": self._decode_policy, "greedy": greedy, "top": top, "record": self.record}
             fn = functools.partial(decode_step, **how)
             if self.depth:
                 fn = functools.partial(speculative_step, depth=self.depth, modules=self._modules, **how)

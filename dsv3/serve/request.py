@@ -50,6 +50,10 @@ class Completion:
       finish_reason: `"stop_token"`, `"stop_string"`, or `"length"` (`max_new_tokens`, or the engine's `max_length`).
       steps: forward passes of the model that the new tokens took.
       drafted, accepted: tokens that the MTP modules proposed, and those of them that the model accepted.
+      sampled_logprobs: with `Engine(record=True)` for each token its log-probability at the request's temperature (at 0:
+        as `logprobs`), before top-k and top-p; else empty.
+      experts: with `Engine(record=True)` `[X, T, K]` int16, the experts of each mixture layer at every position but the last
+        token's: T is the length of prompt and tokens less one. Else `None`.
     """
 
     prompt_tokens: int
@@ -61,6 +65,8 @@ class Completion:
     steps: int
     drafted: int = 0
     accepted: int = 0
+    sampled_logprobs: tuple[float, ...] = ()
+    experts: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def acceptance_rate(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3.checks import check
@@ -41,11 +42,25 @@ class Row:
         self._logprobs: list[float] = []
         self._top: list[tuple] = []
         self._steps = self._drafted = self._accepted = 0
+        self._sampled: list[np.ndarray] | None = None
+        self._experts: list[np.ndarray] = []
 
     @property
     def held(self) -> int:
         """Tokens of the row that are in the cache: all but the last."""
         return len(self.prompt) - 1 + len(self._tokens)
+
+    def begin(self, experts: list[np.ndarray]) -> None:
+        """Begins a record: the experts `[X, T, K]` of each chunk in which the prompt was read, all but its last token."""
+        self._sampled, left = [], len(self.prompt) - 1
+        for chunk in experts:
+            self._experts.append(chunk[:, :left])
+            left -= self._experts[-1].shape[1]
+
+    def note(self, logprobs: np.ndarray, experts: np.ndarray) -> None:
+        """Adds to the record what one step drew: `[T]`, and `[X, T, K]` of the positions that drew it."""
+        self._sampled.append(logprobs)
+        self._experts.append(experts)
 
     def push(self, tokens: list[int], logprobs: list[float], top: list[list], drafted: int) -> Event:
         """Adds the tokens of one step, up to where the row ends.
@@ -99,4 +114,13 @@ class Row:
             steps=self._steps,
             drafted=self._drafted,
             accepted=self._accepted,
+            **self._recorded(),
         )
+
+    def _recorded(self) -> dict[str, object]:
+        """The record up to the row's end: its last step may have drawn more than it keeps."""
+        if self._sampled is None:
+            return {}
+        new = len(self._tokens)
+        experts = np.concatenate(self._experts, 1)[:, : len(self.prompt) - 1 + new]
+        return {"sampled_logprobs": tuple(np.concatenate(self._sampled)[:new].tolist()), "experts": experts}

@@ -59,6 +59,18 @@ class Sampling(NamedTuple):
     top_p: tf.Tensor
 
 
+class Record(NamedTuple):
+    """What training on the drawn tokens wants to know of the pass that drew them.
+
+    Attributes:
+      logprobs: `[B, T]` float32, at the row's temperature: log-softmax of logits / temperature (at 0: of the logits).
+      experts: `[X, B, T, K]` int32, the experts of each mixture layer at the position that drew the token.
+    """
+
+    logprobs: tf.Tensor
+    experts: tf.Tensor
+
+
 class Drawn(NamedTuple):
     """The new tokens of one step.
 
@@ -67,6 +79,7 @@ class Drawn(NamedTuple):
       count: `[B]` int32, 0 for rows that are not active.
       logprobs: `[B, T]` float32, log-softmax of the model's logits at the tokens, whatever the temperature.
       top_ids, top_logprobs: `[B, T, top]`, the best tokens.
+      record: see `Record`; `()` where nothing is recorded.
     """
 
     tokens: tf.Tensor
@@ -74,6 +87,7 @@ class Drawn(NamedTuple):
     logprobs: tf.Tensor
     top_ids: tf.Tensor
     top_logprobs: tf.Tensor
+    record: Record | tuple = ()
 
 
 def state_init(
@@ -108,7 +122,8 @@ def prefill_step(
     policy: ComputePolicy,
     modules: int = 0,
     first: bool = False,
-) -> tuple[Caches, Rows]:
+    record: bool = False,
+) -> tuple[Caches, tuple[Rows, tf.Tensor | tuple]]:
     """Reads a chunk of each row's prompt into the caches.
 
     Args:
@@ -121,9 +136,10 @@ def prefill_step(
       modules: MTP modules whose caches are filled too.
       first: promises that all caches are empty, so that the chunk is read as a sequence of its own: half the attention's
         work or less.
+      record: whether to return the experts.
 
     Returns:
-      New caches (as `RowWrite`s) and rows.
+      New caches (as `RowWrite`s), and the new rows with the experts of the chunk, `[X, B, T, K]`, or `()`.
     """
     params = tree.map_leaves(tf.convert_to_tensor, params)
     chunk = tokens.shape[1] - modules
@@ -138,7 +154,8 @@ def prefill_step(
         )
         new = new._replace(mtp=RowWrite(entries, rows.length))
         window = window_push(rows.window, hidden, tokens[:, 1 : chunk + 1], counts, keep=modules)
-    return new, rows._replace(length=rows.length + counts, window=window)
+    rows = rows._replace(length=rows.length + counts, window=window)
+    return new, (rows, _experts(out, cfg) if record else ())
 
 
 @plain
@@ -154,6 +171,7 @@ def decode_step(
     policy: ComputePolicy,
     greedy: bool = False,
     top: int = 0,
+    record: bool = False,
 ) -> tuple[Caches, tuple[Rows, Drawn]]:
     """Draws one token for each row.
 
@@ -165,6 +183,7 @@ def decode_step(
       cfg, policy: configuration, and how to compute.
       greedy: promises that every temperature is 0.
       top: how many of the best tokens' log-probabilities to return.
+      record: whether to return a `Record`.
 
     Returns:
       New caches (as `RowWrite`s), and the new rows with what was drawn, `Drawn` with T = 1.
@@ -184,6 +203,8 @@ def decode_step(
     count = tf.cast(active, tf.int32)
     new_rows = Rows(rows.length + count, tf.where(active, token, rows.token), rows.index + count, rows.window)
     drawn = _drawn(tf.expand_dims(logits, 1), tf.expand_dims(token, 1), count, top)
+    if record:
+        drawn = _recorded(drawn, tf.expand_dims(logits, 1), sampling, out, cfg)
     return Caches(RowWrite(out.entries, rows.length), caches.mtp), (new_rows, drawn)
 
 
@@ -202,12 +223,13 @@ def speculative_step(
     modules: int,
     greedy: bool = False,
     top: int = 0,
+    record: bool = False,
 ) -> tuple[Caches, tuple[Rows, Drawn]]:
     """Drafts `depth` tokens with the MTP modules, checks all of them in one forward pass, keeps what the model would say.
 
     Args:
       caches: with room for `2·depth + 1` more tokens in every row.
-      params, router, rows, sampling, active, cfg, policy, greedy, top: as in `decode_step`.
+      params, router, rows, sampling, active, cfg, policy, greedy, top, record: as in `decode_step`.
       depth: drafted tokens. modules: MTP modules that draft them; a depth beyond chains the last module on itself.
 
     Returns:
@@ -234,7 +256,8 @@ def speculative_step(
     window = window_push(rows.window, _mtp_input(out, cfg), drawn, count, keep=keep)
     new_rows = Rows(rows.length + count, tf.where(active, token, rows.token), rows.index + count, window)
     new = Caches(RowWrite(out.entries, rows.length), RowWrite(drafts.entries, drafts.starts))
-    return new, (new_rows, _drawn(logits, drawn, count, top))
+    found = _drawn(logits, drawn, count, top)
+    return new, (new_rows, _recorded(found, logits, sampling, out, cfg) if record else found)
 
 
 def _mtp_input(out: ModelOutput, cfg: ModelConfig) -> tf.Tensor:
@@ -253,3 +276,17 @@ def _drawn(logits: tf.Tensor, tokens: tf.Tensor, count: tf.Tensor, top: int) -> 
     logprobs = tf.nn.log_softmax(logits, -1)
     best = tf.math.top_k(logprobs, top)
     return Drawn(tokens, count, tf.gather(logprobs, tokens, batch_dims=2), best.indices, best.values)
+
+
+def _recorded(drawn: Drawn, logits: tf.Tensor, sampling: Sampling, out: ModelOutput, cfg: ModelConfig) -> Drawn:
+    temperature = tf.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    scaled = logits / tf.reshape(temperature, [-1, 1, 1])
+    logprobs = tf.gather(scaled, drawn.tokens, batch_dims=2) - tf.reduce_logsumexp(scaled, -1)
+    return drawn._replace(record=Record(logprobs, _experts(out, cfg)))
+
+
+def _experts(out: ModelOutput, cfg: ModelConfig) -> tf.Tensor:
+    """The experts of all mixture layers, `[X, B, T, K]`; a model without any has X = 0."""
+    if out.stats:
+        return out.stats.experts
+    return tf.zeros([0, *out.logits.shape[:2], cfg.moe.router.top_k], tf.int32)

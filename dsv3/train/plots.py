@@ -52,15 +52,15 @@ def plot_run(rows: Rows, directory: str | os.PathLike, *, mtp_layers: int = 0) -
             drawings["bias"] = (_draw_bias, (7.5, 4), 1)
     paths = []
     for name, (draw, size, columns) in drawings.items():
-        figure, axes = _figure(size, columns)
+        figure, axes = new_figure(size, columns)
         draw(axes, kinds, mtp_layers)
         paths.append(root / f"{name}.png")
         figure.savefig(paths[-1], dpi=120)
     return paths
 
 
-def _figure(size: tuple[float, float], columns: int):
-    """A figure on the Agg canvas, without pyplot's global state."""
+def new_figure(size: tuple[float, float], columns: int):
+    """Returns a figure of `size` inches and its axes, side by side, on the Agg canvas, without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -24,6 +24,7 @@ from dsv3.pipeline import one_f_one_b
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.recipe import Fp8Recipe, sends_fp8
 from dsv3.spec import ParamSpec, init_params
+from dsv3.train.accumulate import accumulate_parts
 from dsv3.train.loss import LossParts, pretrain_loss
 from dsv3.train.mesh_params import state_layouts
 from dsv3.train.mesh_step import MakeTable, MeshPlan, Rates, make_mesh_update
@@ -229,27 +230,10 @@ def _accumulate(
         grads = tape.gradient(loss, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return loss, parts, tree.unflatten_as(params, [tf.convert_to_tensor(g) for g in grads])
 
-    loss, parts, grads = gradients(0)
+    loss, parts, grads = accumulate_parts(gradients, micro_batches, largest=lambda path: path.endswith(".amax"))
     if known != 1:
-        total = _float32((loss, parts, grads))
-        _, total = tf.while_loop(
-            lambda i, _: i < micro_batches,
-            lambda i, total: (i + 1, tree.map_with_path(_added, total, _float32(gradients(i)))),
-            (tf.constant(1), total),
-            parallel_iterations=1,
-        )
-        loss, parts, grads = total
         parts = parts._replace(balance=parts.balance / parts_of_balance)
     return loss, parts, grads
-
-
-def _added(path: str, total: tf.Tensor, more: tf.Tensor) -> tf.Tensor:
-    """Of micro-batches gradients are added; of largest values the largest counts."""
-    return (tf.maximum if path.endswith(".amax") else tf.add)(total, more)
-
-
-def _float32(values: Tree) -> Tree:
-    return tree.map_leaves(lambda t: tf.cast(t, tf.float32), values)
 
 
 def make_train_step(

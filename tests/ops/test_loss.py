@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks."""
+"""Cross-entropy and log-probabilities in chunks."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.ops.loss import token_nll
+from dsv3.ops.loss import target_logprobs, token_nll
 from tests import oracles
 from tests.compare import SWEEP, assert_close, check_gradient, gradients, normal
 
@@ -35,12 +35,44 @@ def test_gradient(chunk, vocab, fuse):
     )
 
 
+def oracle_logprobs(hidden, head, targets, temperature):
+    """`[2, N]`: log-probability and entropy, from the softmax as it is written."""
+    z = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64) / temperature
+    logp = z - z.max(-1, keepdims=True)
+    logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
+    return np.stack([logp[np.arange(len(targets)), targets], -(np.exp(logp) * logp).sum(-1)])
+
+
+@SWEEP
+@given(st.integers(0, 9), st.integers(1, 5), st.integers(1, 40), st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.7]))
+def test_log_probabilities_and_entropy_match_the_formula(tokens, width, vocab, chunk, temperature):
+    hidden, head, targets = inputs(tokens, width, vocab)
+    got = tf.stack(target_logprobs(hidden, head, targets, temperature=temperature, chunk=chunk))
+    # Differences of numbers of the size of the logits over the temperature, here up to 20; one token has entropy 0.
+    np.testing.assert_allclose(got, oracle_logprobs(hidden, head, targets, temperature), atol=1e-5)
+    if temperature == 1.0 and tokens:
+        assert_close(-got[0], token_nll(hidden, head, targets, chunk=chunk), 1e-5)
+
+
+@pytest.mark.parametrize(("chunk", "vocab", "fuse"), [(2, 7, False), (2, 64, True), (9, 7, False)])
+def test_gradient_of_log_probabilities_and_entropy(chunk, vocab, fuse):
+    hidden, head, targets = inputs(5, 3, vocab)
+    check_gradient(
+        lambda h, w: tf.stack(target_logprobs(h, w, targets, temperature=1.7, chunk=chunk, fuse=fuse)),
+        lambda h, w: oracle_logprobs(h, w, targets, 1.7),
+        [hidden, head],
+    )
+
+
 def test_large_logits_stay_finite():
     hidden, head, targets = inputs(4, 3, 8)
     logits = 1e4 * hidden @ head
     want = logits.max(-1) - logits[np.arange(4), targets]
     assert_close(token_nll(1e4 * hidden, head, targets), want, 1e-5)
     assert all(np.isfinite(g).all() for g in gradients(lambda h, w: token_nll(h, w, targets), [1e4 * hidden, head]))
+    found = [*target_logprobs(1e4 * hidden, head, targets, temperature=0.1)]
+    found += gradients(lambda h, w: target_logprobs(h, w, targets, temperature=0.1), [1e4 * hidden, head])
+    assert all(np.isfinite(x).all() for x in found)
 
 
 def test_bfloat16_logits_are_reduced_in_float32():
@@ -51,14 +83,19 @@ def test_bfloat16_logits_are_reduced_in_float32():
     logits = tf.cast(tf.matmul(hidden, head), tf.float64).numpy()
     want = oracles.token_nll(logits, np.eye(64), targets)
     assert_close(got, want, 1e-6)
+    for value, want in zip(target_logprobs(hidden, head, targets, temperature=0.7), oracle_logprobs(
+            logits, np.eye(64), targets, 0.7)):  # fmt: skip
+        assert value.dtype == tf.float32
+        assert_close(value, want, 1e-6)
 
 
-def test_logits_of_all_tokens_never_exist():
+@pytest.mark.parametrize("fn", [token_nll, target_logprobs])
+def test_logits_of_all_tokens_never_exist(fn):
     hidden, head, targets = inputs(12, 3, 50)
 
     @tf.function(autograph=False)
     def value_and_grad():
-        return gradients(lambda h, w: token_nll(h, w, targets, chunk=4), [hidden, head])
+        return gradients(lambda h, w: fn(h, w, targets, chunk=4), [hidden, head])
 
     def sizes(graph):
         for op in graph.get_operations():
@@ -80,3 +117,5 @@ def test_wrong_input_is_named():
     ]:
         with pytest.raises(ValueError, match=message):
             token_nll(*arguments, **how)
+    with pytest.raises(ValueError, match="target_logprobs: `temperature` is 0.0, want above 0"):
+        target_logprobs(hidden, head, targets, temperature=0.0)

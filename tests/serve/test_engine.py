@@ -165,6 +165,7 @@ def test_top_logprobs_are_the_full_forward_pass_s():
         np.testing.assert_allclose([value for _, value in best], want[place][order], atol=1e-5)
     assert len(done.top_logprobs) == 5
     assert engine().generate(greedy([prompt], 5))[0].top_logprobs == ((),) * 5
+    assert done.experts is None and done.sampled_logprobs == (), "nothing is recorded unless it is asked for"
 
 
 @pytest.mark.parametrize("policy", [FUSED, XLA, PLAIN.replace(dtype="bfloat16")], ids=["fused", "xla", "bfloat16"])

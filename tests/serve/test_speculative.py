@@ -106,7 +106,7 @@ def test_drafts_are_what_the_modules_say_of_all_tokens(depth, modules):
             chunk[b, : len(piece)] = piece
         counts = np.clip([len(p) - 1 - at for p in asked], 0, size)
         chunk, counts = tf.constant(chunk), tf.constant(counts, tf.int32)
-        new, rows = prefill_step(caches, params, router, rows, chunk, counts, first=at == 0, **how)
+        new, (rows, _) = prefill_step(caches, params, router, rows, chunk, counts, first=at == 0, **how)
         caches = append(caches, new)
     rows = rows._replace(token=tf.constant([p[-1] for p in asked]))
     sampling = Sampling(tf.zeros([2, 2], tf.int32), tf.zeros([2]), tf.zeros([2], tf.int32), tf.ones([2]))

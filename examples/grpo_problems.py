@@ -1,0 +1,124 @@
+"""Problems and rewards of `grpo.py`: where they come from, what the model reads, what an answer is worth."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from dsv3.checks import check
+from dsv3.rl import problems as files
+from dsv3.rl.explore import Task
+from dsv3.rl.reward import Reward, RewardFn, make_reward
+from dsv3.rl.reward_code import make_code_reward
+from dsv3.rl.reward_math import make_math_reward
+from dsv3.rl.reward_text import (
+    make_format_reward,
+    make_language_reward,
+    make_overlong_penalty,
+    make_repetition_penalty,
+)
+
+
+class Question(NamedTuple):
+    """What is asked, turn by turn, and what the answer is judged by."""
+
+    turns: tuple[str, ...]
+    reference: Any
+
+
+def made_up_sums(count: int, digits: int, seed: int) -> list[Question]:
+    """Returns different sums of two numbers, in an order that the seed decides; fewer if there are no more."""
+    rng, highest = random.Random(seed), 10**digits - 1
+    every = (highest + 1) ** 2
+    pairs = (divmod(number, highest + 1) for number in rng.sample(range(every), min(count, every)))
+    return [Question((f"{a}+{b}=",), str(a + b)) for a, b in pairs]
+
+
+def read_questions(path: str, kind: str) -> list[Question]:
+    """Reads a file of problems; `kind` is the value of --problems_format.
+
+    Raises:
+      ValueError, OSError: a file or a row that cannot be used, by its line.
+    """
+    if kind == "rows":
+        return _read_rows(Path(path))
+    read = {"gsm8k": files.read_gsm8k, "math": files.read_math, "code": files.read_humaneval}[kind]
+    return [Question((problem.question,), problem.reference) for problem in read(path)]
+
+
+def _read_rows(path: Path) -> list[Question]:
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"--problems {str(path)!r} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is no JSON ({error})") from None
+        check(isinstance(row, dict) and {"prompt", "reference"} <= set(row), f"{where} has no `prompt` and `reference`")
+        turns = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
+        good = bool(turns) and all(isinstance(turn, str) and turn for turn in turns)
+        check(good, f"{where}: `prompt` is {row['prompt']!r:.60}, want a text or a list of texts")
+        found.append(Question(tuple(turns), row["reference"]))
+    check(bool(found), f"--problems {str(path)!r} is empty, want rows")
+    return found
+
+
+def make_tasks(questions: Sequence[Question], tokenizer: Tokenizer, template: str, turn_template: str) -> list[Task]:
+    """Returns what the loop needs of each question.
+
+    Args:
+      questions: see `Question`.
+      tokenizer: the model's. What it puts first, as the begin-of-sentence token, comes before the first turn alone.
+      template, turn_template: text around the first turn and later ones, with `{question}`.
+    """
+    for name, value in (("template", template), ("turn_template", turn_template)):
+        check("{question}" in value, f"--{name} is {value!r}, want a text with {{question}} in it")
+    tasks = []
+    for question in questions:
+        texts = [template.replace("{question}", question.turns[0])]
+        texts += [turn_template.replace("{question}", turn) for turn in question.turns[1:]]
+        first, *later = [tokenizer.encode(text, add_special_tokens=not i).ids for i, text in enumerate(texts)]
+        tasks.append(Task(first, "".join(texts), question.reference, tuple(later)))
+    return tasks
+
+
+def read_rewards(
+    named: Sequence[str], *, tokenizer: Tokenizer, max_new_tokens: int, threads: int = 1
+) -> Callable[[str, str, Any], Reward]:
+    """Returns the weighted reward of names and weights, such as `["accuracy:1", "format:0.5"]`.
+
+    Args:
+      named: see above.
+      tokenizer, max_new_tokens: what counts an answer's tokens, and how many there may be.
+      threads: that will call it.
+
+    Raises:
+      ValueError: an unknown name, or a weight that is no number.
+    """
+    makers: Mapping[str, Callable[[], RewardFn]] = {
+        "accuracy": lambda: make_math_reward(workers=threads),
+        "code": lambda: make_code_reward(),
+        "format": lambda: make_format_reward(),
+        "language": lambda: make_language_reward("en"),
+        "number": lambda: make_math_reward(rules=("number",), workers=threads),
+        "overlong": lambda: make_overlong_penalty(
+            max_length=max_new_tokens, buffer=max(1, max_new_tokens // 4), count=lambda text: len(tokenizer.encode(text).ids)
+        ),
+        "repetition": lambda: make_repetition_penalty(),
+    }
+    parts: dict[str, tuple[RewardFn, float]] = {}
+    for item in named:
+        name, _, weight = item.partition(":")
+        check(name in makers, f"--reward has {name!r}, want some of {', '.join(makers)}")
+        try:
+            parts[name] = makers[name](), float(weight or 1)
+        except ValueError as error:
+            raise ValueError(f"--reward {item!r}: {error}") from None
+    return make_reward(parts)

@@ -1,0 +1,198 @@
+"""What `grpo.py` does before it trains: checks the flags, reads model, problems and rewards, claims the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from command import lock_folder
+from grpo_problems import made_up_sums, make_tasks, read_questions, read_rewards
+from tokenizers import Tokenizer
+
+from dsv3.checks import check
+from dsv3.config import ModelConfig
+from dsv3.data import check_tokenizer, load_tokenizer
+from dsv3.policy import ComputePolicy, default_policy
+from dsv3.rl.explore import Task
+from dsv3.rl.reward import Reward
+from dsv3.rl.rollout import Prompt, check_prompts
+from dsv3.rl.settings import PUBLISHED, GrpoSettings
+from dsv3.rl.workers import EngineOptions
+from dsv3.train.checkpoint import check_settings
+
+FLAGS = flags.FLAGS
+RUN_FILE = "run.json"
+PARTS = (*"checkpoints tensorboard plots export".split(), *"log.jsonl trouble.jsonl report.html".split(), RUN_FILE)
+# Flags that decide the numbers of a run; the others may change from one part of it to the next.
+DECIDING = (
+    "model problems_format made digits heldout template turn_template lr weight_decay clip_norm mtp_weight balance_weight "
+    "bias_rate dtype speculative"
+).split()
+EXPLORING = (
+    "prompts group_size max_new_tokens temperature seed minibatches epochs rows std eps skip_saturated max_draws truncated "
+    "old replay reference_every"
+).split()
+FREE = ("explorations", "measure_every")  # settings that a run may change when it goes on
+LOSS = ("clip_low", "clip_high", "dual_clip", "kl", "kl_weight", "average")
+
+
+class Setup(NamedTuple):
+    """Everything that the training needs.
+
+    Attributes:
+      cfg, tokenizer: the model's. policy: how to compute.
+      out: the run's folder. settings: see `GrpoSettings`. loss: arguments of `make_grpo_step`.
+      tasks, heldout: problems to train and to measure on. reward: of an answer.
+      options: of engines. agreed: what must be the same to go on with the run.
+    """
+
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+    policy: ComputePolicy
+    out: Path
+    settings: GrpoSettings
+    loss: dict[str, Any]
+    tasks: list[Task]
+    heldout: list[Task]
+    reward: Callable[[str, str, Any], Reward]
+    options: EngineOptions
+    agreed: dict[str, Any]
+
+
+def say(line: str) -> None:
+    """Prints a line at once."""
+    print(line, flush=True)
+
+
+def prepare(argv: Sequence[str]) -> Setup:
+    """Checks everything that can be wrong, cheapest first.
+
+    Raises:
+      ValueError, OSError: bad input; the message is one line.
+    """
+    check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
+    take_recipe()
+    stop = [unescaped(text) for text in FLAGS.stop]
+    settings = GrpoSettings(**{name: FLAGS[name].value for name in (*EXPLORING, *FREE)}, stop=stop)
+    cfg = ModelConfig.from_hf(FLAGS.model)
+    for name, value in (("speculative", 1), ("mtp_weight", 0.1)):
+        if FLAGS[name].value is None:
+            FLAGS[name].value = value if cfg.num_mtp_layers else 0
+    tokenizer = load_tokenizer(FLAGS.model)
+    check_tokenizer(tokenizer, cfg.vocab_size)
+    policy = default_policy().replace(dtype=FLAGS.dtype, remat=FLAGS.remat)
+    options = EngineOptions(
+        cfg, tokenizer, policy, FLAGS.speculative, FLAGS.max_batch, chunk_sizes=(32, 128), smallest_cache=64
+    )
+    options.check()
+    named = FLAGS.reward or ["accuracy:1" if FLAGS.problems else "number:1"]
+    reward = read_rewards(named, tokenizer=tokenizer, max_new_tokens=settings.max_new_tokens, threads=FLAGS.reward_threads)
+    tasks, heldout = split_tasks(make_all_tasks(tokenizer), settings)
+    prompts = [Prompt(task.ids, i, task.turns) for i, task in enumerate([*tasks, *heldout])]
+    check_prompts(prompts, max_new_tokens=settings.max_new_tokens, max_length=cfg.max_length)
+    check_references([*tasks, *heldout], reward)
+    loss = {name: FLAGS[name].value for name in LOSS} | {"length": loss_length(settings)}
+    agreed = {name: FLAGS[name].value for name in (*DECIDING, *EXPLORING, *LOSS, "stop")} | {"reward": named}
+    agreed["problems"] = digest([*tasks, *heldout])
+    out = claim_folder(Path(FLAGS.out), agreed)
+    say(f"model {FLAGS.model}: {cfg.num_layers} layers, {cfg.moe.router.num_experts} experts, {cfg.num_mtp_layers} MTP")
+    first = f"{tasks[0].text!r:.70}, {tasks[0].reference!r:.40}"
+    say(f"problems: {len(tasks)} to train on, {len(heldout)} held out; the first: {first}")
+    return Setup(cfg, tokenizer, policy, out, settings, loss, tasks, heldout, reward, options, agreed)
+
+
+def take_recipe() -> None:
+    """Sets flags that were not given to the published values."""
+    if FLAGS.recipe is None:
+        return
+    published = PUBLISHED[FLAGS.recipe]
+    values = {"kl_weight": published.kl_weight, "group_size": published.group_size, "lr": published.learning_rate}
+    values |= {"clip_low": published.clip, "clip_high": published.clip, "minibatches": published.minibatches}
+    for name, value in values.items():
+        if value is not None and FLAGS[name].using_default_value:
+            FLAGS[name].value = value
+
+
+def loss_length(settings: GrpoSettings) -> int | None:
+    """What a fixed average divides by: the longest answer."""
+    return settings.max_new_tokens if FLAGS.average == "fixed" else None
+
+
+def unescaped(text: str) -> str:
+    """Line breaks and tabs as they are written on a command line."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def make_all_tasks(tokenizer: Tokenizer) -> list[Task]:
+    """The problems of the flags, in the order of the file or of the seed."""
+    if FLAGS.problems:
+        questions = read_questions(FLAGS.problems, FLAGS.problems_format)
+    else:
+        questions = made_up_sums(FLAGS.made, FLAGS.digits, FLAGS.seed)
+    return make_tasks(questions, tokenizer, unescaped(FLAGS.template), unescaped(FLAGS.turn_template))
+
+
+def split_tasks(tasks: list[Task], settings: GrpoSettings) -> tuple[list[Task], list[Task]]:
+    """Problems to train on, and the last ones, which are held out."""
+    left = len(tasks) - FLAGS.heldout
+    check(
+        left >= settings.prompts,
+        f"{len(tasks)} problems, of which --heldout {FLAGS.heldout} are not trained on, leave fewer than --prompts, "
+        f"which are {settings.prompts}",
+    )
+    return tasks[:left], tasks[left:]
+
+
+def check_references(tasks: Sequence[Task], reward: Callable[[str, str, Any], Reward]) -> None:
+    """Raises `ValueError` for a problem whose reference the rewards cannot use: an empty answer asks them in no time."""
+    for number, task in enumerate(tasks):
+        try:
+            reward(task.text, "", task.reference)
+        except ValueError as error:
+            raise ValueError(f"problem {number}, {task.text!r:.60}: {error}") from None
+
+
+def digest(tasks: Sequence[Task]) -> str:
+    """A hash of problems."""
+    return hashlib.sha256(json.dumps([(task.text, str(task.reference)) for task in tasks]).encode()).hexdigest()[:16]
+
+
+def claim_folder(out: Path, agreed: dict[str, Any]) -> Path:
+    """Makes the folder, locks it, and checks that what is in it is this run.
+
+    Raises:
+      ValueError: it is in use, holds something else, or a run with other settings.
+      OSError: it cannot be written.
+    """
+    lock_folder(out)
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    foreign = [name for name in others if name not in PARTS]
+    check(not foreign, f"--out {str(out)!r} holds {foreign[:1]}, which is no part of a run; want it moved away")
+    if FLAGS.fresh:
+        for name in sorted(others, key=lambda name: name == RUN_FILE):  # the settings go last
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        others = []
+    if RUN_FILE in others:
+        check(FLAGS.resume, f"--noresume, but --out {str(out)!r} holds a run; --fresh starts anew")
+        try:
+            check_settings(json.loads((out / RUN_FILE).read_text()), agreed, where=f"the run in {str(out)!r}")
+        except ValueError as error:
+            raise ValueError(f"{error}; another --out keeps both, --fresh starts anew") from None
+        return out
+    check(not others, f"--out {str(out)!r} holds {others[:1]} but no {RUN_FILE}; want an empty folder, or --fresh")
+    part = out / f".{RUN_FILE}.part"
+    part.write_text(json.dumps(agreed, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, out / RUN_FILE)
+    return out
+
+
+def every(flag: int | None, total: int) -> int:
+    """A period: as the flag says, else a tenth of all."""
+    return math.ceil(total / 10) if flag is None else flag

@@ -1,0 +1,131 @@
+"""`examples/grpo.py` as its user runs it: stopped in the middle, run again to the end, and given bad input."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import dsv3
+from dsv3.data import save_tokenizer, special_ids, train_tokenizer
+from dsv3.pretrained import load_pretrained, save_pretrained
+from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
+from dsv3.train.records import read_rows
+from tests.small import model_config, random_params
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+
+# Flags are the process's own, and another example's have the same names: so it is a process of its own, one for all cases.
+# The first of them ends before it has saved anything, the second is sent a signal when it shows its second exploration.
+DRIVER = """
+import contextlib, io, json, os, signal, sys
+import grpo, grpo_train
+from absl.testing import flagsaver
+
+def once(name):
+    new = not os.path.exists(name)
+    open(name, "w").close()
+    return new
+
+def interrupted(row, total):
+    if once("ended"):
+        raise KeyboardInterrupt
+    if row["step"] == 2 and once("sent"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return f"exploration {row['step']}"
+
+grpo_train.progress_line = interrupted
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), flagsaver.flagsaver():
+        try:
+            code = grpo.main(grpo.parse_flags(["grpo.py", *arguments]))
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+RUN = (
+    "--out=run --explorations=3 --prompts=2 --group_size=4 --max_new_tokens=4 --made=30 --heldout=4 --lr=0.01 --kl_weight=0 "
+    "--measure_every=0 --eval_every=2 --reward=language:0.5,number:0 --rows=8 --samples=2"
+).split()
+GOOD = {"ended": RUN, "stopped": RUN, "gone on": RUN}
+BAD = {
+    "a group of one": ([*RUN, "--group_size=1"], "--group_size=1: 1 is not integer >= 2"),
+    "no model": (["--model=nowhere"], "nowhere"),
+    "a reward": (["--reward=honesty:1"], "--reward has 'honesty', want some of accuracy, code, format"),
+    "a weight": (["--reward=number:much"], "--reward 'number:much': could not convert"),
+    "too many held out": (["--made=20", "--heldout=19"], "20 problems, of which --heldout 19 are not trained on"),
+    "no room": (["--max_new_tokens=40"], "wants room for 1 answer of 40, that is 4"),
+    "a template": (["--template=what?"], "--template is 'what?', want a text with {question} in it"),
+    "rows": (["--problems=rows.jsonl"], "--problems 'rows.jsonl' line 2 has no `prompt` and `reference`"),
+    "a reference": (["--problems=empty.jsonl", "--heldout=0", "--prompts=1", "--reward=accuracy", "--max_new_tokens=4"],
+                    "problem 0, '1+1=\\n': "),
+    "a long turn": (["--problems=turns.jsonl", "--heldout=0", "--prompts=2", "--reward=number", "--max_new_tokens=12"],
+                    "prompt 0 (problem 0) has 12 tokens and wants room for 2 answers of 12, that is 36"),
+    "temperature": (["--temperature=0"], "GrpoSettings: `temperature` is 0.0, want above 0"),
+    "other settings": ([*RUN, "--lr=0.02"], "`lr` is 0.02 here, 0.01 there"),
+    "no resuming": ([*RUN, "--noresume"], "--noresume, but --out 'run' holds a run"),
+    "foreign files": (["--out=.", "--max_new_tokens=4"], "which is no part of a run"),
+    "no drafts": ([*RUN, "--speculative=1"], "`speculative` is 1, but the model has no MTP module"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    tokenizer = train_tokenizer([f"{a}+{b}={a + b}\n" for a in range(10) for b in range(10)], 270)
+    ids = special_ids(tokenizer)
+    cfg = model_config(vocab_size=270, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0,
+                       max_position_embeddings=32).replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)  # fmt: skip
+    save_pretrained(folder / "model", cfg, random_params(dsv3.model_specs(cfg), std=0.1), dsv3.router_init(cfg))
+    save_tokenizer(tokenizer, folder / "model")
+    (folder / "rows.jsonl").write_text('{"prompt": "1+1=", "reference": 2}\n{"question": "2+2="}\n')
+    (folder / "empty.jsonl").write_text('{"prompt": "1+1=", "reference": ""}\n')
+    turns = [["1+1=", "2+2="], ["3+3="] * 8]
+    rows = [json.dumps({"prompt": turn, "reference": 2}) for turn in turns]
+    (folder / "turns.jsonl").write_text("\n".join(rows))
+    cases = list(GOOD.values()) + [arguments for arguments, _ in BAD.values()]
+    cases = [["--model=model", *arguments] for arguments in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, text=True, timeout=400, cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, dict(zip([*GOOD, *BAD], map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_end(results):
+    folder, found = results
+    assert found["ended"][0] == 130 and found["ended"][2] == "grpo: interrupted; the same command goes on\n", found["ended"]
+    code, out, err = found["stopped"]
+    assert code == 128 + 15 and "SIGTERM: saved after 2 of 3 explorations; the same command goes on" in out, (out, err)
+    code, out, err = found["gone on"]
+    assert code == 0 and "going on after exploration 2" in out, (out, err)
+    rows = read_rows(folder / "run" / "log.jsonl")
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("heldout", 0), ("grpo", 1), ("samples", 1), ("grpo", 2), ("samples", 2), ("heldout", 2), ("grpo", 3),
+        ("samples", 3), ("heldout", 3),
+    ]  # fmt: skip
+    first = rows[1]
+    assert set(first["parts"]) == {"language", "number"} and first["reward"] == 0.5 * first["parts"]["language"] > 0
+    assert first["taken"] == 1 and first["kl"] == 0.0 and len(rows[2]["samples"]) >= 2
+    assert rows[2]["samples"][0]["prompt"].endswith("=\n")
+    assert [checkpoint_step(path) for path in list_checkpoints(folder / "run" / "checkpoints")] == [2, 3]
+    assert {path.name for path in (folder / "run" / "plots").iterdir()} == {
+        "reward.png", "policy.png", "samples.png", "sampling.png"
+    }  # fmt: skip
+    page = (folder / "run" / "report.html").read_text()
+    assert "accuracy, held-out problems" in page and "--- exploration 1, problem" in page and "group_size" in page
+    cfg, params, _ = load_pretrained(folder / "run" / "export", dtype="float32")
+    _, before, _ = load_pretrained(folder / "model", dtype="float32")
+    moved = float(abs(params.moe.ffn.router - before.moe.ffn.router).numpy().max())
+    assert cfg.vocab_size == 270 and moved > 0, "the export is what was trained"
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line(results, what):
+    code, _, err = results[1][what]
+    assert code == 2 and err.startswith("grpo: ") and err.count("\n") == 1 and BAD[what][1] in err, (code, err)
