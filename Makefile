@@ -32,7 +32,7 @@ demo: venv ## Pretrain a small DeepSeek-V3 on embedded text; output in runs/demo
 	@$(PY) examples/pretrain.py $(ARGS)
 
 test: venv ## Run the tests that need no extra, in two processes (under 10 minutes)
-	@$(PY) -m pytest -q --ignore=tests/parity -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -q -rs --ignore=tests/parity -n 2 --dist loadfile $(ARGS)
 
 parity: $(MARK)parity ## Compare live with Hugging Face transformers and print a table
 	@$(PY) -m pytest tests/parity -q -s $(ARGS)

@@ -10,8 +10,8 @@ that are made up here, or those of --problems:
                             answers each before it reads the next; its answers are judged together
 
 Rewards by name, each with its weight: accuracy (the answer in <answer>, in a box or behind ####), format (<think> and
-<answer>), language (English), repetition, overlong, code; number (accuracy of the last number) is for small models. With a
-weight of 0 a reward is measured only. docs/rewards.md describes them, docs/grpo.md the training.
+<answer>), language (English), repetition, overlong, code, countdown; number (accuracy of the last number) is for small
+models. With a weight of 0 a reward is measured only. docs/rewards.md describes them, docs/grpo.md the training.
 
 In --out are log.jsonl (a row an exploration, with transcripts and held-out accuracy), tensorboard/, checkpoints/ from which
 the same command goes on, and at the end plots/, report.html and export/, the trained model.
@@ -56,6 +56,7 @@ flags.DEFINE_enum("problems_format", "rows", ["rows", "gsm8k", "math", "code"], 
 flags.DEFINE_integer("made", 1000, "How many sums are made up without --problems.", 2)
 flags.DEFINE_integer("digits", 1, "Digits of their numbers.", 1, 9)
 flags.DEFINE_integer("heldout", 64, "Problems that are never trained on and measured on; 0: none.", 0)
+flags.DEFINE_bool("chat", False, "Ask by the model's chat template, instead of --template; for prompts of one turn.")
 flags.DEFINE_string("template", "{question}\\n", "What the model reads; \\n and \\t are understood.")
 flags.DEFINE_string("turn_template", "\\n{question}\\n", "The same for later turns.")
 flags.DEFINE_list("reward", None, "As accuracy:1,format:0.5. Default: number:1; with --problems accuracy:1.")

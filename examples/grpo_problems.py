@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from dsv3.checks import check
+from dsv3.data import chat_codec, encode_prompt, find_chat_template
 from dsv3.rl import problems as files
+from dsv3.rl.countdown import make_countdown_reward
 from dsv3.rl.explore import Task
 from dsv3.rl.reward import Reward, RewardFn, make_reward
 from dsv3.rl.reward_code import make_code_reward
@@ -70,14 +72,24 @@ def _read_rows(path: Path) -> list[Question]:
     return found
 
 
-def make_tasks(questions: Sequence[Question], tokenizer: Tokenizer, template: str, turn_template: str) -> list[Task]:
+def make_tasks(
+    questions: Sequence[Question], tokenizer: Tokenizer, template: str, turn_template: str, chat: str | None = None
+) -> list[Task]:
     """Returns what the loop needs of each question.
 
     Args:
       questions: see `Question`.
       tokenizer: the model's. What it puts first, as the begin-of-sentence token, comes before the first turn alone.
       template, turn_template: text around the first turn and later ones, with `{question}`.
+      chat: a checkpoint directory, whose chat template asks instead; a question then has one turn.
     """
+    if chat is not None:
+        codec = chat_codec(tokenizer, find_chat_template(chat, tokenizer))
+        for number, question in enumerate(questions, 1):
+            one = len(question.turns) == 1
+            check(one, f"--chat: problem {number} has several turns, want --template and --turn_template for them")
+        asked = [encode_prompt(codec, [{"role": "user", "content": question.turns[0]}]) for question in questions]
+        return [Task(ids, question.turns[0], question.reference) for ids, question in zip(asked, questions)]
     for name, value in (("template", template), ("turn_template", turn_template)):
         check("{question}" in value, f"--{name} is {value!r}, want a text with {{question}} in it")
     tasks = []
@@ -105,6 +117,7 @@ def read_rewards(
     makers: Mapping[str, Callable[[], RewardFn]] = {
         "accuracy": lambda: make_math_reward(workers=threads),
         "code": lambda: make_code_reward(),
+        "countdown": make_countdown_reward,
         "format": lambda: make_format_reward(),
         "language": lambda: make_language_reward("en"),
         "number": lambda: make_math_reward(rules=("number",), workers=threads),
@@ -122,3 +135,17 @@ def read_rewards(
         except ValueError as error:
             raise ValueError(f"--reward {item!r}: {error}") from None
     return make_reward(parts)
+
+
+def check_references(tasks: Sequence[Task], reward: Callable[[str, str, Any], Reward]) -> None:
+    """Raises `ValueError` for a problem whose reference the rewards cannot use: an empty answer asks them in no time."""
+    for number, task in enumerate(tasks):
+        try:
+            reward(task.text, "", task.reference)
+        except ValueError as error:
+            raise ValueError(f"problem {number}, {task.text!r:.60}: {error}") from None
+
+
+def unescaped(text: str) -> str:
+    """Line breaks and tabs as they are written on a command line."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

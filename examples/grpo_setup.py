@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 from command import lock_folder
-from grpo_problems import made_up_sums, make_tasks, read_questions, read_rewards
+from grpo_problems import check_references, made_up_sums, make_tasks, read_questions, read_rewards, unescaped
 from tokenizers import Tokenizer
 
 from dsv3.checks import check
@@ -32,8 +32,8 @@ RUN_FILE = "run.json"
 PARTS = (*"checkpoints tensorboard plots export".split(), *"log.jsonl trouble.jsonl report.html".split(), RUN_FILE)
 # Flags that decide the numbers of a run; the others may change from one part of it to the next.
 DECIDING = (
-    "model problems_format made digits heldout template turn_template lr weight_decay clip_norm mtp_weight balance_weight "
-    "bias_rate dtype speculative"
+    "model problems_format made digits heldout chat template turn_template lr weight_decay clip_norm mtp_weight "
+    "balance_weight bias_rate dtype speculative"
 ).split()
 EXPLORING = (
     "prompts group_size max_new_tokens temperature seed minibatches epochs rows std eps skip_saturated max_draws truncated "
@@ -125,18 +125,14 @@ def loss_length(settings: GrpoSettings) -> int | None:
     return settings.max_new_tokens if FLAGS.average == "fixed" else None
 
 
-def unescaped(text: str) -> str:
-    """Line breaks and tabs as they are written on a command line."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
 def make_all_tasks(tokenizer: Tokenizer) -> list[Task]:
     """The problems of the flags, in the order of the file or of the seed."""
     if FLAGS.problems:
         questions = read_questions(FLAGS.problems, FLAGS.problems_format)
     else:
         questions = made_up_sums(FLAGS.made, FLAGS.digits, FLAGS.seed)
-    return make_tasks(questions, tokenizer, unescaped(FLAGS.template), unescaped(FLAGS.turn_template))
+    chat = FLAGS.model if FLAGS.chat else None
+    return make_tasks(questions, tokenizer, unescaped(FLAGS.template), unescaped(FLAGS.turn_template), chat)
 
 
 def split_tasks(tasks: list[Task], settings: GrpoSettings) -> tuple[list[Task], list[Task]]:
@@ -148,15 +144,6 @@ def split_tasks(tasks: list[Task], settings: GrpoSettings) -> tuple[list[Task], 
         f"which are {settings.prompts}",
     )
     return tasks[:left], tasks[left:]
-
-
-def check_references(tasks: Sequence[Task], reward: Callable[[str, str, Any], Reward]) -> None:
-    """Raises `ValueError` for a problem whose reference the rewards cannot use: an empty answer asks them in no time."""
-    for number, task in enumerate(tasks):
-        try:
-            reward(task.text, "", task.reference)
-        except ValueError as error:
-            raise ValueError(f"problem {number}, {task.text!r:.60}: {error}") from None
 
 
 def digest(tasks: Sequence[Task]) -> str:

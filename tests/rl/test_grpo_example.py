@@ -55,11 +55,12 @@ GOOD = {"ended": RUN, "stopped": RUN, "gone on": RUN}
 BAD = {
     "a group of one": ([*RUN, "--group_size=1"], "--group_size=1: 1 is not integer >= 2"),
     "no model": (["--model=nowhere"], "nowhere"),
-    "a reward": (["--reward=honesty:1"], "--reward has 'honesty', want some of accuracy, code, format"),
+    "a reward": (["--reward=honesty:1"], "--reward has 'honesty', want some of accuracy, code, countdown"),
     "a weight": (["--reward=number:much"], "--reward 'number:much': could not convert"),
     "too many held out": (["--made=20", "--heldout=19"], "20 problems, of which --heldout 19 are not trained on"),
     "no room": (["--max_new_tokens=40"], "wants room for 1 answer of 40, that is 4"),
     "a template": (["--template=what?"], "--template is 'what?', want a text with {question} in it"),
+    "chat of several turns": (["--problems=turns.jsonl", "--chat"], "--chat: problem 1 has several turns, want --template"),
     "rows": (["--problems=rows.jsonl"], "--problems 'rows.jsonl' line 2 has no `prompt` and `reference`"),
     "a reference": (["--problems=empty.jsonl", "--heldout=0", "--prompts=1", "--reward=accuracy", "--max_new_tokens=4"],
                     "problem 0, '1+1=\\n': "),
