@@ -17,6 +17,7 @@ from dsv3.export import export_function
 from dsv3.ops.fp8 import ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor
 from dsv3.ops.gemm import fp8_gemm
 from tests.compare import normal
+from tests.more import MORE
 
 jax = pytest.importorskip("jax", reason="JAX is not installed (the extra `export`)")
 
@@ -160,6 +161,7 @@ def kinds(tmp_path_factory):
     return {kind: root / kind for kind in KINDS}
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_every_kind_runs_without_tensorflow_and_agrees(kinds):
     done = run(*kinds.values())
     assert done.returncode == 0, done.stderr + done.stdout
@@ -167,6 +169,7 @@ def test_every_kind_runs_without_tensorflow_and_agrees(kinds):
     assert shown == list(KINDS) and all("largest error" in line for line in done.stdout.splitlines()[1:])
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_artifacts_say_what_they_are(kinds):
     manifests = {kind: json.loads((path / "manifest.json").read_text()) for kind, path in kinds.items()}
     d = 32  # the tiny model's hidden size

@@ -28,7 +28,7 @@ from dsv3.plan import (
 from dsv3.plan.trace_check import PADDING, kept_bytes, model_calls
 from dsv3.policy import CPU, ComputePolicy
 from dsv3.train.pieces import StageBatch, model_pieces, stage_forward
-from tests.more import more
+from tests.more import MORE, more
 from tests.plan.models import PAPER, SMALL, TINY, V3, specs
 from tests.small import model_config, random_params, random_router, random_tokens
 
@@ -358,6 +358,7 @@ def test_the_671b_step():
     assert gathered == 516 * 3 * 7168 * 2048 * 2 / 4096 and 5 < (kept - gathered) / planned < 6
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 @pytest.mark.parametrize(
     "changes", [{"expert": 8, "data": 16}, *more({"recompute": "block"}, {"length": 8192, "batch": 7680})]
 )

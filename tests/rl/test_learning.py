@@ -1,6 +1,7 @@
 """A small model that learns by GRPO what is rewarded, in seconds; and a run that goes on from its checkpoint."""
 
 import numpy as np
+import pytest
 
 from dsv3 import adamw, train_state
 from dsv3.rl.explore import Task
@@ -12,6 +13,7 @@ from dsv3.rl.step import make_grpo_step
 from dsv3.rl.workers import EngineOptions, LocalWorker
 from dsv3.train.checkpoint import restore_checkpoint, save_checkpoint
 from tests.compare import PLAIN
+from tests.more import MORE
 from tests.rl.model import model, prompts
 
 TASKS = [Task(ids, "", 7) for ids in prompts(3, 5, 4, 6)]
@@ -65,6 +67,7 @@ def assert_close_rows(got, want):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=f"{name} of {a['step']}")
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_learns_what_is_rewarded_and_goes_on_from_a_checkpoint(tmp_path):
     parts = Parts()
 

@@ -9,6 +9,7 @@ import pytest
 from dsv3.policy import ComputePolicy
 from dsv3.rl.rollout import Prompt
 from dsv3.rl.workers import EngineOptions, LocalWorker, ProcessWorkers, RayWorkers
+from tests.more import MORE
 from tests.rl.model import model, prompts
 
 HOW = {"group_size": 2, "max_new_tokens": 3, "temperature": 0.9, "bucket": 16, "stop_tokens": (), "seed": 1, "step": 2}
@@ -62,6 +63,7 @@ def test_processes_give_the_samples_of_this_process_and_a_death_is_told(local):
     assert not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.skipif(not MORE, reason="a long case")
 def test_ray_actors_give_the_samples_of_this_process_and_a_death_is_told(local):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     with RayWorkers(options(), 2) as pool:

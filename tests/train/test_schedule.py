@@ -255,7 +255,7 @@ def test_a_step_is_exact_at_a_border():
 def test_a_mesh_reads_the_same(monkeypatch):
     """On a mesh the scalars are read outside of the compiled pieces, here by a step that only returns them."""
     monkeypatch.setattr("dsv3.train.step.make_mesh_update", lambda *_: fake)
-    fake = lambda state, tokens, weights, rates, limits: rates  # noqa: E731
+    fake = lambda state, tokens, weights, segments, rates, limits: rates  # noqa: E731
     fake.traces = lambda: 0
     rates = {name: curve_schedule(getattr(PAPER_SCHEDULE, name)) for name in ("mtp_weight", "balance_weight", "bias_rate")}
     step = dsv3.make_train_step(model_config(), dsv3.adamw(0.1), object(), **rates)
