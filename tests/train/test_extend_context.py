@@ -176,6 +176,7 @@ def test_a_model_is_trained_first_and_a_stopped_run_goes_on(folder):
 def test_a_trained_model_on_a_mesh_in_fp8_and_with_an_average(folder):
     """A mesh gives the curve of one device; the export is of the average, too."""
     one = ["--init=model", "--corpus=corpus.txt", *SMALL, "--grid_lengths=90", "--grid_depths=0", "--ema_decay=0.5"]
+    one += ["--batch_size=64", "--context_steps=1"]  # two rows in the longest stage, which a mesh divides
     more = {"mesh": ["--mesh=data:2"], "plain": [], "fp8": ["--fp8=paper"]}  # a mesh has to be the first of a process
     losses = {}
     for name, (code, _, err) in zip(more, run(folder, [[*one, *flags, f"--out={name}"] for name, flags in more.items()])):
@@ -185,7 +186,7 @@ def test_a_trained_model_on_a_mesh_in_fp8_and_with_an_average(folder):
         results = json.loads((folder / name / "results.json").read_text())
         assert 0 < results["training"]["mfu"] < 1
         assert load_grid(folder / name / "passkey" / "context_32x.json").trials == 1
-    np.testing.assert_allclose(losses["mesh"], losses["plain"], rtol=1e-5)  # sums in another order, over four steps
+    np.testing.assert_allclose(losses["mesh"], losses["plain"], rtol=1e-5)  # sums in another order, over two steps
     np.testing.assert_allclose(losses["fp8"], losses["plain"], rtol=0.02)  # products rounded to 2^-4, of some hundred terms
     assert losses["fp8"] != losses["plain"]
 
