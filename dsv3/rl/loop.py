@@ -45,10 +45,12 @@ class GrpoState(NamedTuple):
 
 
 class GrpoCursor(NamedTuple):
-    """Where a run is beside its state, of JSON values: `step`, explorations done; `position`, problems drawn."""
+    """Where a run is beside its state, of JSON values: `step`, explorations done; `position`, problems drawn; `unmeasured`,
+    whether the run was stopped before the held-out problems of this step, which then come first."""
 
     step: int = 0
     position: int = 0
+    unmeasured: bool = False
 
 
 class GrpoResult(NamedTuple):
@@ -69,7 +71,7 @@ class GrpoActions(NamedTuple):
       sample_every, samples: explorations between transcripts (0: none), and of how many problems.
       save: writes a checkpoint of a state, a step and a cursor; called every `save_every` explorations (0: never), after the
         last and when stopped.
-      stop: asked after each exploration; anything but `None` ends the loop.
+      stop: asked after each exploration, and again after an evaluation; anything but `None` ends the loop.
     """
 
     write: Callable[[Row], None] = lambda row: None
@@ -178,8 +180,9 @@ class _Run:
         self._settings, self._heldout, self._threads, self._actions = settings, heldout, threads, actions
         self._policy = policy or default_policy()
         self._update()
-        if done == 0:
-            self._evaluate(always=True)
+        if done == 0 or cursor.unmeasured:
+            self.cursor = cursor._replace(unmeasured=False)
+            self._evaluate()
 
     def turn(self) -> None:
         """One exploration, what is learnt from it, and what follows."""
@@ -254,14 +257,18 @@ class _Run:
         if actions.samples and actions.sample_every and (last or done == 1 or done % actions.sample_every == 0):
             found = transcript(explored, self._tasks, advantages, self._settings.group_size, actions.samples)
             actions.write({"kind": "samples", "step": done, "samples": found})
-        self._evaluate(always=last)
         self.stopped = actions.stop()
+        if self._heldout and actions.eval_every and (last or done % actions.eval_every == 0):
+            if self.stopped is None or last:
+                self._evaluate()
+                self.stopped = actions.stop() if self.stopped is None else self.stopped
+            else:  # there may be no time for it
+                self.cursor = self.cursor._replace(unmeasured=True)
         due = last or self.stopped is not None or (actions.save_every and done % actions.save_every == 0)
         if actions.save is not None and due:
             actions.save(self.state, done, self.cursor)
 
-    def _evaluate(self, always: bool) -> None:
-        every = self._actions.eval_every
-        if self._heldout and every and (always or self.cursor.step % every == 0):
+    def _evaluate(self) -> None:
+        if self._heldout and self._actions.eval_every:
             found = evaluate(self._worker, self._heldout, self._reward, settings=self._settings, threads=self._threads)
             self._actions.write({"kind": "heldout", "step": self.cursor.step, **found})

@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_gives_what_it_would_have_given():
     how = {"minibatches": 2, "skip_saturated": True, "heldout": TASKS[:2], "eval_every": 2}
     whole, rows = run(6, **how)
     saved = {}
-    asked = iter([None, None, "now"])
+    asked = iter([None, None, None, "now"])  # after each exploration, and after the evaluation at the second
     part, first = run(
         6, **how, stop=lambda: next(asked),
         save=lambda state, step, cursor: saved.update({step: (float(state.train.params["w"]), cursor)}),
@@ -76,6 +76,19 @@ def test_a_run_that_goes_on_gives_what_it_would_have_given():
     rest, second = run(6, **how, step=step, cursor=cursor, state=GrpoState(fake_state(value=value)))
     assert plain(first + second) == plain(rows)
     assert float(rest.state.train.params["w"]) == float(whole.state.train.params["w"]) and rest.cursor == whole.cursor
+
+
+def test_a_run_that_is_stopped_before_an_evaluation_saves_at_once_and_makes_up_for_it():
+    how = {"heldout": TASKS[:2], "eval_every": 2}
+    _, rows = run(4, **how)
+    asked, saved = iter([None, "now"]), []
+    _, first = run(4, **how, stop=lambda: next(asked), save=lambda *args: saved.append(args))
+    ((state, done, cursor),) = saved
+    assert done == 2 and cursor.unmeasured and [row["kind"] for row in first][-1] == "samples"
+    step = FakeStep()
+    step.batches += [None] * 2
+    rest, second = run(4, **how, step=step, cursor=cursor, state=state)
+    assert plain(first + second) == plain(rows) and rest.cursor == GrpoCursor(4, 16)
 
 
 def test_mini_batches_hold_every_sample_once_an_epoch_and_fill_up_with_rows_that_count_nowhere():
