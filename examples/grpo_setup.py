@@ -89,6 +89,8 @@ def prepare(argv: Sequence[str]) -> Setup:
     """
     check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
     take_recipe()
+    never = FLAGS.reference_every and not FLAGS.kl_weight
+    check(not never, f"--reference_every {FLAGS.reference_every}, but with --kl_weight 0 there is no reference")
     stop = [unescaped(text) for text in FLAGS.stop]
     settings = GrpoSettings(**{name: FLAGS[name].value for name in (*EXPLORING, *FREE)}, stop=stop)
     cfg = ModelConfig.from_hf(FLAGS.model)
@@ -121,12 +123,13 @@ def prepare(argv: Sequence[str]) -> Setup:
 
 
 def take_recipe() -> None:
-    """Sets flags that were not given to the published values."""
+    """Sets flags that were not given to the published values; how many problems there are is not a recipe's."""
     if FLAGS.recipe is None:
         return
     published = PUBLISHED[FLAGS.recipe]
     values = {"kl_weight": published.kl_weight, "group_size": published.group_size, "lr": published.learning_rate}
     values |= {"clip_low": published.clip, "clip_high": published.clip, "minibatches": published.minibatches}
+    values |= {"epochs": published.epochs, "reference_every": published.reference_every if FLAGS.kl_weight else None}
     for name, value in values.items():
         if value is not None and FLAGS[name].using_default_value:
             FLAGS[name].value = value

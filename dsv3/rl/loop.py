@@ -134,7 +134,8 @@ def grpo_loop(
     that it would have given without the interruption.
 
     Args:
-      step: see `make_grpo_step`; the training state is donated to it. Its temperature is that of the settings.
+      step: see `make_grpo_step`; the training state is donated to it. Its temperature is that of the settings. If its `idle`
+        is true, there is no step on samples of which none has an advantage; rows count them as `idle`.
       score: see `make_score`; the same holds.
       state: see `grpo_state`.
       worker: see `Worker`; it is given the policy before each exploration.
@@ -195,10 +196,10 @@ class _Run:
         groups = explored.graded.total.reshape(-1, settings.group_size)
         advantages = group_advantages(groups, std=settings.std, eps=settings.eps).numpy().reshape(-1)
         batch, looked = self._look(explored.rollouts, advantages)
-        learnt = self._learn(batch)
+        learnt, idle = self._learn(batch)
         self.cursor = GrpoCursor(number + 1, explored.position)
         row = {"kind": "grpo", "step": self.cursor.step, **exploration_numbers(explored, settings.group_size), **looked}
-        row |= learning_numbers(learnt)
+        row |= learning_numbers(learnt) | {"idle": idle}
         if settings.reference_every and self.state.reference and self.cursor.step % settings.reference_every == 0:
             self.state = self.state._replace(reference=_reference(self.state.train, self._policy))
         self._update()
@@ -235,13 +236,17 @@ class _Run:
             ref = self._score(*self.state.reference, rollouts.tokens, rollouts.mask, experts).logprobs
         return GrpoBatch(rollouts.tokens, mask, old, ref, advantages, () if experts is None else experts), found
 
-    def _learn(self, batch: GrpoBatch) -> list[GrpoMetrics]:
-        """The optimiser's steps."""
-        settings, learnt = self._settings, []
+    def _learn(self, batch: GrpoBatch) -> tuple[list[GrpoMetrics], int]:
+        """The optimiser's steps, and how many there were none of, as nothing could be learnt."""
+        settings, learnt, idle = self._settings, [], 0
+        told = (batch.advantages != 0) & (batch.mask > 0).any(-1)
         for epoch in range(settings.epochs):
             mixed = np.random.default_rng([settings.seed, self.cursor.step, epoch]).permutation(len(batch.tokens))
             size = math.ceil(len(mixed) / settings.minibatches)
             for rows in np.array_split(mixed, settings.minibatches):
+                if getattr(self._step, "idle", False) and not told[rows].any():
+                    idle += 1
+                    continue
                 train, metrics = self._step(self.state.train, micro_batches(batch, rows, settings.rows, size))
                 self.state = self.state._replace(train=train)
                 learnt.append(metrics)
@@ -250,7 +255,7 @@ class _Run:
                     bad = {name: x if math.isfinite(x) else None for name, x in (("loss", loss), ("grad_norm", norm))}
                     reason = f"loss {loss} or gradient norm {norm} is not finite"
                     self._actions.write({"kind": "skipped", "step": self.cursor.step + 1, "reason": reason, **bad})
-        return learnt
+        return learnt, idle
 
     def _after(self, explored: Explored, advantages: np.ndarray) -> None:
         actions, done, last = self._actions, self.cursor.step, self.cursor.step == self._settings.explorations

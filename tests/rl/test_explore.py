@@ -165,4 +165,6 @@ def test_more_problems_than_there_are_is_an_error():
 
 
 def test_what_was_published():
+    r1 = PUBLISHED["r1"]
+    assert r1.prompts * r1.group_size == 8192 and r1.reference_every * r1.minibatches * r1.epochs == 400
     assert PUBLISHED["r1"].kl_weight == 0.001 and PUBLISHED["r1"].clip == 10.0 and PUBLISHED["deepseekmath"].group_size == 64

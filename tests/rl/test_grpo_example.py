@@ -58,6 +58,7 @@ RUN = (
 ).split()
 GOOD = {"ended": RUN, "stopped": RUN, "gone on": RUN}
 BAD = {
+    "no reference": ([*RUN, "--reference_every=5"], "--reference_every 5, but with --kl_weight 0 there is no reference"),
     "a reward twice": (["--reward=number:1,number:2"], "--reward has 'number' twice, want each once"),
     "a group of one": ([*RUN, "--group_size=1"], "--group_size=1: 1 is not integer >= 2"),
     "no model": (["--model=nowhere"], "nowhere"),

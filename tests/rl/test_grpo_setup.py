@@ -28,11 +28,19 @@ sides = [{tuple(sorted(sums[i].turns[0][:-1].split("+"))) for i in side} for sid
 rows = '{"prompt": "a\u2028b\x85c", "reference": 1}\n\n{"prompt": "d", "reference": 2}'
 pathlib.Path("rows.jsonl").write_text(rows, "utf-8")
 one = Task([1], "a", 1)
+
+def recipe(*flags):
+    grpo.parse_flags(["grpo.py", "--model=model", "--recipe=r1", *flags])
+    grpo_setup.take_recipe()
+    names = ("prompts", "group_size", "minibatches", "epochs", "reference_every", "kl_weight", "clip_high")
+    return [getattr(grpo_setup.FLAGS, name) for name in names]
+
 print(json.dumps({
     "sums": [len(train), len(held), len(sides[0] & sides[1])],
     "twice": split(2, list("abcdcb")), "none": split(0, list("aab")),
     "rows": [question.turns[0] for question in read_questions("rows.jsonl", "rows")],
     "digests": len({grpo_setup.digest([task]) for task in (one, one._replace(ids=[2]), one._replace(turns=([3],)))}),
+    "recipes": [recipe(), recipe("--minibatches=4", "--kl_weight=0")],
     "openings": [opening_of(text) for text in ("a<think>\n", "<think>a", "<think>b<think>")],
 }))
 """
@@ -49,4 +57,5 @@ def test_problems(tmp_path):
     assert found["twice"] == [[0, 2, 3, 4], [1, 5]] and found["none"] == [[0, 1, 2], []]
     assert found["rows"] == ["a\u2028b\x85c", "d"], "line separators in a text end no row"
     assert found["digests"] == 3, "tokens of prompts and turns count"
+    assert found["recipes"] == [[8, 16, 16, 1, 25, 0.001, 10.0], [8, 16, 4, 1, 0, 0.0, 10.0]]
     assert found["openings"] == ["<think>\n", "", "<think>"]

@@ -134,8 +134,9 @@ def test_a_template_that_opens_the_thinking(results):
     folder, found = results
     code, _, err, ends = found["opening"]
     assert code == 0 and len(ends) == 2, "the template's own token ends an answer, too"
-    for name in ("answers.jsonl", "rows.jsonl"):
-        assert (folder / "opened" / name).read_bytes() == (folder / "answers" / name).read_bytes()
+    assert (folder / "opened" / "rows.jsonl").read_bytes() == (folder / "answers" / "rows.jsonl").read_bytes()
+    answers = [json.loads(line) for line in (folder / "opened" / "answers.jsonl").read_text().splitlines()]
+    assert all(row["text"].startswith("<think>\n") for row in answers) and answers[0]["total"] == 1.5
 
 
 def test_without_keep_there_are_no_rows(results):
