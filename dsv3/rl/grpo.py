@@ -55,7 +55,8 @@ class GrpoLoss(NamedTuple):
 def kl_estimate(logprobs: TensorLike, ref_logprobs: TensorLike, *, estimator: str = "k3") -> tf.Tensor:
     """Estimates `KL(π_θ ‖ π_ref)` at tokens that π_θ has drawn, with `d = log π_ref − log π_θ` and `r = exp(d)`.
 
-    `k1 = −d`, `k2 = d²/2`, `k3 = r − d − 1` (with d of 20 at most). The expectations of k1 and k3 are the divergence; k3 is never negative.
+    `k1 = −d`, `k2 = d²/2`, `k3 = r − d − 1`, where d counts as 20 at most. The expectations of k1 and k3 are
+    the divergence; k3 is never negative.
 
     Args:
       logprobs, ref_logprobs: `[N, T]`, of the same tokens under both policies.
@@ -162,7 +163,8 @@ def grpo_loss(
 ) -> GrpoLoss:
     """`L = −Σ_t w_t·(min(ρ_t·A, clip(ρ_t, 1−ε_low, 1+ε_high)·A) − β·KL_t)`, with `ρ_t = π_θ(t) / π_old(t)`.
 
-    `log ρ` counts as 20 at most and as −20 at least. With `dual_clip` c a token of a negative advantage contributes at least `c·A`, however large ρ is.
+    `log ρ` counts as 20 at most and as −20 at least. With `dual_clip` c a token of a negative advantage contributes at least
+    `c·A`, however large ρ is.
 
     Args:
       logprobs: `[N, T]`, log π_θ of the tokens: what the gradient goes through.

@@ -99,7 +99,7 @@ PUBLISHED = {
     "r1": Published(
         kl_weight=0.001, clip=10.0, group_size=16, learning_rate=3e-6, minibatches=16, epochs=1, prompts=512,
         reference_every=25,
-    ),
+    ),  # fmt: skip
 }
 """DeepSeekMath: arXiv:2402.03300 section 4.2. R1: Nature 645 (2025) and
 arXiv:2501.12948v2. DeepSeek-V3 tells none of them."""

@@ -23,8 +23,9 @@ by_sum = make_reward({"sum": (lambda prompt, answer, reference: float(answer), 1
 
 
 def run(
-    explorations=3, *, step=None, reward=by_sum, score=None, worker=None, state=None, cursor=GrpoCursor(), heldout=(), **fields
-):
+    explorations=3, *, step=None, reward=by_sum, score=None, worker=None, state=None, cursor=GrpoCursor(), heldout=(),
+    **fields,
+):  # fmt: skip
     actions = {name: fields.pop(name) for name in list(fields) if name in GrpoActions._fields}
     rows = []
     settings = GrpoSettings(**{"explorations": explorations, "prompts": 4, "group_size": 3, "max_new_tokens": 4} | fields)
