@@ -165,7 +165,7 @@ def split_tasks(tasks: list[Task], keys: list[Any], settings: GrpoSettings) -> t
             held.add(key)
             room -= sizes[key]
     some = bool(held) or not FLAGS.heldout
-    check(some, f"--heldout {FLAGS.heldout}: the problems are there more often each, want more that are held out")
+    check(some, f"--heldout {FLAGS.heldout}: each question is there more often than that, want more of them")
     if room:
         say(f"{FLAGS.heldout - room} instead of {FLAGS.heldout} problems are held out: the same ones stay together")
     return tuple([task for task, key in zip(tasks, keys) if (key in held) == side] for side in (False, True))

@@ -101,5 +101,4 @@ PUBLISHED = {
         reference_every=25,
     ),  # fmt: skip
 }
-"""DeepSeekMath: arXiv:2402.03300 section 4.2. R1: Nature 645 (2025) and
-arXiv:2501.12948v2. DeepSeek-V3 tells none of them."""
+"""DeepSeekMath: arXiv:2402.03300 section 4.2. R1: Nature 645 (2025), arXiv:2501.12948v2. DeepSeek-V3 tells none of them."""

@@ -86,6 +86,8 @@ def results(tmp_path_factory):
     (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "other.jsonl").write_text(json.dumps({"prompt": "1+2", "reference": 3}))
     (folder / "turns.jsonl").write_text(json.dumps({"prompt": ["1+2", "2+2"], "reference": 3}))
+    (folder / "other").mkdir()
+    (folder / "other" / "rows.jsonl").write_text("of an earlier run")
     plain = [*(flag for flag in RUN if flag != "--chat"), "--template=Say: {question}", "--out=plain"]
     opening = [*RUN, "--model=opening", "--out=opened"]
     good = {"kept": RUN, "measured": [*RUN, "--keep=0", "--out=other"], "plain": plain, "opening": opening}
