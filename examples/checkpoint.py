@@ -42,7 +42,7 @@ from dsv3.train.checkpoint_tools import (
 )
 
 FLAGS = flags.FLAGS
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 flags.DEFINE_string("out", None, "Folder of the averaged model; must not be there yet.")
 flags.DEFINE_enum("share", "params", ["params", "ema", "opt", "all"], "Which part of the states is compared or averaged.")

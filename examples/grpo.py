@@ -13,8 +13,9 @@ Rewards by name, each with its weight: accuracy (the answer in <answer>, in a bo
 <answer>), language (English), repetition, overlong, code, countdown; number (accuracy of the last number) is for small
 models. With a weight of 0 a reward is measured only. docs/rewards.md describes them, docs/grpo.md the training.
 
-In --out are log.jsonl (a row an exploration, with transcripts and held-out accuracy), tensorboard/, checkpoints/ from which
-the same command goes on, and at the end plots/, report.html and export/, the trained model.
+In --out are log.jsonl (a row an exploration, with transcripts and held-out accuracy: how often the first reward is 1 or
+more), tensorboard/, checkpoints/ from which the same command goes on, and at the end plots/, report.html and export/, the
+trained model.
 
 Examples:
 
@@ -59,10 +60,10 @@ flags.DEFINE_integer("heldout", 64, "Problems that are never trained on and meas
 flags.DEFINE_bool("chat", False, "Ask by the model's chat template, instead of --template; for prompts of one turn.")
 flags.DEFINE_string("template", "{question}\\n", "What the model reads; \\n and \\t are understood.")
 flags.DEFINE_string("turn_template", "\\n{question}\\n", "The same for later turns.")
-flags.DEFINE_list("reward", None, "As accuracy:1,format:0.5. Default: number:1; with --problems accuracy:1.")
+flags.DEFINE_list("reward", None, "As accuracy:1,format:0.5; the first decides accuracy. Default: number:1 or accuracy:1.")
 flags.DEFINE_integer("reward_threads", 1, "Threads that compute rewards; for code and mathematics, which have processes.", 1)
 
-flags.DEFINE_enum("recipe", None, sorted(PUBLISHED), "Published settings, where flags do not say otherwise.")
+flags.DEFINE_enum("recipe", None, sorted(PUBLISHED), "Published settings, but --prompts, where flags do not say otherwise.")
 flags.DEFINE_integer("explorations", 100, "How many.", 1)
 flags.DEFINE_integer("prompts", 8, "Problems of an exploration.", 1)
 flags.DEFINE_integer("group_size", 8, "Samples of each problem; with --recipe the published number.", 2)

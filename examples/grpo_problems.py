@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from dsv3.checks import check
 from dsv3.data import chat_codec, encode_prompt, find_chat_template
+from dsv3.data.chat import THINK
 from dsv3.rl import problems as files
 from dsv3.rl.countdown import make_countdown_reward
 from dsv3.rl.explore import Task
@@ -27,10 +28,16 @@ from dsv3.rl.reward_text import (
 
 
 class Question(NamedTuple):
-    """What is asked, turn by turn, and what the answer is judged by."""
+    """What is asked, turn by turn, what the answer is judged by, and what it has in common with questions like it."""
 
     turns: tuple[str, ...]
     reference: Any
+    alike: str | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for questions of which none may be held out while another one is trained on."""
+        return self.turns if self.alike is None else (self.alike,)
 
 
 def made_up_sums(count: int, digits: int, seed: int) -> list[Question]:
@@ -38,7 +45,7 @@ def made_up_sums(count: int, digits: int, seed: int) -> list[Question]:
     rng, highest = random.Random(seed), 10**digits - 1
     every = (highest + 1) ** 2
     pairs = (divmod(number, highest + 1) for number in rng.sample(range(every), min(count, every)))
-    return [Question((f"{a}+{b}=",), str(a + b)) for a, b in pairs]
+    return [Question((f"{a}+{b}=",), str(a + b), f"{min(a, b)}+{max(a, b)}=") for a, b in pairs]
 
 
 def read_questions(path: str, kind: str) -> list[Question]:
@@ -55,7 +62,7 @@ def read_questions(path: str, kind: str) -> list[Question]:
 
 def _read_rows(path: Path) -> list[Question]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         where = f"--problems {str(path)!r} line {number}"
@@ -89,7 +96,11 @@ def make_tasks(
             one = len(question.turns) == 1
             check(one, f"--chat: problem {number} has several turns, want --template and --turn_template for them")
         asked = [encode_prompt(codec, [{"role": "user", "content": question.turns[0]}]) for question in questions]
-        return [Task(ids, question.turns[0], question.reference) for ids, question in zip(asked, questions)]
+        begun = [opening_of(text) for text in tokenizer.decode_batch(asked, skip_special_tokens=False)]
+        return [
+            Task(ids, question.turns[0], question.reference, opening=opening)
+            for ids, question, opening in zip(asked, questions, begun)
+        ]
     for name, value in (("template", template), ("turn_template", turn_template)):
         check("{question}" in value, f"--{name} is {value!r}, want a text with {{question}} in it")
     tasks = []
@@ -99,6 +110,19 @@ def make_tasks(
         first, *later = [tokenizer.encode(text, add_special_tokens=not i).ids for i, text in enumerate(texts)]
         tasks.append(Task(first, "".join(texts), question.reference, tuple(later)))
     return tasks
+
+
+def opening_of(prompt: str) -> str:
+    """What a prompt has already said of the answer: `<think>` and blanks behind it, where it ends with that."""
+    return prompt[prompt.rindex(THINK) :] if prompt.rstrip().endswith(THINK) else ""
+
+
+def answer_ends(eos_ids: Sequence[int], tokenizer: Tokenizer, chat: str | None) -> tuple[int, ...] | None:
+    """Tokens that end an answer: under a chat template its own, too; `None`: those of the model's configuration alone."""
+    if chat is None:
+        return None
+    eos = tokenizer.token_to_id(find_chat_template(chat, tokenizer).eos)
+    return tuple(sorted({*eos_ids} | ({eos} - {None})))
 
 
 def read_rewards(
@@ -130,6 +154,7 @@ def read_rewards(
     for item in named:
         name, _, weight = item.partition(":")
         check(name in makers, f"--reward has {name!r}, want some of {', '.join(makers)}")
+        check(name not in parts, f"--reward has {name!r} twice, want each once")
         try:
             parts[name] = makers[name](), float(weight or 1)
         except ValueError as error:

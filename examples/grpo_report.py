@@ -20,6 +20,7 @@ from dsv3.train.checkpoint import flat_settings
 from dsv3.train.records import read_rows
 
 FLAGS = flags.FLAGS
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 Rows = Sequence[dict[str, Any]]
 NUMBERS = (
     "reward", "spread", "saturated", "length", "truncated", "kl", "entropy", "clip_low", "clip_high", "ratio_max",
@@ -28,13 +29,13 @@ NUMBERS = (
 
 
 def report(setup: Setup, state: GrpoState) -> None:
-    """Plots and exports; prints what came out and where it is."""
-    rows = read_rows(setup.out / "log.jsonl")
-    plots = plot_grpo(rows, setup.out / "plots")
-    files = [Path(FLAGS.model) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    """Exports and plots; prints what came out and where it is."""
+    files = [Path(FLAGS.model) / name for name in TOKENIZER]
     params, router = snapshot((state.train.params, state.train.router))
     export = setup.out / "export"
     save_pretrained(export, setup.cfg, params, router, extra_files=[file for file in files if file.exists()])
+    rows = read_rows(setup.out / "log.jsonl")
+    plots = plot_grpo(rows, setup.out / "plots")
     results = result_rows(rows)
     settings = [("setting", "value"), *flat_settings(setup.agreed).items()]
     page = write_page(

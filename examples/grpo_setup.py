@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from command import lock_folder
-from grpo_problems import check_references, made_up_sums, make_tasks, read_questions, read_rewards, unescaped
+from grpo_problems import (
+    answer_ends,
+    check_references,
+    made_up_sums,
+    make_tasks,
+    read_questions,
+    read_rewards,
+    unescaped,
+)
 from tokenizers import Tokenizer
 
 from dsv3.checks import check
@@ -79,6 +89,8 @@ def prepare(argv: Sequence[str]) -> Setup:
     """
     check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
     take_recipe()
+    never = FLAGS.reference_every and not FLAGS.kl_weight
+    check(not never, f"--reference_every {FLAGS.reference_every}, but with --kl_weight 0 there is no reference")
     stop = [unescaped(text) for text in FLAGS.stop]
     settings = GrpoSettings(**{name: FLAGS[name].value for name in (*EXPLORING, *FREE)}, stop=stop)
     cfg = ModelConfig.from_hf(FLAGS.model)
@@ -94,7 +106,9 @@ def prepare(argv: Sequence[str]) -> Setup:
     options.check()
     named = FLAGS.reward or ["accuracy:1" if FLAGS.problems else "number:1"]
     reward = read_rewards(named, tokenizer=tokenizer, max_new_tokens=settings.max_new_tokens, threads=FLAGS.reward_threads)
-    tasks, heldout = split_tasks(make_all_tasks(tokenizer), settings)
+    tasks, heldout = split_tasks(*make_all_tasks(tokenizer), settings)
+    ends = answer_ends(cfg.eos_ids, tokenizer, FLAGS.model if FLAGS.chat else None)
+    settings = dataclasses.replace(settings, stop_tokens=ends)
     prompts = [Prompt(task.ids, i, task.turns) for i, task in enumerate([*tasks, *heldout])]
     check_prompts(prompts, max_new_tokens=settings.max_new_tokens, max_length=cfg.max_length)
     check_references([*tasks, *heldout], reward)
@@ -109,12 +123,13 @@ def prepare(argv: Sequence[str]) -> Setup:
 
 
 def take_recipe() -> None:
-    """Sets flags that were not given to the published values."""
+    """Sets flags that were not given to the published values; how many problems there are is not a recipe's."""
     if FLAGS.recipe is None:
         return
     published = PUBLISHED[FLAGS.recipe]
     values = {"kl_weight": published.kl_weight, "group_size": published.group_size, "lr": published.learning_rate}
     values |= {"clip_low": published.clip, "clip_high": published.clip, "minibatches": published.minibatches}
+    values |= {"epochs": published.epochs, "reference_every": published.reference_every if FLAGS.kl_weight else None}
     for name, value in values.items():
         if value is not None and FLAGS[name].using_default_value:
             FLAGS[name].value = value
@@ -125,30 +140,41 @@ def loss_length(settings: GrpoSettings) -> int | None:
     return settings.max_new_tokens if FLAGS.average == "fixed" else None
 
 
-def make_all_tasks(tokenizer: Tokenizer) -> list[Task]:
-    """The problems of the flags, in the order of the file or of the seed."""
+def make_all_tasks(tokenizer: Tokenizer) -> tuple[list[Task], list[Any]]:
+    """The problems of the flags, in the order of the file or of the seed, and their questions' keys."""
     if FLAGS.problems:
         questions = read_questions(FLAGS.problems, FLAGS.problems_format)
     else:
         questions = made_up_sums(FLAGS.made, FLAGS.digits, FLAGS.seed)
     chat = FLAGS.model if FLAGS.chat else None
-    return make_tasks(questions, tokenizer, unescaped(FLAGS.template), unescaped(FLAGS.turn_template), chat)
+    tasks = make_tasks(questions, tokenizer, unescaped(FLAGS.template), unescaped(FLAGS.turn_template), chat)
+    return tasks, [question.key for question in questions]
 
 
-def split_tasks(tasks: list[Task], settings: GrpoSettings) -> tuple[list[Task], list[Task]]:
-    """Problems to train on, and the last ones, which are held out."""
+def split_tasks(tasks: list[Task], keys: list[Any], settings: GrpoSettings) -> tuple[list[Task], list[Task]]:
+    """Problems to train on, and the last ones, which are held out: those of a key together, where there is room for all."""
     left = len(tasks) - FLAGS.heldout
     check(
         left >= settings.prompts,
         f"{len(tasks)} problems, of which --heldout {FLAGS.heldout} are not trained on, leave fewer than --prompts, "
         f"which are {settings.prompts}",
     )
-    return tasks[:left], tasks[left:]
+    sizes, held, room = Counter(keys), set(), FLAGS.heldout
+    for key in dict.fromkeys(reversed(keys)):
+        if sizes[key] <= room:
+            held.add(key)
+            room -= sizes[key]
+    some = bool(held) or not FLAGS.heldout
+    check(some, f"--heldout {FLAGS.heldout}: each question is there more often than that, want more of them")
+    if room:
+        say(f"{FLAGS.heldout - room} instead of {FLAGS.heldout} problems are held out: the same ones stay together")
+    return tuple([task for task, key in zip(tasks, keys) if (key in held) == side] for side in (False, True))
 
 
 def digest(tasks: Sequence[Task]) -> str:
-    """A hash of problems."""
-    return hashlib.sha256(json.dumps([(task.text, str(task.reference)) for task in tasks]).encode()).hexdigest()[:16]
+    """A hash of problems, with the tokens that the model reads."""
+    rows = [[list(task.ids), [list(turn) for turn in task.turns], task.text, str(task.reference)] for task in tasks]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def claim_folder(out: Path, agreed: dict[str, Any]) -> Path:

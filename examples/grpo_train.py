@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from typing import Any
 
 from absl import flags
@@ -43,10 +44,14 @@ def train(setup: Setup) -> GrpoResult:
             log.sync()
             saver.save(state, step, cursor._asdict())
 
+        def stopped() -> signal.Signals | None:
+            saver.poll()  # a checkpoint counts once this has ended it
+            return stop()
+
         actions = GrpoActions(
             write=log.write, progress=lambda row: say(progress_line(row, setup.settings.explorations)), save=save,
             eval_every=every(FLAGS.eval_every, setup.settings.explorations), sample_every=FLAGS.sample_every,
-            samples=FLAGS.samples, save_every=FLAGS.save_every, stop=stop,
+            samples=FLAGS.samples, save_every=FLAGS.save_every, stop=stopped,
         )  # fmt: skip
         return grpo_loop(
             step, score, state, worker, setup.tasks, setup.reward, settings=setup.settings, cursor=cursor,

@@ -30,7 +30,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags, logging
 from command import aligned, flag_parser, lock_folder
-from grpo_problems import check_references, make_tasks, read_questions, read_rewards, unescaped
+from grpo_problems import (
+    Question,
+    answer_ends,
+    check_references,
+    make_tasks,
+    read_questions,
+    read_rewards,
+    unescaped,
+)
 from tqdm import tqdm
 
 from dsv3.checks import check
@@ -82,15 +90,17 @@ def main(argv: list[str]) -> int:
     """Runs everything; returns the exit code: 2 for bad input, 1 for what fails later."""
     logging.set_verbosity(logging.WARNING)
     try:
-        engine, tasks, reward = prepare(argv)
+        engine, questions, tasks, reward = prepare(argv)
     except (ValueError, OSError) as error:
         return fail(error, 2)
     try:
         begin = time.monotonic()
         answers = judged(draw(engine, tasks), tasks, reward)
         seconds = time.monotonic() - begin
-        rows = kept_rows(answers, tasks) if FLAGS.keep else []
+        rows = kept_rows(answers, questions) if FLAGS.keep else []
         out = Path(FLAGS.out)
+        for name in ("results.json", "rows.jsonl"):  # of answers that were there before
+            (out / name).unlink(missing_ok=True)
         write_lines(out / "answers.jsonl", [row(answer, tasks) for answer in answers])
         if FLAGS.keep:
             write_lines(out / "rows.jsonl", rows)
@@ -111,7 +121,7 @@ def fail(error: object, code: int) -> int:
 
 
 def prepare(argv: Sequence[str]):
-    """Checks everything that can be wrong, cheapest first; returns the engine, the problems and their reward."""
+    """Checks everything that can be wrong, cheapest first; returns the engine, the questions, the problems, the reward."""
     check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
     cfg = ModelConfig.from_hf(FLAGS.model)
     tokenizer = load_tokenizer(FLAGS.model)
@@ -133,13 +143,14 @@ def prepare(argv: Sequence[str]):
     speculative = min(1, cfg.num_mtp_layers) if FLAGS.speculative is None else FLAGS.speculative
     how = {"policy": default_policy().replace(dtype=FLAGS.dtype), "tokenizer": tokenizer, "max_batch": FLAGS.max_batch}
     engine = Engine(cfg, params, router, speculative=speculative, chunk_sizes=(32, 128), smallest_cache=64, **how)
-    return engine, tasks, reward
+    return engine, questions, tasks, reward
 
 
 def draw(engine: Engine, tasks: Sequence[Task]) -> list[Completion]:
     """All answers, those of a problem one after the other; each follows from --seed, its problem and its number."""
     stop = [unescaped(text) for text in FLAGS.stop]
     how = {"max_new_tokens": FLAGS.max_new_tokens, "temperature": FLAGS.temperature, "stop": stop}
+    how["stop_tokens"] = answer_ends(engine.cfg.eos_ids, engine.tokenizer, FLAGS.model if FLAGS.chat else None)
     requests = [
         Request(task.ids, seed=sample_seed(FLAGS.seed, 0, number, sample), **how)
         for number, task in enumerate(tasks) for sample in range(FLAGS.samples)
@@ -155,12 +166,12 @@ def draw(engine: Engine, tasks: Sequence[Task]) -> list[Completion]:
 def judged(done: Sequence[Completion], tasks: Sequence[Task], reward) -> list[Answer]:
     """The answers with their rewards."""
     places = [divmod(i, FLAGS.samples) for i in range(len(done))]
-    texts = [completion.text for completion in done]
+    texts = [tasks[number].opening + completion.text for completion, (number, _) in zip(done, places)]
     asked = [(tasks[number].text, tasks[number].reference) for number, _ in places]
     scores = score_completions(reward, *[[a for a, _ in asked], texts, [b for _, b in asked]], workers=FLAGS.reward_threads)
     return [
-        Answer(number, sample, completion.text, len(completion.tokens), completion.finish_reason != "length", *score)
-        for (number, sample), completion, score in zip(places, done, scores)
+        Answer(number, sample, text, len(completion.tokens), completion.finish_reason != "length", *score)
+        for (number, sample), text, completion, score in zip(places, texts, done, scores)
     ]
 
 
@@ -179,15 +190,16 @@ def plain(reference: Any) -> Any:
     return reference if isinstance(reference, (str, int, float, dict, list)) else str(reference)
 
 
-def kept_rows(answers: Sequence[Answer], tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Conversations of right answers with all of the reward, at most --keep different ones a problem."""
+def kept_rows(answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """Conversations of right answers with all of the reward, at most --keep different ones a problem, as it was asked first:
+    whoever learns from them has a template of its own."""
     best = max(answer.total for answer in answers)
     kept: dict[int, list[str]] = {}
     for answer in answers:
         texts = kept.setdefault(answer.problem, [])
         if right(answer) and answer.ended and answer.total >= best and answer.text not in texts and len(texts) < FLAGS.keep:
             texts.append(answer.text)
-    asked = [(tasks[number].text, text) for number, texts in kept.items() for text in texts]
+    asked = [(questions[number].turns[0], text) for number, texts in kept.items() for text in texts]
     return [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]}
         for question, text in asked

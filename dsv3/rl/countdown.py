@@ -242,7 +242,7 @@ def expression_value(text: str, numbers: Sequence[int]) -> int | None:
     >>> expression_value("9+7-4", (4, 7, 9)), expression_value("9+7", (4, 7, 9))
     (12, None)
     """
-    text = "".join(text.split())
+    text = re.sub(r"\s*([-+*])\s*", r"\1", text.strip())
     if not _EXPRESSION.fullmatch(text) or sorted(map(int, re.findall(r"\d+", text))) != sorted(numbers):
         return None
     value = 0

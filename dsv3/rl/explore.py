@@ -26,12 +26,14 @@ class Task(NamedTuple):
     Attributes:
       ids, turns: see `Prompt`.
       text, reference: what the reward gets beside the answer.
+      opening: what the prompt has already said of the answer, as `<think>`: the reward gets it before what was drawn.
     """
 
     ids: Sequence[int]
     text: str = ""
     reference: Any = None
     turns: Sequence[Sequence[int]] = ()
+    opening: str = ""
 
 
 class Worker(Protocol):
@@ -181,7 +183,8 @@ def grade(rollouts: Rollouts, tasks: Sequence[Task], reward: RewardOf, *, thread
 
     rows = range(len(rollouts.finish))
     asked = [tasks[number].text for number in rollouts.numbers]
-    found = score_completions(named, asked, [rollouts.answer(row) for row in rows], rows, workers=threads)
+    said = [tasks[number].opening + rollouts.answer(row) for row, number in zip(rows, rollouts.numbers)]
+    found = score_completions(named, asked, said, rows, workers=threads)
     names = list(found[0].parts)
     for row, (_, parts) in zip(rows, found):
         check(list(parts) == names, f"grade: sample {row} has the parts {list(parts)}, but the first has {names}")
@@ -212,16 +215,16 @@ def evaluate(
       settings: of the run; its answers may be as long.
 
     Returns:
-      `problems`, how many; the means of `reward` and of each of the `parts`, and `accuracy`: that of the part of this name,
-      or of the reward without one; of `length`, tokens of an answer, and `truncated`, the share without an end.
+      `problems`, how many; `accuracy`, the share whose first part, or whose reward if it has no parts, is at least 1; the
+      means of `reward` and of each of the `parts`; of `length`, tokens of an answer; `truncated`, the share without an end.
     """
     names = ("max_new_tokens", "stop_tokens", "stop", "bucket")
     how = {name: getattr(settings, name) for name in names} | {"group_size": 1, "temperature": 0.0}
     rollouts = worker.rollout([Prompt(task.ids, i, task.turns) for i, task in enumerate(tasks)], **how)
     graded = grade(rollouts, tasks, reward, threads=threads)
     parts = {name: float(values.mean()) for name, values in graded.parts.items()}
-    total = float(graded.total.mean())
+    first, total = next(iter(graded.parts.values()), graded.total), float(graded.total.mean())
     return {
-        "problems": len(tasks), "accuracy": parts.get("accuracy", total), "reward": total, "parts": parts,
+        "problems": len(tasks), "accuracy": float((first >= 1).mean()), "reward": total, "parts": parts,
         "length": float(rollouts.lengths.mean()), "truncated": float(rollouts.truncated.mean()),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from dsv3.typing import TensorLike
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AVERAGES = ("token", "sequence", "fixed")
+FARTHEST = 20.0  # log-ratios count as this at most: far beyond it exp is infinite, and infinity times zero no number
 
 
 class GrpoTotals(NamedTuple):
@@ -54,7 +55,8 @@ class GrpoLoss(NamedTuple):
 def kl_estimate(logprobs: TensorLike, ref_logprobs: TensorLike, *, estimator: str = "k3") -> tf.Tensor:
     """Estimates `KL(π_θ ‖ π_ref)` at tokens that π_θ has drawn, with `d = log π_ref − log π_θ` and `r = exp(d)`.
 
-    `k1 = −d`, `k2 = d²/2`, `k3 = r − d − 1`. The expectations of k1 and k3 are the divergence; k3 is never negative.
+    `k1 = −d`, `k2 = d²/2`, `k3 = r − d − 1`, where d counts as 20 at most. The expectations of k1 and k3 are
+    the divergence; k3 is never negative.
 
     Args:
       logprobs, ref_logprobs: `[N, T]`, of the same tokens under both policies.
@@ -76,7 +78,10 @@ def kl_estimate(logprobs: TensorLike, ref_logprobs: TensorLike, *, estimator: st
     d = tf.cast(ref_logprobs, tf.float32) - tf.cast(logprobs, tf.float32)
     if estimator == "k1":
         return -d
-    return 0.5 * d * d if estimator == "k2" else tf.math.expm1(d) - d
+    if estimator == "k2":
+        return 0.5 * d * d
+    d = tf.minimum(d, FARTHEST)
+    return tf.math.expm1(d) - d
 
 
 @plain
@@ -158,7 +163,8 @@ def grpo_loss(
 ) -> GrpoLoss:
     """`L = −Σ_t w_t·(min(ρ_t·A, clip(ρ_t, 1−ε_low, 1+ε_high)·A) − β·KL_t)`, with `ρ_t = π_θ(t) / π_old(t)`.
 
-    With `dual_clip` c a token of a negative advantage contributes at least `c·A`, however large ρ is.
+    `log ρ` counts as 20 at most and as −20 at least. With `dual_clip` c a token of a negative advantage contributes at least
+    `c·A`, however large ρ is.
 
     Args:
       logprobs: `[N, T]`, log π_θ of the tokens: what the gradient goes through.
@@ -209,7 +215,7 @@ def grpo_loss(
     ref = logprobs
     if ref_logprobs is not None:
         ref = tf.stop_gradient(tf.where(counted, tf.cast(ref_logprobs, tf.float32), 0.0))
-    ratio = tf.exp(logprobs - old)
+    ratio = tf.exp(tf.clip_by_value(logprobs - old, -FARTHEST, FARTHEST))
     advantages = tf.where(counted, tf.expand_dims(tf.stop_gradient(tf.cast(advantages, tf.float32)), 1), 0.0)
     gain, limits = _clipped(ratio, advantages, clip_low, clip_high, dual_clip)
     divergence = kl_estimate(logprobs, ref, estimator=kl)

@@ -45,10 +45,12 @@ class GrpoState(NamedTuple):
 
 
 class GrpoCursor(NamedTuple):
-    """Where a run is beside its state, of JSON values: `step`, explorations done; `position`, problems drawn."""
+    """Where a run is beside its state, of JSON values: `step`, explorations done; `position`, problems drawn; `unmeasured`,
+    whether the run was stopped before the held-out problems of this step, which then come first."""
 
     step: int = 0
     position: int = 0
+    unmeasured: bool = False
 
 
 class GrpoResult(NamedTuple):
@@ -69,7 +71,7 @@ class GrpoActions(NamedTuple):
       sample_every, samples: explorations between transcripts (0: none), and of how many problems.
       save: writes a checkpoint of a state, a step and a cursor; called every `save_every` explorations (0: never), after the
         last and when stopped.
-      stop: asked after each exploration; anything but `None` ends the loop.
+      stop: asked after each exploration, and again after an evaluation; anything but `None` ends the loop.
     """
 
     write: Callable[[Row], None] = lambda row: None
@@ -132,7 +134,8 @@ def grpo_loop(
     that it would have given without the interruption.
 
     Args:
-      step: see `make_grpo_step`; the training state is donated to it. Its temperature is that of the settings.
+      step: see `make_grpo_step`; the training state is donated to it. Its temperature is that of the settings. If its `idle`
+        is true, there is no step on samples of which none has an advantage; rows count them as `idle`.
       score: see `make_score`; the same holds.
       state: see `grpo_state`.
       worker: see `Worker`; it is given the policy before each exploration.
@@ -178,8 +181,9 @@ class _Run:
         self._settings, self._heldout, self._threads, self._actions = settings, heldout, threads, actions
         self._policy = policy or default_policy()
         self._update()
-        if done == 0:
-            self._evaluate(always=True)
+        if done == 0 or cursor.unmeasured:
+            self.cursor = cursor._replace(unmeasured=False)
+            self._evaluate()
 
     def turn(self) -> None:
         """One exploration, what is learnt from it, and what follows."""
@@ -192,10 +196,10 @@ class _Run:
         groups = explored.graded.total.reshape(-1, settings.group_size)
         advantages = group_advantages(groups, std=settings.std, eps=settings.eps).numpy().reshape(-1)
         batch, looked = self._look(explored.rollouts, advantages)
-        learnt = self._learn(batch)
+        learnt, idle = self._learn(batch)
         self.cursor = GrpoCursor(number + 1, explored.position)
         row = {"kind": "grpo", "step": self.cursor.step, **exploration_numbers(explored, settings.group_size), **looked}
-        row |= learning_numbers(learnt)
+        row |= learning_numbers(learnt) | {"idle": idle}
         if settings.reference_every and self.state.reference and self.cursor.step % settings.reference_every == 0:
             self.state = self.state._replace(reference=_reference(self.state.train, self._policy))
         self._update()
@@ -232,13 +236,17 @@ class _Run:
             ref = self._score(*self.state.reference, rollouts.tokens, rollouts.mask, experts).logprobs
         return GrpoBatch(rollouts.tokens, mask, old, ref, advantages, () if experts is None else experts), found
 
-    def _learn(self, batch: GrpoBatch) -> list[GrpoMetrics]:
-        """The optimiser's steps."""
-        settings, learnt = self._settings, []
+    def _learn(self, batch: GrpoBatch) -> tuple[list[GrpoMetrics], int]:
+        """The optimiser's steps, and how many there were none of, as nothing could be learnt."""
+        settings, learnt, idle = self._settings, [], 0
+        told = (batch.advantages != 0) & (batch.mask > 0).any(-1)
         for epoch in range(settings.epochs):
             mixed = np.random.default_rng([settings.seed, self.cursor.step, epoch]).permutation(len(batch.tokens))
             size = math.ceil(len(mixed) / settings.minibatches)
             for rows in np.array_split(mixed, settings.minibatches):
+                if getattr(self._step, "idle", False) and not told[rows].any():
+                    idle += 1
+                    continue
                 train, metrics = self._step(self.state.train, micro_batches(batch, rows, settings.rows, size))
                 self.state = self.state._replace(train=train)
                 learnt.append(metrics)
@@ -247,21 +255,25 @@ class _Run:
                     bad = {name: x if math.isfinite(x) else None for name, x in (("loss", loss), ("grad_norm", norm))}
                     reason = f"loss {loss} or gradient norm {norm} is not finite"
                     self._actions.write({"kind": "skipped", "step": self.cursor.step + 1, "reason": reason, **bad})
-        return learnt
+        return learnt, idle
 
     def _after(self, explored: Explored, advantages: np.ndarray) -> None:
         actions, done, last = self._actions, self.cursor.step, self.cursor.step == self._settings.explorations
         if actions.samples and actions.sample_every and (last or done == 1 or done % actions.sample_every == 0):
             found = transcript(explored, self._tasks, advantages, self._settings.group_size, actions.samples)
             actions.write({"kind": "samples", "step": done, "samples": found})
-        self._evaluate(always=last)
         self.stopped = actions.stop()
+        if self._heldout and actions.eval_every and (last or done % actions.eval_every == 0):
+            if self.stopped is None or last:
+                self._evaluate()
+                self.stopped = actions.stop() if self.stopped is None else self.stopped
+            else:  # there may be no time for it
+                self.cursor = self.cursor._replace(unmeasured=True)
         due = last or self.stopped is not None or (actions.save_every and done % actions.save_every == 0)
         if actions.save is not None and due:
             actions.save(self.state, done, self.cursor)
 
-    def _evaluate(self, always: bool) -> None:
-        every = self._actions.eval_every
-        if self._heldout and every and (always or self.cursor.step % every == 0):
+    def _evaluate(self) -> None:
+        if self._heldout and self._actions.eval_every:
             found = evaluate(self._worker, self._heldout, self._reward, settings=self._settings, threads=self._threads)
             self._actions.write({"kind": "heldout", "step": self.cursor.step, **found})

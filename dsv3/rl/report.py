@@ -92,7 +92,7 @@ def transcript(
             number, total, advantage = int(rollouts.numbers[row]), float(graded.total[row]), float(advantages[row])
             found.append({
                 "problem": number, "sample": int(rollouts.samples[row]), "prompt": tasks[number].text,
-                "answer": rollouts.answer(row), "reward": total,
+                "answer": tasks[number].opening + rollouts.answer(row), "reward": total,
                 "parts": {name: float(values[row]) for name, values in graded.parts.items()},
                 "advantage": advantage, "length": int(rollouts.lengths[row]), "finish": rollouts.finish[row],
             })  # fmt: skip

@@ -79,7 +79,8 @@ class Published(NamedTuple):
 
     Attributes:
       kl_weight: β. clip: ε, of both limits. group_size: G. learning_rate: of Adam.
-      minibatches: steps for each exploration.
+      minibatches: optimiser steps of each epoch over an exploration. epochs: over the same samples.
+      prompts: problems of an exploration. reference_every: explorations until the reference becomes the policy; 0: never.
     """
 
     kl_weight: float
@@ -87,10 +88,17 @@ class Published(NamedTuple):
     group_size: int
     learning_rate: float
     minibatches: int | None
+    epochs: int | None = None
+    prompts: int | None = None
+    reference_every: int | None = None
 
 
 PUBLISHED = {
-    "deepseekmath": Published(kl_weight=0.04, clip=None, group_size=64, learning_rate=1e-6, minibatches=1),
-    "r1": Published(kl_weight=0.001, clip=10.0, group_size=16, learning_rate=3e-6, minibatches=None),
+    "deepseekmath": Published(kl_weight=0.04, clip=None, group_size=64, learning_rate=1e-6, minibatches=1, epochs=1),
+    # 8,192 outputs of an exploration in 16 mini-batches; the reference is replaced every 400 steps.
+    "r1": Published(
+        kl_weight=0.001, clip=10.0, group_size=16, learning_rate=3e-6, minibatches=16, epochs=1, prompts=512,
+        reference_every=25,
+    ),  # fmt: skip
 }
-"""DeepSeekMath: arXiv:2402.03300 section 4.2. R1: as published in Nature (2025). DeepSeek-V3 tells none of them."""
+"""DeepSeekMath: arXiv:2402.03300 section 4.2. R1: Nature 645 (2025), arXiv:2501.12948v2. DeepSeek-V3 tells none of them."""

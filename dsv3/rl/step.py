@@ -159,10 +159,11 @@ def _accumulate(
     totals = grpo_totals(batch.mask)
     known = batch.tokens.shape[0]
     count = tf.shape(batch.tokens)[0] if known is None else known
-    share = 1.0 / tf.cast(count, tf.float32)
 
     def part(i):
         mask = tf.cast(batch.mask[i], tf.float32)
+        # The balance is a mean over sequences, of which a micro-batch that is filled up has fewer.
+        share = tf.reduce_sum(tf.cast(tf.reduce_any(mask > 0, -1), tf.float32)) / totals.sequences
         experts = None if isinstance(batch.experts, tuple) else batch.experts[i]
         ref = None if isinstance(batch.ref_logprobs, tuple) else batch.ref_logprobs[i]
         leaves = tree.flatten(params)
@@ -211,7 +212,7 @@ def make_grpo_step(
     Returns:
       `step(state, batch, limits=Limits()) -> (state, GrpoMetrics)`. The given state is donated (see `compile_step`); the
       first call compiles. `step.traces()` counts compilations: one for each shape of a micro-batch, and one more when their
-      number first changes.
+      number first changes. `step.idle` tells whether a batch without any advantage has no gradient.
 
     Raises:
       ValueError: settings that cannot be, at once.
@@ -243,6 +244,7 @@ def make_grpo_step(
             shapes[key] = compile_step(update, jit=policy.jit, relax=True)
         return shapes[key](state, batch, Limits(*(tf.cast(x, tf.float32) for x in limits)))
 
+    step.idle = kl_weight == mtp_weight == balance_weight == 0 and not callable(bias_rate) and bias_rate == 0
     step.traces = lambda: sum(compiled.traces() for compiled in shapes.values())
     return step
 

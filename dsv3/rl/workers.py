@@ -10,6 +10,7 @@ other sizes). The parameters travel as NumPy arrays.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import multiprocessing
@@ -148,6 +149,7 @@ class ProcessWorkers(_Pool):
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+        atexit.register(self.close)  # before multiprocessing waits for those that SIGTERM does not end
 
     def _call(self, name: str, arguments: Sequence[Any]) -> list[Any]:
         used = list(enumerate(self._pipes[: len(arguments)]))
@@ -171,6 +173,7 @@ class ProcessWorkers(_Pool):
 
     def close(self) -> None:
         """Ends all workers."""
+        atexit.unregister(self.close)
         for pipe, process in zip(self._pipes, self._processes):
             with contextlib.suppress(OSError):
                 pipe.send(None)
@@ -183,8 +186,9 @@ class ProcessWorkers(_Pool):
 
 
 def _serve(pipe: Any, options: EngineOptions) -> None:
-    """A worker process: answers calls until there are no more. Ctrl-C is for whoever has started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker process: answers calls until there are no more. Signals are for whoever has started it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a group gets them all, and the exploration is still to be finished
+        signal.signal(number, signal.SIG_IGN)
     host = None
     while True:
         try:

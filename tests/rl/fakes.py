@@ -53,8 +53,8 @@ def fake_state(step: int = 0, value: float = 1.0) -> TrainState:
 class FakeStep:
     """Adds the advantages' size to the only parameter; notes its batches. Steps named in `bad` are not taken."""
 
-    def __init__(self, bad=()):
-        self.batches, self._bad = [], bad
+    def __init__(self, bad=(), idle=False):
+        self.batches, self._bad, self.idle = [], bad, idle
 
     def __call__(self, state, batch, limits=None):
         self.batches.append(batch)

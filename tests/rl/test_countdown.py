@@ -122,6 +122,10 @@ def test_values_are_those_of_python(numbers, data):
     assert expression_value(text, [*numbers, 1]) is None
 
 
+def test_blanks_do_not_make_one_number_of_two():
+    assert expression_value("1 2+3", (12, 3)) is None and expression_value(" 12\n+ 3", (12, 3)) == 15
+
+
 def test_what_is_no_reference():
     for reference in (12, {"numbers": [1, 2]}, {"numbers": ["1", 2], "target": 3}, {"numbers": 3, "target": 3}):
         with pytest.raises(ValueError, match="countdown: the reference is .*want a mapping with `numbers` and `target`"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dsv3.rl.explore import Task, evaluate, explore, grade, task_number
+from dsv3.rl.report import transcript
 from dsv3.rl.reward import Reward, make_reward
 from dsv3.rl.rollout import Prompt
 from dsv3.rl.settings import PUBLISHED, GrpoSettings
@@ -123,8 +124,21 @@ def test_evaluation_takes_the_best_token_once_a_problem():
     asked, how = worker.asked[0]
     assert asked == [0, 1, 2, 3, 4] and how["temperature"] == 0.0 and how["group_size"] == 1 and how["stop_tokens"] == (3,)
     assert found["problems"] == 5 and found["accuracy"] == found["parts"]["accuracy"] != found["reward"]
-    assert evaluate(worker, TASKS, dull(()), settings=settings())["accuracy"] == pytest.approx(
-        evaluate(worker, TASKS, by_sum, settings=settings())["reward"])  # fmt: skip
+    reward = make_reward({"odd": (lambda _, answer, __: int(answer) % 2, 0.1), "accuracy": (lambda *_: 0.5, 1.0)})
+    other = evaluate(worker, TASKS[:5], reward, settings=settings())
+    assert other["accuracy"] == other["parts"]["odd"] == found["accuracy"], "of the first part, as solve.py has it"
+
+
+def test_rewards_and_transcripts_have_what_the_prompt_has_begun():
+    tasks, heard = [task._replace(opening="<think>\n") for task in TASKS], []
+
+    def reward(prompt, answer, reference):
+        heard.append(answer)
+        return Reward(float(answer.removeprefix("<think>\n")), {})
+
+    found = explore(FakeWorker(), tasks, reward, settings=settings(), step=0)
+    assert len(heard) == 12 and all(answer.startswith("<think>\n") for answer in heard)
+    assert all(row["answer"] in heard for row in transcript(found, tasks, np.zeros(12), 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -151,4 +165,6 @@ def test_more_problems_than_there_are_is_an_error():
 
 
 def test_what_was_published():
+    r1 = PUBLISHED["r1"]
+    assert r1.prompts * r1.group_size == 8192 and r1.reference_every * r1.minibatches * r1.epochs == 400
     assert PUBLISHED["r1"].kl_weight == 0.001 and PUBLISHED["r1"].clip == 10.0 and PUBLISHED["deepseekmath"].group_size == 64

@@ -226,3 +226,15 @@ def test_bad_arguments_are_named(how, message):
     names = ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "mask")
     with pytest.raises(ValueError, match=f"grpo_loss: {message}"):
         grpo_loss(**dict(zip(names, inputs(3, 5))) | how)
+
+
+@pytest.mark.parametrize("kl", KL_ESTIMATORS)
+@pytest.mark.parametrize("apart", [200.0, -200.0])
+def test_policies_that_are_far_apart_give_numbers(apart, kl):
+    """exp(200) is infinite in float32, and infinity times an advantage of zero is no number."""
+    lp = tf.zeros([2, 3])
+    with tf.GradientTape() as tape:
+        tape.watch(lp)
+        out = grpo_loss(lp, lp - apart, lp + apart, [0.0, -1.0], np.ones([2, 3]), kl=kl, kl_weight=0.1)
+    for value in (*tree.flatten(out), tape.gradient(out.loss, lp)):
+        assert np.isfinite(value).all()

@@ -36,7 +36,12 @@ def interrupted(row, total):
         os.kill(os.getpid(), signal.SIGTERM)
     return f"exploration {row['step']}"
 
+def noted(saver, poll=grpo_train.BackgroundSaver.poll):
+    open("polled", "a").write(".")
+    return poll(saver)
+
 grpo_train.progress_line = interrupted
+grpo_train.BackgroundSaver.poll = noted
 for arguments in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), flagsaver.flagsaver():
@@ -53,6 +58,8 @@ RUN = (
 ).split()
 GOOD = {"ended": RUN, "stopped": RUN, "gone on": RUN}
 BAD = {
+    "no reference": ([*RUN, "--reference_every=5"], "--reference_every 5, but with --kl_weight 0 there is no reference"),
+    "a reward twice": (["--reward=number:1,number:2"], "--reward has 'number' twice, want each once"),
     "a group of one": ([*RUN, "--group_size=1"], "--group_size=1: 1 is not integer >= 2"),
     "no model": (["--model=nowhere"], "nowhere"),
     "a reward": (["--reward=honesty:1"], "--reward has 'honesty', want some of accuracy, code, countdown"),
@@ -83,6 +90,8 @@ def results(tmp_path_factory):
                        max_position_embeddings=32).replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)  # fmt: skip
     save_pretrained(folder / "model", cfg, random_params(dsv3.model_specs(cfg), std=0.1), dsv3.router_init(cfg))
     save_tokenizer(tokenizer, folder / "model")
+    template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    (folder / "model" / "chat_template.jinja").write_text(template)
     (folder / "rows.jsonl").write_text('{"prompt": "1+1=", "reference": 2}\n{"question": "2+2="}\n')
     (folder / "empty.jsonl").write_text('{"prompt": "1+1=", "reference": ""}\n')
     turns = [["1+1=", "2+2="], ["3+3="] * 8]
@@ -118,6 +127,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(results):
     assert {path.name for path in (folder / "run" / "plots").iterdir()} == {
         "reward.png", "policy.png", "samples.png", "sampling.png"
     }  # fmt: skip
+    assert len((folder / "polled").read_text()) >= 3, "a checkpoint is ended while the next exploration runs"
+    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert all((folder / "run" / "export" / name).read_text() == (folder / "model" / name).read_text() for name in names)
     page = (folder / "run" / "report.html").read_text()
     assert "accuracy, held-out problems" in page and "--- exploration 1, problem" in page and "group_size" in page
     cfg, params, _ = load_pretrained(folder / "run" / "export", dtype="float32")

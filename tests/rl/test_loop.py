@@ -22,13 +22,16 @@ TIMES = ("seconds", "rollout_seconds")
 by_sum = make_reward({"sum": (lambda prompt, answer, reference: float(answer), 1.0)})
 
 
-def run(explorations=3, *, step=None, score=None, worker=None, state=None, cursor=GrpoCursor(), heldout=(), **fields):
+def run(
+    explorations=3, *, step=None, reward=by_sum, score=None, worker=None, state=None, cursor=GrpoCursor(), heldout=(),
+    **fields,
+):  # fmt: skip
     actions = {name: fields.pop(name) for name in list(fields) if name in GrpoActions._fields}
     rows = []
     settings = GrpoSettings(**{"explorations": explorations, "prompts": 4, "group_size": 3, "max_new_tokens": 4} | fields)
     result = grpo_loop(
-        step or FakeStep(), score or FakeScore(), state or GrpoState(fake_state()), worker or FakeWorker(), TASKS, by_sum,
-        settings=settings, cursor=cursor, heldout=heldout, actions=GrpoActions(write=rows.append, **actions),
+        step or FakeStep(), score or FakeScore(), state or GrpoState(fake_state()), worker or FakeWorker(), TASKS,
+        reward, settings=settings, cursor=cursor, heldout=heldout, actions=GrpoActions(write=rows.append, **actions),
     )  # fmt: skip
     return result, rows
 
@@ -63,7 +66,7 @@ def test_a_run_that_goes_on_gives_what_it_would_have_given():
     how = {"minibatches": 2, "skip_saturated": True, "heldout": TASKS[:2], "eval_every": 2}
     whole, rows = run(6, **how)
     saved = {}
-    asked = iter([None, None, "now"])
+    asked = iter([None, None, None, "now"])  # after each exploration, and after the evaluation at the second
     part, first = run(
         6, **how, stop=lambda: next(asked),
         save=lambda state, step, cursor: saved.update({step: (float(state.train.params["w"]), cursor)}),
@@ -76,6 +79,19 @@ def test_a_run_that_goes_on_gives_what_it_would_have_given():
     rest, second = run(6, **how, step=step, cursor=cursor, state=GrpoState(fake_state(value=value)))
     assert plain(first + second) == plain(rows)
     assert float(rest.state.train.params["w"]) == float(whole.state.train.params["w"]) and rest.cursor == whole.cursor
+
+
+def test_a_run_that_is_stopped_before_an_evaluation_saves_at_once_and_makes_up_for_it():
+    how = {"heldout": TASKS[:2], "eval_every": 2}
+    _, rows = run(4, **how)
+    asked, saved = iter([None, "now"]), []
+    _, first = run(4, **how, stop=lambda: next(asked), save=lambda *args: saved.append(args))
+    ((state, done, cursor),) = saved
+    assert done == 2 and cursor.unmeasured and [row["kind"] for row in first][-1] == "samples"
+    step = FakeStep()
+    step.batches += [None] * 2
+    rest, second = run(4, **how, step=step, cursor=cursor, state=state)
+    assert plain(first + second) == plain(rows) and rest.cursor == GrpoCursor(4, 16)
 
 
 def test_mini_batches_hold_every_sample_once_an_epoch_and_fill_up_with_rows_that_count_nowhere():
@@ -164,6 +180,19 @@ def test_steps_that_are_not_taken_are_told():
     assert first["loss"] == 1.0 and second["loss"] == 3.5 and second["ratio_max"] == 4.0
     _, rows = run(1, step=FakeStep(bad=(1,)))
     assert "loss" not in rows[1] and "no step was taken" in progress_line(rows[1], 1)
+
+
+def test_no_step_is_taken_where_nothing_can_be_learnt():
+    last = make_reward({"last": (lambda prompt, answer, reference: float(answer) * (reference > 9), 1.0)})
+    for idle in (True, False):
+        step = FakeStep(idle=idle)
+        _, rows = run(2, step=step, reward=last, minibatches=12, rows=1, measure_every=0)
+        rows = [row for row in rows if row["kind"] == "grpo"]
+        empty = 24 - sum(bool(np.asarray(batch.advantages).any()) for batch in step.batches)
+        assert (sum(row["idle"] for row in rows), len(step.batches)) == ((empty, 24 - empty) if idle else (0, 24))
+        assert 0 < empty < 24
+    _, rows = run(1, step=FakeStep(idle=True), reward=make_reward({"none": (lambda *_: 0.0, 1.0)}), minibatches=2)
+    assert (rows[0]["idle"], rows[0]["taken"], "loss" in rows[0]) == (2, 0, False)
 
 
 def test_rows_transcripts_log_and_plots(tmp_path):
