@@ -89,7 +89,7 @@ def prepare(argv: Sequence[str]) -> Setup:
         "tokenizer": tokenizer_fingerprint(tokenizer), "config": cfg.to_hf(),
     }  # fmt: skip
     out = Path(FLAGS.out)
-    saved = claim_folder(out, settings)
+    saved = claim_folder(out, settings, {name: FLAGS[name].value for name in ("model", "data", "chat_template")})
     agree(saved, settings, out)
     train, held = split_conversations(conversations, FLAGS.heldout, FLAGS.seed)
     samples = [encode(codec, part) for part in (train, held)]
