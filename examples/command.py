@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from absl import flags
 
+from dsv3.checks import check
 from dsv3.data import Document, chunk_documents
 
 MANY, PIECE = 100, 65536  # documents that are held out whole; characters of a piece of a long one
@@ -55,6 +56,31 @@ def lock_folder(out: Path) -> None:
         fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"--out {str(out)!r} is in use by another process") from None
+
+
+def check_fresh(out: Path, saved: Any, program: str, inputs: Mapping[str, str | None]) -> None:
+    """Refuses to delete the run in --out where it is another program's, or holds what this one reads.
+
+    Args:
+      out: the folder of --out.
+      saved: the settings of the run in it; no dict: they cannot be read, and whose they are is not known.
+      program: "pretrain", "sft" or "grpo".
+      inputs: files and folders by the flag that names them.
+
+    Raises:
+      ValueError: so it is; nothing has been deleted.
+    """
+    if isinstance(saved, dict):
+        found = saved.get("program") or ("grpo" if "group_size" in saved else "pretrain")
+        check(found == program, f"--fresh: --out {str(out)!r} holds a run of {found}.py, want another --out")
+    home = out.resolve()
+    for flag, value in inputs.items():
+        if value is None:
+            continue
+        path = Path(value)
+        files = [one for one in path.iterdir() if one.is_file()] if path.is_dir() else []  # which may be links
+        inside = any(one.resolve().is_relative_to(home) for one in (path, *files))
+        check(not inside, f"--fresh would delete --{flag} {value!r}, which lies in --out {str(out)!r}; want another --out")
 
 
 def cut_corpus(source: Iterable[Document]) -> list[Document]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from command import lock_folder
+from command import check_fresh, lock_folder
 from grpo_problems import (
     answer_ends,
     check_references,
@@ -189,6 +189,7 @@ def claim_folder(out: Path, agreed: dict[str, Any]) -> Path:
     foreign = [name for name in others if name not in PARTS]
     check(not foreign, f"--out {str(out)!r} holds {foreign[:1]}, which is no part of a run; want it moved away")
     if FLAGS.fresh:
+        check_fresh(out, read_run(out), "grpo", {name: FLAGS[name].value for name in ("model", "problems")})
         for name in sorted(others, key=lambda name: name == RUN_FILE):  # the settings go last
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
         others = []
@@ -204,6 +205,14 @@ def claim_folder(out: Path, agreed: dict[str, Any]) -> Path:
     part.write_text(json.dumps(agreed, indent=1) + "\n", encoding="utf-8")
     os.replace(part, out / RUN_FILE)
     return out
+
+
+def read_run(out: Path) -> Any:
+    """What the run in the folder says of itself; `None` where there is none, or it cannot be read."""
+    try:
+        return json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def every(flag: int | None, total: int) -> int:

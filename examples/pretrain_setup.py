@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from absl import flags
-from command import aligned, lock_folder
+from command import aligned, check_fresh, lock_folder
 from command_mesh import check_axes
 from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, given_tokenizer, read_prepared, read_text
 from pretrain_plan import check_micro_batches, check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
@@ -117,7 +117,8 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     _silent = clients.index > 0
     if _silent:
         meet(mesh)
-    saved = None if _silent else claim_folder(out, settings)
+    inputs = {name: FLAGS[name].value for name in ("init", "data", "corpus", "tokenizer", "config")}
+    saved = None if _silent else claim_folder(out, settings, inputs)
     data = read_data(out, cfg, settings, saved)
     if FLAGS.passkey:
         least = passkey_form(data.tokenizer, FLAGS.passkey_keys).least
@@ -276,11 +277,13 @@ def check_mesh(cfg: dsv3.ModelConfig) -> None:
     )  # fmt: skip
 
 
-def claim_folder(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def claim_folder(out: Path, settings: Mapping[str, Any], inputs: Mapping[str, str | None]) -> dict[str, Any] | None:
     """Makes the folder and locks it; returns the settings of the run in it, `None` for a new run. It deletes nothing.
 
+    `inputs` are the files and folders that are read, by their flags: --fresh must not delete them.
+
     Raises:
-      ValueError: the folder is in use, holds something else, or a run with other settings.
+      ValueError: the folder is in use, holds something else, a run with other settings, or with --fresh what is needed.
       OSError: it cannot be written.
     """
     lock_folder(out)
@@ -295,11 +298,14 @@ def claim_folder(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | Non
         foreign = [name for name in others if name not in PARTS]
         if foreign:
             raise ValueError(f"--out {str(out)!r} holds {foreign[0]!r}, which is no part of a run; want it moved away")
-        return None
     try:
         saved = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{str(out / RUN_FILE)!r} cannot be read as JSON; --fresh starts anew") from None
+        check(FLAGS.fresh, f"{str(out / RUN_FILE)!r} cannot be read as JSON; --fresh starts anew")
+        saved = None
+    if FLAGS.fresh:
+        check_fresh(out, saved, settings.get("program", "pretrain"), inputs)
+        return None
     kind = type(saved).__name__
     check(isinstance(saved, dict), f"{str(out / RUN_FILE)!r} holds a {kind}, want an object; --fresh starts anew")
     agree(saved, settings, out)

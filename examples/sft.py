@@ -77,7 +77,7 @@ flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0: only at t
 flags.DEFINE_integer("keep", 2, "Checkpoints that stay, the last ones.", 1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters are float32.")
 flags.DEFINE_enum("remat", "none", ["none", "block"], "Recompute each block in the backward pass: less memory.")
-flags.DEFINE_integer("samples", 4, "Held-out questions that are answered before and after.", 0)
+flags.DEFINE_integer("samples", 4, "Held-out questions that are answered before and after; as the run was begun.", 0)
 
 
 def main(argv: list[str]) -> int:
@@ -88,7 +88,8 @@ def main(argv: list[str]) -> int:
         return fail(error, 2)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-    again = f"run the same command again: {shlex.join([sys.executable, *(a for a in sys.argv if 'fresh' not in a)])}"
+    same = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0] != "fresh"]
+    again = f"run the same command again: {shlex.join([sys.executable, *same])}"
     policy = default_policy().replace(dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat)
     try:
         begun = start(setup)

@@ -15,7 +15,6 @@ from sft_train import Begun, make_score
 from dsv3.compiled import snapshot
 from dsv3.data import encode_prompt
 from dsv3.page import Table, write_page
-from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
 from dsv3.pretrained import save_pretrained
 from dsv3.serve import Engine, Request
@@ -35,20 +34,22 @@ NAMES = {
 
 def show_before(setup: Setup, begun: Begun, policy: ComputePolicy) -> None:
     """Answers and scores held-out conversations with the model as it comes, once in a run."""
-    if int(whole(begun.state.step)):
+    if begun.saved is not None:
         return
     say("answering held-out questions with the model as it is")
-    found = measure(setup, begun.state, policy)
+    count = min(FLAGS.samples, len(setup.questions))
+    asked = [i * len(setup.questions) // count for i in range(count)]  # spread evenly
+    found = measure(setup, asked, begun.state, policy) | {"questions": asked}
     (setup.out / BEFORE).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(setup: Setup, state: TrainState, policy: ComputePolicy) -> dict[str, Any]:
-    """Scores of the held-out answers, and greedy answers to some of their questions."""
+def measure(setup: Setup, asked: Sequence[int], state: TrainState, policy: ComputePolicy) -> dict[str, Any]:
+    """Scores of the held-out answers, and greedy answers to the questions that are asked, by their numbers."""
     params, router = snapshot((state.params, state.router))
     score = make_score(setup.cfg, min(8, len(setup.held.tokens)), policy)
     found = score(params, router, setup.held)._asdict()
     answers, drafted, accepted = [], 0, 0
-    prompts = [encode_prompt(setup.codec, question, tools=c.tools) for c, question, _ in chosen(setup)]
+    prompts = [encode_prompt(setup.codec, question, tools=c.tools) for c, question, _ in chosen(setup, asked)]
     if prompts:
         length = min(setup.cfg.max_length, max(map(len, prompts)) + NEW_TOKENS)
         engine = Engine(
@@ -62,12 +63,10 @@ def measure(setup: Setup, state: TrainState, policy: ComputePolicy) -> dict[str,
     return {"heldout": {k: None if v != v else v for k, v in found.items()}, "answers": answers}
 
 
-def chosen(setup: Setup) -> list[tuple[Any, list[dict[str, Any]], str]]:
-    """Some held-out conversations, spread evenly: the conversation, its first question as messages, the answer to it."""
-    count = min(FLAGS.samples, len(setup.questions))
-    picked = [setup.questions[i * len(setup.questions) // count] for i in range(count)]
+def chosen(setup: Setup, asked: Sequence[int]) -> list[tuple[Any, list[dict[str, Any]], str]]:
+    """Held-out conversations by their numbers: the conversation, its first question as messages, the answer to it."""
     found = []
-    for conversation in picked:
+    for conversation in (setup.questions[number] for number in asked):
         first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
         answer = conversation.messages[first]
         thought = f"<think>\n{answer['reasoning_content']}\n</think>\n\n" if answer.get("reasoning_content") else ""
@@ -80,13 +79,16 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     out = setup.out
     say("\nanswering held-out questions with the model as it has become")
     before = json.loads((out / BEFORE).read_text(encoding="utf-8"))
-    after = measure(setup, state, policy)
+    asked = before["questions"]
+    if len(asked) != min(FLAGS.samples, len(setup.questions)):
+        say(f"the run was begun with {len(asked)} questions: they are the ones that are asked again")
+    after = measure(setup, asked, state, policy)
     rows = read_rows(out / "log.jsonl")
     last = [row for row in rows if row["kind"] == "train"][-1]
     training = {name: last[name] for name in ("step", "tokens", "loss")}
     results = {"before": before["heldout"], "after": after["heldout"], "training": training}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    samples = format_samples(setup, before["answers"], after["answers"])
+    samples = format_samples(chosen(setup, asked), before["answers"], after["answers"])
     (out / "samples.txt").write_text(samples, encoding="utf-8")
     plots = plot_run(rows, out / "plots", mtp_layers=setup.cfg.num_mtp_layers)
     params, router = snapshot((state.params, state.router))
@@ -112,10 +114,10 @@ def score_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str,
     return rows
 
 
-def format_samples(setup: Setup, before: Sequence[str], after: Sequence[str]) -> str:
+def format_samples(asked: Sequence[tuple], before: Sequence[str], after: Sequence[str]) -> str:
     """Questions and answers as text."""
     parts = []
-    for number, ((_, question, wanted), was, now) in enumerate(zip(chosen(setup), before, after), 1):
+    for number, ((_, question, wanted), was, now) in enumerate(zip(asked, before, after), 1):
         asked = "\n".join(f"[{message['role']}] {message['content']}" for message in question)
         named = (("asked", asked), ("in the data", wanted), ("before", was), ("after", now))
         parts += [f"--- {number}, {name}\n{text}\n" for name, text in named]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import shutil
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from pretrain_setup import agree, claim_folder, delete_run, say, write_run
+from pretrain_setup import RUN_FILE, agree, claim_folder, delete_run, say, write_run
 from tokenizers import Tokenizer
 
 import dsv3
@@ -53,7 +55,7 @@ class Setup(NamedTuple):
     Attributes:
       cfg: the model's configuration. out: the run's folder. settings: what must be the same to go on with the run.
       codec: the tokenizer with its chat template.
-      rows, held: packed conversations, to train on and to score. questions: held-out conversations, as messages.
+      rows, held: packed conversations, to train on and to score. questions: the conversations of `held`.
       steps: of the whole run.
     """
 
@@ -82,17 +84,20 @@ def prepare(argv: Sequence[str]) -> Setup:
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, cfg.vocab_size)
     codec = chat_codec(tokenizer, read_template(model, tokenizer))
+    check_end(codec, cfg)
     conversations = embedded_conversations() if FLAGS.data is None else read_conversations(FLAGS.data)
     settings = {
         "program": "sft", **{name: FLAGS[name].value for name in DECIDING}, "model": model_digest(model),
         "data": digest([[c.messages, c.tools] for c in conversations]), "template": digest(codec.template.source),
+        "special_tokens": dict(codec.template.tokens),
         "tokenizer": tokenizer_fingerprint(tokenizer), "config": cfg.to_hf(),
     }  # fmt: skip
     out = Path(FLAGS.out)
-    saved = claim_folder(out, settings)
-    agree(saved, settings, out)
+    saved = claim_folder(out, settings, {name: FLAGS[name].value for name in ("model", "data", "chat_template")})
+    settings["time"] = datetime.now().isoformat() if saved is None else saved.get("time")
+    codec = dataclasses.replace(codec, template=dataclasses.replace(codec.template, time=read_time(settings["time"])))
     train, held = split_conversations(conversations, FLAGS.heldout, FLAGS.seed)
-    samples = [encode(codec, part) for part in (train, held)]
+    samples, kept = zip(*(encode(codec, part) for part in (train, held)))
     for side, found in zip(("--data", "the held-out part of --data"), samples):
         check(bool(found), f"no conversation of {side} is as short as --max_length {FLAGS.max_length}")
     rows, scored = map(pack, samples)
@@ -104,13 +109,14 @@ def prepare(argv: Sequence[str]) -> Setup:
         FLAGS.warmup_steps < steps,
         f"--warmup_steps is {FLAGS.warmup_steps}, want fewer than the {steps} steps of {FLAGS.epochs:g} epochs",
     )
+    settings["encoded"] = rows_digest(rows, scored)
+    agree(saved, settings, out)
     if FLAGS.fresh:
         delete_run(out)
     if saved is None:
         write_run(out, settings)
-    if not (out / "tokenizer").exists():
-        write_tokenizer(model, codec, out / "tokenizer")
-    setup = Setup(cfg, out, settings, codec, rows, scored, held, steps)
+    write_tokenizer(model, codec, out / "tokenizer")  # whole, whatever an interruption has left of it
+    setup = Setup(cfg, out, settings, codec, rows, scored, kept[1], steps)
     describe(setup, samples)
     return setup
 
@@ -134,6 +140,14 @@ def check_flags(cfg: dsv3.ModelConfig) -> None:
     check(not FLAGS.fresh or FLAGS.resume, "--fresh and --noresume are both given, want one of them")
 
 
+def check_end(codec: ChatCodec, cfg: dsv3.ModelConfig) -> None:
+    """Refuses a template that ends answers with a token at which nothing that serves the model would stop."""
+    end = codec.controls[codec.template.eos]
+    learned = f"{codec.template.where} ends answers with {codec.template.eos!r}, the token {end}"
+    want = f"want it in `eos_token_id` of {str(Path(FLAGS.model) / 'config.json')!r}"
+    check(end in cfg.eos_ids, f"{learned}, at which the model does not stop; {want}")
+
+
 def read_template(model: Path, tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template of --chat_template, of the model, or dsv3's."""
     if FLAGS.chat_template is None:
@@ -149,9 +163,9 @@ def read_template(model: Path, tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(source, tokens, f"--chat_template {FLAGS.chat_template!r}")
 
 
-def encode(codec: ChatCodec, conversations: Sequence[Conversation]) -> list[EncodedChat]:
-    """Encodes conversations; one that is too long is refused by name, or left out and counted."""
-    samples, long = [], 0
+def encode(codec: ChatCodec, conversations: Sequence[Conversation]) -> tuple[list[EncodedChat], list[Conversation]]:
+    """Encodes conversations; one that is too long is refused by name, or left out and counted. Returns those kept, too."""
+    samples, kept = [], []
     for conversation in conversations:
         try:
             found = encode_turns(codec, conversation.messages, tools=conversation.tools)
@@ -161,12 +175,13 @@ def encode(codec: ChatCodec, conversations: Sequence[Conversation]) -> list[Enco
         if longest > FLAGS.max_length + 1:
             want = f"--max_length is {FLAGS.max_length} (--skip_long leaves such rows out)"
             check(FLAGS.skip_long, f"{conversation.name}: the conversation has {longest - 1} tokens, {want}")
-            long += 1
             continue
         samples += found
+        kept.append(conversation)
+    long = len(conversations) - len(kept)
     if long:
         say(f"left out {long:,} of {len(conversations):,} conversations, which are longer than {FLAGS.max_length} tokens")
-    return samples
+    return samples, kept
 
 
 def pack(samples: Sequence[EncodedChat]) -> PackedDocuments:
@@ -196,6 +211,22 @@ def model_digest(model: Path) -> str:
         with file.open("rb") as stream:
             ends = stream.read(EDGE) + (stream.read() if size <= 2 * EDGE else _last(stream, size))
         name.update(f"{file.name} {size} ".encode() + ends)
+    return name.hexdigest()
+
+
+def read_time(text: str | None) -> datetime | None:
+    """The moment that the template is told, the same in all parts of a run: when the run was begun."""
+    try:
+        return None if text is None else datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"the `time` of {RUN_FILE} is {text!r}, want one such as 2025-01-31T12:00:00") from None
+
+
+def rows_digest(*parts: PackedDocuments) -> str:
+    """Names what the model is shown and what is learned of it, whatever has made it so."""
+    name = hashlib.blake2b(digest_size=16)
+    for array in (array for part in parts for array in (part.tokens, part.weights, part.segments)):
+        name.update(f"{array.shape} {array.dtype} ".encode() + np.ascontiguousarray(array).tobytes())
     return name.hexdigest()
 
 

@@ -34,11 +34,12 @@ FLAGS = flags.FLAGS
 
 
 class Begun(NamedTuple):
-    """Where the training begins: `state`, `cursor`, and the `optimizer` that the state is of."""
+    """Where the training begins: `state`, `cursor`, the `optimizer` that the state is of, and the step of a checkpoint."""
 
     state: TrainState
     cursor: Cursor
     optimizer: Optimizer
+    saved: int | None  # None: there was none
 
 
 @functools.cache
@@ -65,10 +66,11 @@ def start(setup: Setup) -> Begun:
     except ValueError as error:
         raise ValueError(f"{error}; --fresh starts anew, another --out keeps what is there") from None
     if found is not None:
-        say(f"going on from step {int(whole(found.state.step))} of {setup.out / 'checkpoints'}")
-        return Begun(place(found.state), Cursor(**found.cursor), optimizer)
+        step = int(whole(found.state.step))
+        say(f"going on from step {step} of {setup.out / 'checkpoints'}")
+        return Begun(place(found.state), Cursor(**found.cursor), optimizer, step)
     _, params, router = load_pretrained(FLAGS.model, dtype="float32")
-    return Begun(place(train_state(params, router, optimizer)), Cursor(), optimizer)
+    return Begun(place(train_state(params, router, optimizer)), Cursor(), optimizer, None)
 
 
 def train(setup: Setup, begun: Begun, policy: ComputePolicy) -> LoopResult:
@@ -77,11 +79,10 @@ def train(setup: Setup, begun: Begun, policy: ComputePolicy) -> LoopResult:
         setup.cfg, begun.optimizer, policy=policy, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
         bias_rate=FLAGS.bias_rate,
     )  # fmt: skip
-    done = int(whole(begun.state.step))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        log = stack.enter_context(RunLog(setup.out, step=done))
-        progress = stack.enter_context(Progress(setup.steps, start=done))
+        log = stack.enter_context(RunLog(setup.out, step=begun.saved))
+        progress = stack.enter_context(Progress(setup.steps, start=begun.saved or 0))
         saver = stack.enter_context(
             BackgroundSaver(setup.out / "checkpoints", setup.settings, keep=Keep(FLAGS.keep))
         )

@@ -7,7 +7,7 @@
 
 Who writes decides what becomes a control token (an added token of the tokenizer, such as `<｜User｜>`). The template may
 write all of them, an assistant `<think>` and `</think>`. Everything else, what a user has written above all, is text: where
-it spells a control token out, it becomes the tokens of that spelling, so that it cannot forge a turn or its end.
+it spells a control token out, it becomes the tokens of that spelling, in names of fields as in values.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from dsv3.data.chat_template import REASONING, ChatTemplate, load_chat_template,
 from dsv3.data.messages import check_messages
 from dsv3.data.tokenizer import CHAT_TOKENS
 
+# Names that are the format's, not a writer's, wherever they stand in messages and tools.
+_NAMES = {*REASONING, *"role content name tool_calls tool_call_id id type function arguments".split()}
+_NAMES |= {*"description parameters properties required items enum default".split()}
 THINK, END_THINK = "<think>", "</think>"
 # Code points that are no characters: one that no message has is put into spellings, so that they are not taken for tokens.
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
@@ -81,11 +84,14 @@ def chat_codec(tokenizer: Tokenizer, template: ChatTemplate) -> ChatCodec:
       template: see `load_chat_template`.
 
     Raises:
-      ValueError: the tokenizer lacks the token that ends a turn, or has added tokens that swallow the spaces around them.
+      ValueError: the tokenizer lacks the token that ends a turn, or has added tokens that swallow the spaces around them,
+        or of one character.
     """
     added = tokenizer.get_added_tokens_decoder()
     odd = [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]
     check(not odd, f"chat_codec: the added token {odd[:1]} depends on what stands beside it, want tokens that do not")
+    short = [token.content for token in added.values() if len(token.content) < 2]
+    check(not short, f"chat_codec: the added token {short[:1]} is too short to be told from text, want 2 characters or more")
     controls = {token.content: number for number, token in added.items()}
     eos, where = template.eos, template.where
     check(eos in controls, f"chat_codec: {where} ends a turn with {eos!r}, which the tokenizer does not have as a token")
@@ -236,18 +242,30 @@ def _guard(
     text = json.dumps([list(messages), list(tools or ()), codec.template.source], ensure_ascii=False)
     mark = next((mark for mark in _MARKS if mark not in text), None)
     check(mark is not None, "encode_turns: the messages hold all code points from U+FDD0 to U+FDEF, which are no text")
-    return mark, _guarded(codec, list(messages), mark), _guarded(codec, list(tools), mark) if tools else None
+    guarded = [_guarded_message(codec, message, mark) for message in messages]
+    return mark, guarded, _guarded(codec, list(tools), mark) if tools else None
 
 
-def _guarded(codec: ChatCodec, value: Any, mark: str, find: re.Pattern[str] | None = None) -> Any:
+def _guarded_message(codec: ChatCodec, message: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """A message whose role has been checked; an assistant may think in what it says, nowhere else."""
+    own = ("content", *REASONING) if message["role"] == "assistant" else ()
+    found = {}
+    for name, value in message.items():
+        if name in own and isinstance(value, str):
+            found[name] = _spelled(codec, value, mark, codec.find_others)
+        elif name == "role":
+            found[name] = value
+        else:
+            found |= _guarded(codec, {name: value}, mark)
+    return found
+
+
+def _guarded(codec: ChatCodec, value: Any, mark: str) -> Any:
     if isinstance(value, str):
-        return _spelled(codec, value, mark, find or codec.find)
+        return _spelled(codec, value, mark, codec.find)
     if isinstance(value, Mapping):
-        own = ("content", *REASONING) if value.get("role") == "assistant" else ()
-        return {
-            name: item if name == "role" else _guarded(codec, item, mark, codec.find_others if name in own else None)
-            for name, item in value.items()
-        }
+        names = [name if name in _NAMES else _guarded(codec, name, mark) for name in value]
+        return {name: _guarded(codec, item, mark) for name, item in zip(names, value.values(), strict=True)}
     return [_guarded(codec, item, mark) for item in value] if isinstance(value, list | tuple) else value
 
 

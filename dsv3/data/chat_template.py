@@ -1,4 +1,4 @@
-"""Chat templates: Jinja programs that come with a checkpoint and turn messages into text, run in a sandbox.
+"""Chat templates: Jinja programs that come with a checkpoint and turn messages into text, run in `chat_sandbox`.
 
 A template gets what transformers gives it, so that the same file renders the same text: `messages`, `tools`,
 `add_generation_prompt`, the special tokens as `bos_token` and so on, `raise_exception`, `strftime_now`, `tojson` that leaves
@@ -19,16 +19,15 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-from jinja2.utils import Namespace
+from jinja2.sandbox import SecurityError
 
 from dsv3.checks import check
+from dsv3.data.chat_sandbox import Sandbox, bounded_filter, format_time
 from dsv3.data.default_template import DEFAULT_CHAT_TEMPLATE
 from dsv3.data.tokenizer import BOS, EOS
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages have it
-MAX_OPERAND, MAX_EXPONENT = 1 << 20, 64  # of `*` and `**` in a template: larger ones make what fills the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +38,13 @@ class ChatTemplate:
       source: the Jinja program.
       tokens: such as `{"bos_token": "<｜begin▁of▁sentence｜>"}`; `eos_token` ends what an assistant says.
       where: what it is called in messages.
+      time: what `strftime_now` tells. None: the present.
     """
 
     source: str = DEFAULT_CHAT_TEMPLATE
     tokens: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"bos_token": BOS, "eos_token": EOS})
     where: str = "dsv3's chat template"
+    time: datetime | None = None
 
     @property
     def eos(self) -> str:
@@ -116,49 +117,12 @@ def render_chat(
     """
     given = {"messages": [_tidy(message) for message in _plain(messages)], "tools": _plain(tools)}
     compiled = _compiled(template.source, template.where)
-    return _run(
-        template.where, lambda: compiled.render(**template.tokens, **given, add_generation_prompt=add_generation_prompt)
-    )
+    given |= {"add_generation_prompt": add_generation_prompt, "strftime_now": functools.partial(format_time, template.time)}
+    return _run(template.where, lambda: compiled.render(**template.tokens, **given))
 
 
 class _Refused(jinja2.TemplateError):
     """What a template's `raise_exception` raises."""
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which here says at once what it forbids, and takes no product that fills the memory."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Multiplies, unless the result might be huge."""
-        for value, most in ((left, MAX_OPERAND), (right, MAX_EXPONENT if operator == "**" else MAX_OPERAND)):
-            size = len(value) if hasattr(value, "__len__") else abs(value) if isinstance(value, int) else 0
-            if size > most:
-                raise SecurityError(f"`{operator}` of something as large as {size}")
-        return super().call_binop(context, operator, left, right)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        """Raises: the sandbox of Jinja goes on until the value is used."""
-        raise SecurityError(f"attribute {attribute!r} of a {type(obj).__name__}")
-
-
-class _Namespace(Namespace):
-    """Jinja's `namespace`, without names that begin with an underscore."""
-
-    def __init__(self, /, *args: Any, **kwargs: Any):
-        for name in dict(*args, **kwargs):
-            _check_name(name)
-        super().__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise SecurityError(f"name {name!r} of a namespace")
 
 
 class _Generation(Extension):
@@ -178,9 +142,9 @@ class _Generation(Extension):
 
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str, where: str) -> jinja2.Template:
-    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = _to_json
-    sandbox.globals |= {"raise_exception": _refuse, "strftime_now": _time_now, "namespace": _Namespace}
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = bounded_filter("tojson", _to_json)
+    sandbox.globals["raise_exception"] = _refuse
     return _run(where, lambda: sandbox.from_string(source))
 
 
@@ -211,10 +175,6 @@ def _line(error: Exception) -> str:
 
 def _refuse(message: str) -> None:
     raise _Refused(message)
-
-
-def _time_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def _to_json(

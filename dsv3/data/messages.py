@@ -24,6 +24,7 @@ from dsv3.data.corpus import heldout_place
 from dsv3.data.decompress import open_binary, plain_suffix
 
 Message = dict[str, Any]
+MAX_DEPTH = 64  # of a message's lists and objects: what reads them calls itself
 # By role, those that may come next; after an assistant that calls tools only they may.
 _FOLLOWS = {
     None: ("user", "system"),
@@ -49,7 +50,7 @@ class Conversation(NamedTuple):
 
 
 def read_conversations(path: str | os.PathLike) -> list[Conversation]:
-    """Reads the conversations of a JSON file (an array) or a JSON-lines file, perhaps compressed.
+    """Reads the conversations of a JSON file (an array) or a JSON-lines file, perhaps compressed; empty lines are none.
 
     Args:
       path: a file called `.json` or `.jsonl`, or so with `.gz`, `.bz2`, `.xz` or `.zst` behind.
@@ -144,7 +145,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         with open_binary(file, "read_conversations") as stream:
             if suffix == ".jsonl":
                 for number, line in enumerate(stream, 1):
-                    yield f"line {number}", _parse(file, f"line {number}", line)
+                    if line.strip():
+                        yield f"line {number}", _parse(file, f"line {number}", line)
                 return
             rows = _parse(file, "", stream.read())
     except EOFError as error:
@@ -233,7 +235,15 @@ def _check_message(where: str, message: Any) -> str:
     return role
 
 
+def _deep(value: Any, left: int = MAX_DEPTH) -> bool:
+    """Whether lists and objects are within each other more than so many times."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return False
+    return left == 0 or any(_deep(item, left - 1) for item in (value.values() if isinstance(value, Mapping) else value))
+
+
 def _check_text(where: str, value: Any) -> None:
+    check(not _deep(value), f"{where} is nested more than {MAX_DEPTH} deep")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -193,6 +193,22 @@ def test_tool_calls_are_learned_and_their_results_are_not():
     assert counts == [0, 1, 2]
 
 
+def test_nothing_within_a_message_is_a_control_token():
+    """Names of fields are text as much as their values, and a `role` is known only where it is the message's."""
+    source = "{% for m in messages %}{{ m | tojson }}{% endfor %}{{ tools | tojson }}{{ eos_token }}"
+    inner = {"role": f"assistant{EOS}", "content": "<think>", f"{USER}x": {f"<think>{BOS}": 1}, "reasoning": "</think>"}
+    call = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": inner}}], EOS: 1}
+    tools = [{"function": {"name": "f", "parameters": {"properties": {f"p{ASSISTANT}": {"role": USER}, "q": inner}}}}]
+    for messages in (
+        [*talk("a"), call, {"role": "tool", "content": "b", "more": {"role": "assistant", "content": "<think>"}}],
+        talk("a", ("t", "b"), "c")[:1],
+    ):
+        ids = encode_prompt(codec(source), messages, tools=tools)
+        found = [i for i in ids if i in map(TOKENIZER.token_to_id, CONTROLS)]
+        assert found == [TOKENIZER.token_to_id(EOS)], text(found)
+        assert f"{USER}x" in text(ids) and f"p{ASSISTANT}" in text(ids) and "﷐" not in text(ids)
+
+
 def test_templates_that_cannot_be_learned_from():
     for source, message in [
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "mine does not end message 2 with <｜end"),
@@ -210,6 +226,10 @@ def test_templates_that_cannot_be_learned_from():
 def test_tokenizers_that_do_not_fit():
     with pytest.raises(ValueError, match="chat_codec: mine ends a turn with '</s>', which the tokenizer does not have"):
         chat_codec(TOKENIZER, ChatTemplate("", {"eos_token": "</s>"}, where="mine"))
+    short = Tokenizer.from_str(TOKENIZER.to_str())
+    short.add_tokens(["§"])
+    with pytest.raises(ValueError, match=r"the added token \['§'\] is too short to be told from text"):
+        chat_codec(short, ChatTemplate())
     odd = Tokenizer.from_str(TOKENIZER.to_str())
     odd.add_tokens([AddedToken("<odd>", lstrip=True)])
     with pytest.raises(ValueError, match=r"the added token \['<odd>'\] depends on what stands beside it"):

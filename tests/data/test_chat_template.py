@@ -1,5 +1,6 @@
 """Chat templates: which one a folder has, what it renders, and what it cannot do."""
 
+import datetime
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from dsv3.data.default_template import DEFAULT_CHAT_TEMPLATE
 from dsv3.data.tokenizer import BOS, EOS
 
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+FORTY = "{% for i in range(40) %}"
 ASKED = [{"role": "user", "content": "Hi"}]
 
 
@@ -73,14 +75,74 @@ def test_what_a_template_is_given():
         ("{{ 9 ** 9 ** 9 }}", r"forbids \(line 1\): `\*\*` of something"),
         ("{{ 3 ** 65 }}", r"forbids \(line 1\): `\*\*` of something as large as 65"),
         ("{% for i in range(10000000) %}{% endfor %}", r"fails \(line 1\): OverflowError: Range too big"),
+        ("{{ 'x' * 1048576 * 65536 }}", r"forbids \(line 1\): the result of `\*` as large as 68719476736"),
+        ("{{ [1] * 1024 * 1025 }}", r"the result of `\*` as large as 1049600"),
+        ("{{ '%9999999999d' % 1 }}", r"forbids \(line 1\): `%` with a large width"),
+        ("{{ '%.*f' % (99999, 1.0) }}", "`%` with a large width"),
+        (f"{{{{ {'%s' * 99!r} % ((a,) * 99) }}}}", "text as large as"),
+        ("{{ '%99999d'|format(1) }}", "`%` with a large width"),
+        ("{{ ['%99999d']|map('format', 1)|list }}", "`%` with a large width"),
+        ("{{ '{:99999}'.format(1) }}", "`format` with a large width"),
+        ("{{ '{:{}}'.format(1, 99999) }}", "`format` with a large width"),
+        (f"{{{{ {'{0}' * 99!r}.format(a) }}}}", "the result of `format` as large as"),
+        ("{{ 'x'|center(9999999999) }}", "`center` with something as large as 9999999999"),
+        ("{{ 'x'.ljust(9999999999) }}", "`ljust` with something as large as 9999999999"),
+        ("{{ '7'.zfill(9999999999) }}", "`zfill` with something as large as 9999999999"),
+        ("{{ 'x\n'|indent(9999999999) }}", "`indent` with something as large as 9999999999"),
+        ("{{ ('\n' * 9999)|indent(4000) }}", "the result of `indent` as large as"),
+        ("{{ a.replace('x', a) }}", "the result of `replace` as large as"),
+        ("{{ a|replace('', 'x' * 99) }}", "the result of `replace` as large as"),
+        ("{{ a.translate({120: a}) }}", "forbids.*: `translate`"),
+        ("{{ ([a] * 99)|join }}", "text as large as"),
+        ("{{ ([{'b': a}] * 99)|join('', attribute='b') }}", "text as large as"),
+        ("{{ ''.join([a] * 99) }}", "text as large as"),
+        ("{{ [1, 2]|tojson(indent=9999999) }}", "the result of `tojson` as large as"),
+        ("{{ [1]|batch(9999999999, 0)|list }}", "`batch` with something as large as"),
+        ("{{ 1|round(9999999999, 'ceil') }}", "`round` with something as large as"),
+        ("{{ [[1], [2]]|sum(start=[]) }}", "`sum` of what is no number"),
+        ("{{ lipsum(9999999999) }}", "'lipsum' is undefined"),
+        ("{{ strftime_now('%9999999999d') }}", "`strftime_now` with a large width"),
+        ("{% set n = namespace(x='ab') %}" + FORTY + "{% set n.x = n.x ~ n.x %}{% endfor %}", "text as large as 3"),
+        ("{% set n = namespace(x='ab') %}" + FORTY + "{% set n.x = n.x + n.x %}{% endfor %}", "of `\\+` as large"),
+        ("{% set n = namespace(x=[1]) %}" + FORTY + "{% set n.x = n.x + n.x %}{% endfor %}", "of `\\+` as large"),
+        ("{% set n = namespace(x='a') %}" + FORTY + "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}", "text"),
+        ("{% set n = namespace(x=[1]) %}" + FORTY + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", "text as"),
+        ("{% set n = namespace(x=[1]) %}" + FORTY + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x|string }}", "text as"),
+        (
+            "{% set n = namespace(x=1) %}" + FORTY + "{% set n.x = namespace(x=[n.x, n.x]) %}{% endfor %}{{ n }}{{ 2 * a }}",
+            "the result of `\\*`",
+        ),
+        ("{% macro m() %}{{ a }}{{ a }}{% endmacro %}{% for i in range(99) %}{{ m() }}{% endfor %}", "text as large as"),
         ("{% include '/etc/passwd' %}", r"fails \(line 1\): TypeError: no loader"),
     ],
 )
 def test_a_template_that_fails_or_breaks_out_is_one_line(source, message):
     with pytest.raises(ValueError, match=message) as caught:
-        render_chat(ChatTemplate(source, where="mine"), ASKED)
+        render_chat(ChatTemplate(source, {"a": "x" * (1 << 20), "eos_token": EOS}, where="mine"), ASKED)
     text = str(caught.value)
     assert text.startswith("render_chat: mine ") and "\n" not in text
+
+
+def test_what_templates_do_with_texts_is_not_in_the_way():
+    """What is bounded works as Python has it, as long as it is small."""
+    for source, text in [
+        ("{{ '%-5s|%05.1f' % ('a', 2) }}", "a    |002.0"),
+        ("{{ '%s' | format(3) }}{{ '{:>4}'.format('a') }}{{ '{a}'.format_map({'a': 1}) }}", "3   a1"),
+        ("{{ 'a'|center(5) }}{{ 'a'.ljust(3) }}{{ 'a\nb'|indent(2) }}{{ 1.25|round(1) }}", "  a  a  a\n  b1.2"),
+        ("{{ 'aba'.replace('a', 'cd') }}{{ 'aba'|replace('a', 'c', 1) }}", "cdbcdcba"),
+        ("{{ [1, 'a', none]|join(', ') }}{{ messages|join('', attribute='content') }}", "1, a, NoneHi"),
+        ("{{ '-'.join(['a', 'b']|map('upper')) }}{{ [1, 2]|sum }}{{ [[1, 2]]|first|last }}", "A-B32"),
+        ("{{ 1 ~ 'a' ~ x ~ [1] }}{{ [1] + [2] }}{{ 1 + 2 }}{{ [0] * 2 }}", "1a[1][1, 2]3[0, 0]"),
+        ("{{ {'a': [1]}|tojson(indent=1) }}{{ {'a': 1}|tojson(separators=(',', ':')) }}", '{\n "a": [\n  1\n ]\n}{"a":1}'),
+        ("{{ namespace(a=1).a }}{{ messages[0].items()|list|length }}{{ ' a '|trim|upper }}", "12A"),
+    ]:
+        assert render_chat(ChatTemplate(source), ASKED) == text
+
+
+def test_a_template_may_be_told_the_time():
+    source = "{{ strftime_now('%Y-%m-%d %H') }}{% macro m() %}{{ strftime_now('%S') }}{% endmacro %}{{ m() }}"
+    template = ChatTemplate(source, time=datetime.datetime(2024, 12, 27, 3, 4, 5))
+    assert render_chat(template, ASKED) == "2024-12-27 0305"
 
 
 def test_messages_are_values_and_stay_as_they_are():

@@ -56,6 +56,21 @@ def test_both_kinds_of_rows(tmp_path):
     assert [c.messages for c in read_conversations(packed)] == [c.messages for c in got]
 
 
+def nested(depth):
+    """A list in a list, so many of them."""
+    return [nested(depth - 1)] if depth else []
+
+
+def test_empty_lines_are_no_rows(tmp_path):
+    rows = read_conversations(lines(tmp_path, GOOD, "", GOOD, " \t", ""))
+    assert [row.name.rpartition("' ")[2] for row in rows] == ["line 1", "line 3"]
+
+
+def test_rows_may_be_nested(tmp_path):
+    row = {"messages": says("user", "assistant", more=nested(60))}
+    assert len(read_conversations(lines(tmp_path, row))) == 1
+
+
 GOOD = {"instruction": "a", "output": "b"}
 
 
@@ -63,7 +78,9 @@ GOOD = {"instruction": "a", "output": "b"}
     "row, message",
     [
         ("{", r"line 2: not JSON \("),
-        ("", r"line 2: not JSON \("),
+        ('{"messages": [], "tools": ' + "[" * 900 + "]" * 900 + "}", "line 2: `tools` is nested more than 64 deep"),
+        ({"messages": says("user", "assistant", more=nested(64))}, "line 2: message 2 is nested more than 64 deep"),
+        ("[" * 200_000, r"line 2: not JSON \("),
         ([], "line 2: a list, want an object"),
         ({"text": "x"}, r"line 2: the fields are \['text'\], want `messages`, or `instruction` and `output`"),
         ({"instruction": "x", "output": 3}, "line 2: `output` is a int, want a string"),

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -76,6 +77,9 @@ BAD = {
     "temperature": (["--temperature=0"], "GrpoSettings: `temperature` is 0.0, want above 0"),
     "other settings": ([*RUN, "--lr=0.02"], "`lr` is 0.02 here, 0.01 there"),
     "no resuming": ([*RUN, "--noresume"], "--noresume, but --out 'run' holds a run"),
+    "fresh on its own model": (["--out=own", "--fresh", "--model=own/export", "--max_new_tokens=4"],
+                               "--fresh would delete --model 'own/export', which lies in --out 'own'"),
+    "fresh on another program's run": (["--out=tuned", "--fresh", "--max_new_tokens=4"], "'tuned' holds a run of sft.py"),
     "foreign files": (["--out=.", "--max_new_tokens=4"], "which is no part of a run"),
     "no drafts": ([*RUN, "--speculative=1"], "`speculative` is 1, but the model has no MTP module"),
 }  # fmt: skip
@@ -97,6 +101,10 @@ def results(tmp_path_factory):
     turns = [["1+1=", "2+2="], ["3+3="] * 8]
     rows = [json.dumps({"prompt": turn, "reference": 2}) for turn in turns]
     (folder / "turns.jsonl").write_text("\n".join(rows))
+    shutil.copytree(folder / "model", folder / "own" / "export")
+    (folder / "own" / "run.json").write_text('{"group_size": 4}')
+    (folder / "tuned").mkdir()
+    (folder / "tuned" / "run.json").write_text('{"program": "sft"}')
     cases = list(GOOD.values()) + [arguments for arguments, _ in BAD.values()]
     cases = [["--model=model", *arguments] for arguments in cases]
     done = subprocess.run(
@@ -141,4 +149,5 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(results):
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_line(results, what):
     code, _, err = results[1][what]
+    assert (results[0] / "own" / "export" / "config.json").exists() and (results[0] / "tuned" / "run.json").exists()
     assert code == 2 and err.startswith("grpo: ") and err.count("\n") == 1 and BAD[what][1] in err, (code, err)

@@ -263,7 +263,13 @@ def test_fresh_deletes_a_run_and_nothing_else(pretrain, corpus, tmp_path):
     code, lines = refused(pretrain, same)
     assert code == 2 and "holds 'mine.txt', which is no part of a run" in lines[0] and sorted(out.rglob("*")) == before
     (out / "mine.txt").unlink()
+    (out / "plots" / "own.txt").write_text("a text that the run itself holds")
     before = sorted(out.rglob("*"))
+    code, lines = refused(pretrain, [*same, f"--corpus={out / 'plots'}"])
+    assert "--fresh would delete --corpus" in lines[0]
+    (out / "run.json").write_text('{"program": "sft"}')
+    assert "holds a run of sft.py, want another --out" in refused(pretrain, same)[1][0]
+    (out / "run.json").write_text('{"seed": 9}')
     for bad in ([f"--corpus={tmp_path}/typo.txt"], [f"--corpus={short}", "--seq_len=128"]):
         code, lines = refused(pretrain, [*same, *bad])
         assert code == 2 and sorted(out.rglob("*")) == before, "nothing is deleted for a command that is refused"

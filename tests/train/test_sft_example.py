@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -29,27 +30,37 @@ from dsv3.train.records import read_rows
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 SMALL = "--model=model --data=rows.jsonl --batch_size=2 --max_length=120 --lr=3e-3 --lr_end=1e-3 --epochs=1".split()
 RUN = [*SMALL, "--eval_every=5", "--save_every=4"]
+SHORT = [*RUN, "--out=short", "--max_length=50", "--skip_long", "--samples=99"]
 
-# Runs the program for each list of arguments; `@n` sends the signal that Ctrl-C sends when batch n is asked for.
+# Runs the program for each list of arguments; `@n` sends the signal that Ctrl-C sends when batch n is asked for, `!n` ends
+# the program there, `~file` deletes a file before, `^run` changes what a run says of its rows.
 DRIVER = """
-import contextlib, io, json, os, signal, sys
+import contextlib, io, json, os, pathlib, signal, sys
 import sft, sft_train
 from absl.testing import flagsaver
 
 make = sft_train.batch
 for arguments in json.loads(sys.argv[1]):
-    stops = [int(argument[1:]) for argument in arguments if argument[0] == "@"]
+    stops, ends = ([int(argument[1:]) for argument in arguments if argument[0] == kind] for kind in "@!")
+    for argument in arguments:
+        if argument[0] == "~":
+            os.remove(argument[1:])
+        if argument[0] == "^":
+            file = pathlib.Path(argument[1:], "run.json")
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"encoded": "others"}))
 
     def batch(setup, number):
         if number in stops:
             os.kill(os.getpid(), signal.SIGINT)
+        if number in ends:
+            raise KeyboardInterrupt
         return make(setup, number)
 
     sft_train.batch = batch
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out), flagsaver.flagsaver():
         try:
-            code = sft.main(sft.parse_flags(["sft.py", *(argument for argument in arguments if argument[0] != "@")]))
+            code = sft.main(sft.parse_flags(["sft.py", *(argument for argument in arguments if argument[0] not in "@!~^")]))
         except SystemExit as end:
             code = end.code
     print(json.dumps([code, out.getvalue(), err.getvalue().splitlines()]))
@@ -85,12 +96,32 @@ BAD = {
     "another model": ([*RUN, "--out=straight", "--model=straight/export"], "`model` is .*; another --out keeps both"),
     "a folder of something else": ([*RUN, "--out=model"], "--out 'model' holds 'config.json' but no run"),
     "no resuming": ([*RUN, "--out=straight", "--noresume"], "--noresume, but --out 'straight' holds a run"),
+    "other special tokens": ([*RUN, "--out=straight", "--model=renamed"], "`special_tokens.bos_token` is .*; another --out"),
+    "other rows": ([*RUN, "--out=broken", "^broken"], "`encoded` is '.*' here, 'others' there; another --out keeps both"),
+    "an end that the model runs past": (
+        [*SMALL, "--model=deaf"], "ends answers with '.*', the token 1, at which the model does not stop; want it in",
+    ),
+    "fresh on its own model": (
+        [*RUN, "--out=own", "--fresh", "--model=own/export"], "would delete --model 'own/export', which lies in",
+    ),
+    "fresh on a model of links": ([*RUN, "--out=own", "--fresh", "--model=links"], "would delete --model 'links', which"),
+    "fresh on its own data": (
+        [*RUN, "--out=own", "--fresh", "--data=own/export/rows.jsonl"], "would delete --data 'own/export/rows",
+    ),
+    "fresh on its own template": (
+        [*RUN, "--out=own", "--fresh", "--chat_template=own/export/fails.jinja"], "would delete --chat_template 'own",
+    ),
+    "fresh on another program's run": (
+        [*RUN, "--out=pretrained", "--fresh"], "--out 'pretrained' holds a run of pretrain.py, want another --out",
+    ),
     "argument": ([*SMALL, "rows.jsonl"], r"unexpected argument \['rows.jsonl'\]"),
 }  # fmt: skip
 GOOD = {
     "straight": [*RUN, "--out=straight", "--samples=2"],
-    "interrupted": [*RUN, "--out=broken", "--samples=0", "@6"],
-    "again": [*RUN, "--out=broken", "--samples=0"],
+    "interrupted": [*RUN, "--out=broken", "--samples=1", "@6"],
+    "again": [*RUN, "--out=broken", "--samples=3"],
+    "ended": [*SHORT, "!2"],
+    "begun again": [*SHORT, "~short/tokenizer/tokenizer.json"],
 }
 
 
@@ -119,6 +150,21 @@ def folder(tmp_path_factory):
         "endless": "{% for m in messages %}{{ m.content }}{% endfor %}",
     }.items():  # fmt: skip
         (folder / f"{name}.jinja").write_text(template)
+    (folder / "pretrained" / "export").mkdir(parents=True)
+    (folder / "pretrained" / "run.json").write_text('{"seed": 0}')
+    for name, file, entry in (
+        ("renamed", "tokenizer_config.json", {"bos_token": "<think>"}), ("deaf", "config.json", {"eos_token_id": 2}),
+    ):  # fmt: skip
+        changed = pathlib.Path(shutil.copytree(folder / "model", folder / name), file)
+        changed.write_text(json.dumps(json.loads(changed.read_text()) | entry))
+    own = folder / "own" / "export"
+    shutil.copytree(folder / "model", own)
+    for file in ("rows.jsonl", "fails.jinja"):
+        shutil.copy(folder / file, own / file)
+    (folder / "own" / "run.json").write_text('{"program": "sft"}')
+    (folder / "links").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (folder / "links" / name).symlink_to(own / name)
     return folder
 
 
@@ -135,8 +181,10 @@ def results(folder):
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line(results, what):
+def test_bad_input_is_one_line(folder, results, what):
     code, _, lines = results[what]
+    kept = [*os.listdir(folder / "model"), "fails.jinja", "rows.jsonl"]
+    assert sorted(os.listdir(folder / "own" / "export")) == sorted(kept)
     assert code == 2 and len(lines) == 1 and lines[0].startswith("sft: "), lines
     assert re.search(BAD[what][1], lines[0]), lines[0]
 
@@ -180,3 +228,22 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(folder, results):
     assert [row["step"] for row in got] == list(range(1, len(want) + 1))
     for name in ("loss", "nll", "balance", "grad_norm", "learning_rate", "tokens"):
         np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-4, err_msg=name)
+    before, samples = ((folder / "broken" / name).read_text() for name in ("before.json", "samples.txt"))
+    before = json.loads(before)
+    assert "begun with 1 questions" in printed and len(before["questions"]) == samples.count(", after\n") == 1
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(folder, results):
+    code, _, lines = results["ended"]
+    assert code == 130 and lines == [lines[0]] and "interrupted; to go on, run the same command again" in lines[0]
+    code, printed, _ = results["begun again"]
+    assert code == 0 and "going on" not in printed
+    assert [row["step"] for row in rows_of(folder / "short", "heldout")].count(0) == 1
+    assert load_tokenizer(folder / "short" / "export").get_vocab() == load_tokenizer(folder / "model").get_vocab()
+
+
+def test_conversations_that_are_left_out_are_not_asked(folder, results):
+    _, printed, _ = results["begun again"]
+    held = int(re.search(r"held out: (\d+) sequences", printed)[1])  # of one conversation each
+    assert printed.count("left out ") == 2, "some of the held-out ones, too"
+    assert (folder / "short" / "samples.txt").read_text().count(", after\n") == held
