@@ -12,6 +12,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 DRIVER = r"""
 import json, pathlib, sys
 import grpo, grpo_setup
+from absl.testing import flagsaver
 from grpo_problems import made_up_sums, opening_of, read_questions
 from dsv3.rl.explore import Task
 from dsv3.rl.settings import GrpoSettings
@@ -30,10 +31,11 @@ pathlib.Path("rows.jsonl").write_text(rows, "utf-8")
 one = Task([1], "a", 1)
 
 def recipe(*flags):
-    grpo.parse_flags(["grpo.py", "--model=model", "--recipe=r1", *flags])
-    grpo_setup.take_recipe()
     names = ("prompts", "group_size", "minibatches", "epochs", "reference_every", "kl_weight", "clip_high")
-    return [getattr(grpo_setup.FLAGS, name) for name in names]
+    with flagsaver.flagsaver():
+        grpo.parse_flags(["grpo.py", "--model=model", "--recipe=r1", *flags])
+        grpo_setup.take_recipe()
+        return [getattr(grpo_setup.FLAGS, name) for name in names]
 
 print(json.dumps({
     "sums": [len(train), len(held), len(sides[0] & sides[1])],
