@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from balance_runs import (
     read_run,
     worst_layer,
 )
-from command import aligned
+from command import aligned, write_text
 
 from dsv3.checks import check
 from dsv3.page import Table, write_page
@@ -90,8 +89,8 @@ def write_report(out: Path, window: float, docs: Path | None) -> str:
     results = compare(runs, window)
     rows = table_rows(results)
     text = f"{aligned(rows)}\n{notes(results)}"
-    write(out / "balance.json", json.dumps(results, indent=1) + "\n")
-    write(out / "balance.txt", text + "\n")
+    write_text(out / "balance.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "balance.txt", text + "\n")
     draw(runs, out / "balance.png")
     write_page(out / "report.html", "Balance of the experts", [
         ("Arms", [Table(rows), notes(results)]),
@@ -110,19 +109,13 @@ def common_settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in same if name != "config"]
 
 
-def write(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
-
-
 def write_docs(docs: Path, text: str, plot: Path) -> None:
     """Puts the table into balance.md, where that is marked, and the plot beside it."""
     page = docs / "balance.md"
     old = page.read_text(encoding="utf-8")
     new, count = DOCS.subn(lambda found: f"{found[1]}{text}\n{found[2]}", old)
     check(count == 1, f"{str(page)!r} has {count} places marked for the table, want one: <!-- table -->, then a block")
-    write(page, new)
+    write_text(page, new)
     shutil.copyfile(plot, docs / "balance.png")
 
 

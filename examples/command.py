@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,18 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [[f"{cell:{'<' if i < left else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def say(line: str) -> None:
+    """Prints a line at once."""
+    print(line, flush=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 _lock: TextIO | None = None  # the open lock file: it is held as long as the process lives, or until it locks another folder
@@ -71,7 +84,7 @@ def check_fresh(out: Path, saved: Any, program: str, inputs: Mapping[str, str | 
       ValueError: so it is; nothing has been deleted.
     """
     if isinstance(saved, dict):
-        found = saved.get("program") or ("grpo" if "group_size" in saved else "pretrain")
+        found = saved.get("program", "pretrain")
         check(found == program, f"--fresh: --out {str(out)!r} holds a run of {found}.py, want another --out")
     home = out.resolve()
     for flag, value in inputs.items():

@@ -47,9 +47,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
-from balance_report import write, write_report
+from balance_report import write_report
 from balance_runs import AUXILIARY, LOSS_FREE, NONE, PAPER, Arm, is_finished
-from command import flag_parser, lock_folder
+from command import flag_parser, lock_folder, write_text
 
 from dsv3.checks import check
 
@@ -165,7 +165,7 @@ def claim(out: Path, passed: Sequence[str]) -> Path:
         check_settings(saved, settings, out)
     lock_folder(out)
     (out / "runs").mkdir(exist_ok=True)
-    write(file, json.dumps(settings, indent=1) + "\n")
+    write_text(file, json.dumps(settings, indent=1) + "\n")
     return out
 
 

@@ -34,14 +34,13 @@ import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags
-from command import PIECE, cut_corpus, flag_parser
+from command import PIECE, cut_corpus, flag_parser, write_text
 from fp8_compare import write_report
 
 import dsv3
@@ -111,7 +110,7 @@ def main(argv: list[str]) -> int:
             text = read_text(seed) if missing else None
             for name in missing:
                 try:
-                    write(run_file(out, name, seed), json.dumps(train(name, seed, text)) + "\n")
+                    write_text(run_file(out, name, seed), json.dumps(train(name, seed, text)) + "\n")
                 except FloatingPointError as error:
                     failed.append(f"{name}, seed {seed}: {error}")
         print(write_report(out, list(VARIANTS)))
@@ -149,18 +148,12 @@ def claim(out: Path) -> Path:
         wrong = [name for name in settings if saved.get(name) != settings[name]]
         if wrong:
             raise ValueError(f"--{wrong[0]} is {settings[wrong[0]]}, the runs in {str(out)!r} have {saved.get(wrong[0])}")
-    write(file, json.dumps(settings, indent=1) + "\n")
+    write_text(file, json.dumps(settings, indent=1) + "\n")
     return out
 
 
 def run_file(out: Path, name: str, seed: int) -> Path:
     return out / "runs" / f"{name}-{seed}.json"
-
-
-def write(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def read_text(seed: int) -> Text:

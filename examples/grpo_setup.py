@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from command import check_fresh, lock_folder
+from command import check_fresh, lock_folder, say, write_text
 from grpo_problems import (
     answer_ends,
     check_references,
@@ -76,11 +75,6 @@ class Setup(NamedTuple):
     agreed: dict[str, Any]
 
 
-def say(line: str) -> None:
-    """Prints a line at once."""
-    print(line, flush=True)
-
-
 def prepare(argv: Sequence[str]) -> Setup:
     """Checks everything that can be wrong, cheapest first.
 
@@ -113,8 +107,8 @@ def prepare(argv: Sequence[str]) -> Setup:
     check_prompts(prompts, max_new_tokens=settings.max_new_tokens, max_length=cfg.max_length)
     check_references([*tasks, *heldout], reward)
     loss = {name: FLAGS[name].value for name in LOSS} | {"length": loss_length(settings)}
-    agreed = {name: FLAGS[name].value for name in (*DECIDING, *EXPLORING, *LOSS, "stop")} | {"reward": named}
-    agreed["problems"] = digest([*tasks, *heldout])
+    agreed = {name: FLAGS[name].value for name in (*DECIDING, *EXPLORING, *LOSS, "stop")}
+    agreed |= {"program": "grpo", "reward": named, "problems": digest([*tasks, *heldout])}
     out = claim_folder(Path(FLAGS.out), agreed)
     say(f"model {FLAGS.model}: {cfg.num_layers} layers, {cfg.moe.router.num_experts} experts, {cfg.num_mtp_layers} MTP")
     first = f"{tasks[0].text!r:.70}, {tasks[0].reference!r:.40}"
@@ -201,9 +195,7 @@ def claim_folder(out: Path, agreed: dict[str, Any]) -> Path:
             raise ValueError(f"{error}; another --out keeps both, --fresh starts anew") from None
         return out
     check(not others, f"--out {str(out)!r} holds {others[:1]} but no {RUN_FILE}; want an empty folder, or --fresh")
-    part = out / f".{RUN_FILE}.part"
-    part.write_text(json.dumps(agreed, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, out / RUN_FILE)
+    write_text(out / RUN_FILE, json.dumps(agreed, indent=1) + "\n")
     return out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from command import lock_folder
+from command import lock_folder, say
 from prepare_pool import wait_for_workers
 
 from dsv3.checks import check
@@ -58,11 +58,6 @@ class Setup(NamedTuple):
     parts: dict[str, list[Part]]
     settings: dict[str, Any]
     whole: bool
-
-
-def say(line: str) -> None:
-    """Prints a line at once."""
-    print(line, flush=True)
 
 
 def prepare(argv: Sequence[str]) -> Setup:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from absl import flags
-from command import aligned, check_fresh, lock_folder
+from command import aligned, check_fresh, lock_folder, say, write_text
 from command_mesh import check_axes
 from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, given_tokenizer, read_prepared, read_text
 from pretrain_plan import check_micro_batches, check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
@@ -83,12 +82,6 @@ class Setup(NamedTuple):
 
 
 _silent = False  # all processes but the first
-
-
-def say(line: str) -> None:
-    """Prints a line at once."""
-    if not _silent:
-        print(line, flush=True)
 
 
 def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) -> Setup:
@@ -333,9 +326,7 @@ def delete_run(out: Path) -> None:
 
 def write_run(out: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings of the run, atomically."""
-    part = out / f".{RUN_FILE}.part"
-    part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, out / RUN_FILE)
+    write_text(out / RUN_FILE, json.dumps(settings, indent=1) + "\n")
 
 
 def describe(cfg: dsv3.ModelConfig, data: Data, schedule: TrainSchedule, use: MixtureUse) -> None:

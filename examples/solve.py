@@ -20,7 +20,6 @@ import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags, logging
-from command import aligned, flag_parser, lock_folder
+from command import aligned, flag_parser, lock_folder, write_text
 from grpo_problems import (
     Question,
     answer_ends,
@@ -105,7 +104,7 @@ def main(argv: list[str]) -> int:
         if FLAGS.keep:
             write_lines(out / "rows.jsonl", rows)
         results = summary(answers, tasks) | {"seconds": seconds, "kept": len(rows)}
-        write(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     except (ValueError, OSError) as error:
         return fail(error, 1)
     except KeyboardInterrupt:
@@ -259,14 +258,7 @@ def show(results: dict[str, Any], out: Path) -> None:
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes JSON lines."""
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 parse_flags = flag_parser("solve")

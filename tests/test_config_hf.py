@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 
 import pytest
 
 import dsv3
 from dsv3 import ModelConfig, YarnConfig
+from tests.real_data import DATA
 
-DATA = pathlib.Path(os.environ.get("DSV3_DATA") or pathlib.Path(__file__).resolve().parents[2] / "shared" / "data")
 R1_CONFIG = DATA / "deepseek_v3_tokenizer" / "r1_config.json"
 
 SMALL = {

@@ -1,7 +1,5 @@
 """Conversations as tokens: what is learned, what a user cannot forge, and reasoning that a template leaves out."""
 
-import os
-import pathlib
 import random
 
 import numpy as np
@@ -23,8 +21,8 @@ from dsv3.data import (
     train_tokenizer,
 )
 from dsv3.data.tokenizer import BOS, EOS, MARKERS, PAD
+from tests.real_data import DATA
 
-DATA = pathlib.Path(os.environ.get("DSV3_DATA") or pathlib.Path(__file__).resolve().parents[3] / "shared" / "data")
 TOKENIZER = train_tokenizer([" ".join(random.Random(0).choices("to be or not that is the question".split(), k=400))], 320)
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 CONTROLS = (BOS, EOS, PAD, *MARKERS)

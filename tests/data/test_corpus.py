@@ -22,9 +22,9 @@ from dsv3.data import (
     read_corpus,
     split_documents,
 )
+from tests.real_data import DATA
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("DSV3_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not (DATA / "corpus").is_dir(), reason="no data folder (DSV3_DATA)")
 texts = st.lists(st.text(max_size=20), max_size=12)
 

@@ -1,6 +1,5 @@
 """Fill in the middle: the published format, and a cut that follows from a document and a seed alone."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,9 @@ from dsv3.data import (
     train_tokenizer,
 )
 from dsv3.data.tokenizer import BOS, EOS, MARKERS, PAD
+from tests.real_data import DATA
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("DSV3_DATA", ROOT.parent / "shared" / "data"))
 REAL = DATA / "deepseek_v3_tokenizer"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="DeepSeek's tokenizer is not here (DSV3_DATA)")
 

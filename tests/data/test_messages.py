@@ -2,16 +2,14 @@
 
 import gzip
 import json
-import os
-import pathlib
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dsv3.data import Conversation, check_messages, read_conversations, split_conversations
+from tests.real_data import DATA
 
-DATA = pathlib.Path(os.environ.get("DSV3_DATA") or pathlib.Path(__file__).resolve().parents[3] / "shared" / "data")
 CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 

@@ -6,8 +6,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
-import pathlib
 
 import numpy as np
 import pytest
@@ -18,13 +16,13 @@ from dsv3 import tree
 from dsv3.io.leaves import part
 from dsv3.io.names import Expected, checkpoint_pieces, expected_tensors
 from tests.io.checkpoints import arrays, configs, oracle, random_model
+from tests.real_data import DATA
 from tests.small import model_config
 
 # sha256 of the listing of the real checkpoint of 671B parameters: see `listing_digest`.
 REAL_COUNT = 91_991
 REAL_DIGEST = "f2b6fc059a922ec40758de9a94f591fe2f8b6731a30fd8bd8c80fc169ec45faf"
 
-DATA = pathlib.Path(os.environ.get("DSV3_DATA", pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"))
 REAL_KEYS = DATA / "deepseek_r1_checkpoint_keys.json.gz"
 
 

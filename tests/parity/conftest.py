@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.metadata
 import pathlib
+import shutil
 from typing import NamedTuple
 
 import pytest
+
+from tests.real_data import DATA
 
 
 class Row(NamedTuple):
@@ -52,6 +56,16 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def table(request) -> ParityTable:
     return request.config.stash[_KEY]
+
+
+@pytest.fixture(scope="session")
+def theirs(tmp_path_factory):
+    """DeepSeek's tokenizer as transformers opens it: the folder with tokenizer.json unpacked."""
+    transformers, real = pytest.importorskip("transformers"), DATA / "deepseek_v3_tokenizer"
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.json").write_bytes(gzip.decompress((real / "tokenizer.json.gz").read_bytes()))
+    shutil.copy(real / "tokenizer_config.json", folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import pathlib
-import shutil
 
 import pytest
 
@@ -24,8 +20,8 @@ from dsv3.data import (  # noqa: E402
     read_conversations,
     render_chat,
 )
+from tests.real_data import DATA  # noqa: E402
 
-DATA = pathlib.Path(os.environ.get("DSV3_DATA") or pathlib.Path(__file__).resolve().parents[3] / "shared" / "data")
 REAL = DATA / "deepseek_v3_tokenizer"
 
 pytestmark = [
@@ -55,14 +51,6 @@ CHATS = {
     "reasoning by name": [USER, NAMED, USER],
     "tools": [USER, CALLS, RESULT, RESULT, SAID, USER],
 }
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.json").write_bytes(gzip.decompress((REAL / "tokenizer.json.gz").read_bytes()))
-    shutil.copy(REAL / "tokenizer_config.json", folder)
-    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import os
-import pathlib
-import shutil
-
 import pytest
 
 transformers = pytest.importorskip("transformers")
 
 from dsv3.data import encode_documents, load_tokenizer, read_corpus, special_ids  # noqa: E402
 from dsv3.data.tokenizer import PAD  # noqa: E402
+from tests.real_data import DATA  # noqa: E402
 
-DATA = pathlib.Path(os.environ.get("DSV3_DATA") or pathlib.Path(__file__).resolve().parents[3] / "shared" / "data")
 REAL = DATA / "deepseek_v3_tokenizer"
 CORPORA = ["corpus/thealgorithms_python.jsonl", "corpus/rust_book.jsonl", "corpus/moby_dick.jsonl", "tinyshakespeare"]
 
@@ -22,15 +17,6 @@ pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif(not REAL.is_dir(), reason="DeepSeek's tokenizer is not here (DSV3_DATA)"),
 ]
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """What transformers opens: the folder with tokenizer.json unpacked."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.json").write_bytes(gzip.decompress((REAL / "tokenizer.json.gz").read_bytes()))
-    shutil.copy(REAL / "tokenizer_config.json", folder)
-    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def results(tmp_path_factory):
     rows = [json.dumps({"prompt": turn, "reference": 2}) for turn in turns]
     (folder / "turns.jsonl").write_text("\n".join(rows))
     shutil.copytree(folder / "model", folder / "own" / "export")
-    (folder / "own" / "run.json").write_text('{"group_size": 4}')
+    (folder / "own" / "run.json").write_text('{"program": "grpo"}')
     (folder / "tuned").mkdir()
     (folder / "tuned" / "run.json").write_text('{"program": "sft"}')
     cases = list(GOOD.values()) + [arguments for arguments, _ in BAD.values()]
