@@ -37,9 +37,19 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
+_silent = False  # whether `silence` was called
+
+
 def say(line: str) -> None:
-    """Prints a line at once."""
-    print(line, flush=True)
+    """Prints a line at once, unless this process is to be silent."""
+    if not _silent:
+        print(line, flush=True)
+
+
+def silence() -> None:
+    """Makes `say` print nothing in this process: of several processes of a run one speaks."""
+    global _silent
+    _silent = True
 
 
 def write_text(path: Path, text: str) -> None:

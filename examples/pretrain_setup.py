@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from absl import flags
-from command import aligned, check_fresh, lock_folder, say, write_text
+from command import aligned, check_fresh, lock_folder, say, silence, write_text
 from command_mesh import check_axes
 from pretrain_data import Data, check_data_flags, corpus_tokenizer, encode_text, given_tokenizer, read_prepared, read_text
 from pretrain_plan import check_micro_batches, check_plan_flags, drawn, make_schedule, stage_table, warmup_steps
@@ -81,9 +81,6 @@ class Setup(NamedTuple):
         return self.clients.index == 0
 
 
-_silent = False  # all processes but the first
-
-
 def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) -> Setup:
     """Checks everything that can be wrong, cheapest first, and prepares the data; `look` checks more before files appear.
 
@@ -92,7 +89,6 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     Raises:
       ValueError, OSError: bad input; the message is one line.
     """
-    global _silent
     check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
     cfg = read_config()
     check_flags(cfg)
@@ -107,12 +103,13 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     settings["batch_multiple"] = list(schedule.multiples)  # with --plan=paper it depends on the mesh
     check_micro_batches(schedule)
     clients, mesh = start_mesh(settings)
-    _silent = clients.index > 0
-    if _silent:
+    leads = clients.index == 0
+    if not leads:
+        silence()
         meet(mesh)
     inputs = {name: FLAGS[name].value for name in ("init", "data", "corpus", "tokenizer", "config")}
-    saved = None if _silent else claim_folder(out, settings, inputs)
-    data = read_data(out, cfg, settings, saved)
+    saved = claim_folder(out, settings, inputs) if leads else None
+    data = read_data(out, cfg, settings, saved, leads)
     if FLAGS.passkey:
         least = passkey_form(data.tokenizer, FLAGS.passkey_keys).least
         shortest = min(stage.seq_len for stage in schedule.stages)
@@ -126,14 +123,16 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     setup = Setup(cfg, out, settings, data, schedule, clients, mesh)
     if look is not None:
         look(setup)
-    if not _silent:
+    if leads:
         write_setup(out, saved, settings, data.tokenizer)
         meet(mesh)
     describe(cfg, data, schedule, use)
     return setup
 
 
-def read_data(out: Path, cfg: dsv3.ModelConfig, settings: dict[str, Any], saved: Mapping[str, Any] | None) -> Data:
+def read_data(
+    out: Path, cfg: dsv3.ModelConfig, settings: dict[str, Any], saved: Mapping[str, Any] | None, leads: bool
+) -> Data:
     """Reads the data and adds to the settings what names it; a run that was made with other data is refused at once."""
     if FLAGS.data is not None:
         data = read_prepared(cfg.vocab_size)
@@ -142,7 +141,7 @@ def read_data(out: Path, cfg: dsv3.ModelConfig, settings: dict[str, Any], saved:
     else:
         train, heldout, settings["corpus"] = read_text()
         agree(saved, settings, out)
-        kept = not FLAGS.fresh or _silent  # the first process has deleted an old one
+        kept = not FLAGS.fresh or not leads  # the first process has deleted an old one
         tokenizer, what = corpus_tokenizer(out / "tokenizer", train, cfg.vocab_size, kept=kept)
         say(what)
         data = encode_text(train, heldout, tokenizer, cfg.vocab_size, settings["corpus"])
