@@ -7,6 +7,7 @@ system message, some of two questions. They teach a small model the form of a co
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 
 from dsv3.checks import check
@@ -35,7 +36,9 @@ _FUNCTIONS = (
 
 
 def embedded_conversations(count: int = 2000, seed: int = 0) -> list[Conversation]:
-    """Makes conversations about small tasks; no two begin with the same question.
+    """Makes conversations about small tasks; no two have the same task at first, also not in other words.
+
+    So what is held out of them has not been learned in another phrasing. Functions are a dozen, under several names each.
 
     Args:
       count: how many, at most 2000: there are not many more questions than that.
@@ -55,11 +58,23 @@ def embedded_conversations(count: int = 2000, seed: int = 0) -> list[Conversatio
     rng = random.Random(seed)
     for make in _turns():
         messages = make(rng)
-        asked = next(message["content"] for message in messages if message["role"] == "user")
-        found.setdefault(asked, Conversation(f"embedded {len(found) + 1}", tuple(messages)))
+        found.setdefault(_task(messages), Conversation(f"embedded {len(found) + 1}", tuple(messages)))
         if len(found) == count:
             break
     return list(found.values())
+
+
+def _task(messages: list[Message]) -> str:
+    """What is asked for at first: of arithmetic numbers and sign, of functions the name, of the rest the question."""
+    asked = next(message["content"] for message in messages if message["role"] == "user")
+    name = re.search(r"`(\w+)`", asked)
+    if name is not None:
+        return name[1]
+    numbers = re.fullmatch(r"\D*(\d+)\D+(\d+)\D*", asked)
+    if numbers is None or "print(" in asked:
+        return asked
+    a, b = sorted(map(int, numbers.groups()))
+    return f"{b} - {a}" if "-" in asked or "Take" in asked else f"{a} + {b}"
 
 
 def _turns() -> Iterator[Callable[[random.Random], list[Message]]]:

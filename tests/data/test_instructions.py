@@ -30,6 +30,19 @@ def test_they_are_conversations_and_differ():
             embedded_conversations(count)
 
 
+def test_no_task_is_there_in_two_phrasings():
+    """By what a right answer is made of: operands and sign, the name of a function."""
+    patterns = {
+        "+": [r"What is (\d+) \+ (\d+)\?", r"Add (\d+) and (\d+)\.", r"Compute (\d+) \+ (\d+)\.", r"(\d+) plus (\d+)\?"],
+        "-": [r"What is (\d+) - (\d+)\?", r"Take (\d+) from (\d+)\."],
+        "name": [r"Write a Python function `(\w+)` that .*", r"Define `(\w+)` in Python\..*"],
+    }
+    for kind, ways in patterns.items():
+        found = [[frozenset(groups[:-1]) for groups in questions(way)] for way in ways]
+        tasks = [task for one in found for task in one]
+        assert len(set(tasks)) == len(tasks) and min(map(len, found)) > 10, kind
+
+
 def test_code_prints_what_is_said():
     found = list(questions(r"What does this Python code print\?\n\nprint\((.*)\)"))
     for code, said in found:
