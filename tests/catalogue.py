@@ -32,6 +32,7 @@ EXEMPT = {
     "dsv3.ops.attention_past.attention_past": "takes a function; see tests/ops/test_attention_past.py",
     "dsv3.ops.attention_tiles.apply": "a kernel of `attention`, tested through it",
     "dsv3.ops.attention_tiles.tile_update": "a step of that kernel and of `attention_past`, tested through them",
+    "dsv3.ops.chunks.in_chunks": "takes functions; tested through `token_nll`, `target_logprobs` and `divergence`",
     "dsv3.ops.fp8_bits.fp8_to_bits": "`fp8_encode` of float8 values, tested through packed rows, entries and weights",
     "dsv3.ops.fp8_bits.from_bytes": "a reshaped bitcast, tested through the same",
     "dsv3.ops.fp8_bits.to_bytes": "its inverse, tested through the same",
