@@ -190,6 +190,7 @@ TRAIN = [
         "dsv3.train.loss.pretrain_loss", trained_inputs, {"cfg": TRAINED, "policy": PLAIN},
         lambda: {"tokens": random_tokens(TRAINED, 2, 4)[0], "weights": np.ones([2, 4], np.float32)}, ROUTED,
     ),
+    Entry("dsv3.train.distill.make_distill_step", static={"cfg": TRAINED, "optimizer": OPTIMIZER}, python=True),
     Entry("dsv3.train.optim.adamw", static={"learning_rate": 0.1}, python=True),
     Entry("dsv3.train.step.make_train_step", static={"cfg": TRAINED, "optimizer": OPTIMIZER}, python=True),
     Entry(
