@@ -87,7 +87,7 @@ STORES = {
 }
 BAD_STORES = {
     "k": ([*STORE, "--k=331", "--out=no"], "--k is 331, want at most the vocabulary of --teacher 'teacher', 330"),
-    "k of none": ([*STORE, "--k=0", "--out=no"], "flag --k=0: 0 is not integer >= 1"),
+    "k of none": ([*STORE, "--k=0", "--out=no"], "flag --k=0: 0 is not a positive integer"),
     "temperature": ([*STORE, "--temperature=0", "--out=no"], "--temperature is 0.0, want above 0"),
     "share": ([*STORE, "--heldout=1", "--out=no"], "--heldout is 1.0, want a share above 0 and below 1"),
     "no teacher": ([*STORE, "--teacher=nowhere", "--out=no"], "--teacher 'nowhere' is no folder, want a checkpoint's"),
@@ -207,7 +207,7 @@ def folder(tmp_path_factory):
         ("large", teacher.replace(vocab_size=400), train_tokenizer([text] * 3, 400)),
     ):  # fmt: skip
         assert tokens.get_vocab_size() == cfg.vocab_size
-        params = random_params(dsv3.model_specs(cfg), seed=cfg.num_hidden_layers, std=0.2)
+        params = random_params(dsv3.model_specs(cfg), seed=cfg.num_layers, std=0.2)
         save_pretrained(folder / name, cfg, params, dsv3.router_init(cfg))
         save_tokenizer(tokens, folder / name)
     write_rows(folder / "rows.jsonl", [{"messages": row.messages} for row in conversations[:24]])
@@ -286,7 +286,7 @@ def test_a_run_leaves_what_it_promises(folder, results):
         assert (out / "plots" / f"{name}.png").stat().st_size > 5000
     page, samples = (out / "report.html").read_text(), (out / "samples.txt").read_text()
     assert "Distillation run" in page and "divergence from the teacher, nats a token" in page
-    assert samples in printed and samples.count(", before\n") == samples.count(", after\n") == 1
+    assert "--- 1, after" in printed and samples.count(", before\n") == samples.count(", after\n") == 1
     cfg, params, _ = load_pretrained(out / "export", dtype="float32")
     template = find_chat_template(out / "export", load_tokenizer(out / "export"))
     assert cfg.num_layers == 1 and cfg.hidden_size == 12 and template.source == DEFAULT_CHAT_TEMPLATE
