@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from dsv3.checks import check
 from dsv3.compiled import snapshot
 from dsv3.config import ModelConfig
 from dsv3.data import ChatCodec
+from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
 from dsv3.rl.explore import Task, grade, task_number
 from dsv3.rl.reward import Reward
@@ -162,7 +162,16 @@ def make_parts(setup: PolicySetup, begun: Begun, policy: ComputePolicy) -> Polic
         chunk_sizes=(32, 128), smallest_cache=64,
     ))  # fmt: skip
     step = make_step(cfg, begun.optimizer, setup.teacher_cfg, teacher, policy)
-    return PolicyParts(step, worker, functools.partial(look_heldout, setup, worker, apart))
+    last: dict[int, tuple[dict[str, Any], list[str]]] = {}  # of the step that was looked at last
+
+    def look(state: TrainState) -> tuple[dict[str, Any], list[str]]:
+        done = int(whole(state.step))
+        if done not in last:
+            last.clear()
+            last[done] = look_heldout(setup, worker, apart, state)
+        return last[done]
+
+    return PolicyParts(step, worker, look)
 
 
 def look_heldout(

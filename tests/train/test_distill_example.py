@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 import dsv3
-from dsv3.data import embedded_conversations, find_chat_template, load_tokenizer, save_tokenizer, train_tokenizer
+from dsv3.data import (
+    chat_codec,
+    embedded_conversations,
+    encode_prompt,
+    find_chat_template,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from dsv3.data.default_template import DEFAULT_CHAT_TEMPLATE
 from dsv3.pretrained import load_pretrained, save_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
@@ -28,6 +36,7 @@ VOCAB = 330
 DRIVER = """
 import contextlib, importlib, io, json, os, pathlib, shutil, signal, sys
 import hush
+import numpy as np
 from absl import flags
 from absl.testing import flagsaver
 
@@ -74,6 +83,9 @@ for program, calls in json.loads(sys.argv[1]):
             except SystemExit as end:
                 code = end.code
         print(json.dumps([code, out.getvalue(), err.getvalue().splitlines()]), flush=True)
+        if "--out=policy" in arguments:
+            names = ("tokens", "weights", "segments")
+            np.savez("drawn.npz", **{name: np.concatenate([getattr(batch, name) for batch in seen]) for name in names})
     for name in set(flags.FLAGS) - others:
         delattr(flags.FLAGS, name)
 """
@@ -324,6 +336,22 @@ def test_the_students_own_answers_are_learned_from(folder, results):
     assert (out / "samples.txt").read_text().count(", after\n") == 1
     assert "On-policy distillation run" in (out / "report.html").read_text()
     assert load_pretrained(out / "export", dtype="float32")[0].num_layers == 1
+
+
+def test_rows_are_problems_and_what_was_drawn_alone_counts(folder, results):
+    tokenizer = load_tokenizer(folder / "model")
+    codec = chat_codec(tokenizer, find_chat_template(folder / "model", tokenizer))
+    asked = [encode_prompt(codec, [{"role": "user", "content": f"{a}+{a}="}]) for a in range(20)]
+    drawn, seen = np.load(folder / "drawn.npz"), []
+    assert len(drawn["tokens"]) == 4 and drawn["tokens"].shape[1] == max(map(len, asked)) + 4
+    for tokens, weights, segments in zip(drawn["tokens"], drawn["weights"], drawn["segments"]):
+        (number,) = [i for i, prompt in enumerate(asked) if tokens[: len(prompt)].tolist() == prompt]
+        end, first = int(segments.sum()), len(asked[number])
+        assert first < end <= first + 4 and segments[:end].all() and not tokens[end:].any()
+        assert weights.nonzero()[0].tolist() == list(range(first - 1, end - 1)) and set(weights) == {0.0, 1.0}
+        assert end == first + 4 or tokens[end - 1] == tokenizer.token_to_id(codec.template.eos)
+        seen.append(number)
+    assert len(set(seen)) == 4
 
 
 @pytest.mark.skipif(not MORE, reason="a case of .ci/run")
