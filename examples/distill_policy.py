@@ -104,6 +104,7 @@ def prepare(argv: Sequence[str]) -> PolicySetup:
         "program": "distill", **{name: FLAGS[name].value for name in DECIDING}, "model": model_digest(model),
         "teacher": checkpoint_digest(FLAGS.teacher), **rows_settings(codec, []), "config": cfg.to_hf(),
     }  # fmt: skip
+    del settings["data"]  # it is the problems' below
     saved = claim_folder(Path(FLAGS.out), settings, {name: FLAGS[name].value for name in INPUTS})
     settings["time"] = datetime.now().isoformat() if saved is None else saved.get("time")
     codec = timed(codec, settings["time"], RUN_FILE)
