@@ -32,6 +32,7 @@ _NAMES = {
     "rl.grpo": "grpo_loss",
     "rl.step": "make_grpo_step",
     "spec": "ParamSpec count_params init_params",
+    "train.distill": "make_distill_step",
     "train.loss": "pretrain_loss",
     "train.optim": "adamw",
     "train.state": "TrainState",

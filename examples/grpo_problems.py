@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from dsv3.checks import check
-from dsv3.data import chat_codec, encode_prompt, find_chat_template
+from dsv3.data import ChatCodec, chat_codec, encode_prompt, find_chat_template
 from dsv3.data.chat import THINK
 from dsv3.rl import problems as files
 from dsv3.rl.countdown import make_countdown_reward
@@ -91,16 +91,10 @@ def make_tasks(
       chat: a checkpoint directory, whose chat template asks instead; a question then has one turn.
     """
     if chat is not None:
-        codec = chat_codec(tokenizer, find_chat_template(chat, tokenizer))
         for number, question in enumerate(questions, 1):
             one = len(question.turns) == 1
             check(one, f"--chat: problem {number} has several turns, want --template and --turn_template for them")
-        asked = [encode_prompt(codec, [{"role": "user", "content": question.turns[0]}]) for question in questions]
-        begun = [opening_of(text) for text in tokenizer.decode_batch(asked, skip_special_tokens=False)]
-        return [
-            Task(ids, question.turns[0], question.reference, opening=opening)
-            for ids, question, opening in zip(asked, questions, begun)
-        ]
+        return chat_tasks(questions, chat_codec(tokenizer, find_chat_template(chat, tokenizer)))
     for name, value in (("template", template), ("turn_template", turn_template)):
         check("{question}" in value, f"--{name} is {value!r}, want a text with {{question}} in it")
     tasks = []
@@ -110,6 +104,16 @@ def make_tasks(
         first, *later = [tokenizer.encode(text, add_special_tokens=not i).ids for i, text in enumerate(texts)]
         tasks.append(Task(first, "".join(texts), question.reference, tuple(later)))
     return tasks
+
+
+def chat_tasks(questions: Sequence[Question], codec: ChatCodec) -> list[Task]:
+    """Returns what the loop needs of questions of one turn, asked by a chat template."""
+    asked = [encode_prompt(codec, [{"role": "user", "content": question.turns[0]}]) for question in questions]
+    begun = [opening_of(text) for text in codec.tokenizer.decode_batch(asked, skip_special_tokens=False)]
+    return [
+        Task(ids, question.turns[0], question.reference, opening=opening)
+        for ids, question, opening in zip(asked, questions, begun)
+    ]
 
 
 def opening_of(prompt: str) -> str:

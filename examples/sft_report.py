@@ -1,9 +1,9 @@
-"""What `sft.py` shows: answers before and after, the held-out loss, plots, and the export."""
+"""What `sft.py` and `distill.py` show: answers before and after, the held-out loss, plots, and the export."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,29 @@ NEW_TOKENS = 64
 BEFORE = "before.json"
 NAMES = {
     "nll": "cross-entropy, nats a token", "top1": "next token right", "mtp_nll": "MTP cross-entropy, nats a token",
-    "mtp_agreement": "MTP guess agrees with the model",
+    "mtp_agreement": "MTP guess agrees with the model", "divergence": "divergence from the teacher, nats a token",
+    "mtp_accepted": "drafts accepted in the samples",
 }  # fmt: skip
+Look = Callable[[TrainState], dict[str, float]]
+"""Further held-out numbers of a state, of those in `NAMES`."""
 
 
-def show_before(setup: Setup, begun: Begun, policy: ComputePolicy) -> None:
+def show_before(setup: Setup, begun: Begun, policy: ComputePolicy, look: Look = lambda state: {}) -> None:
     """Answers and scores held-out conversations with the model as it comes, once in a run."""
     if begun.saved is not None:
         return
     say("answering held-out questions with the model as it is")
     count = min(FLAGS.samples, len(setup.questions))
     asked = [i * len(setup.questions) // count for i in range(count)]  # spread evenly
-    found = measure(setup, asked, begun.state, policy) | {"questions": asked}
+    found = measure(setup, asked, begun.state, policy, look) | {"questions": asked}
     (setup.out / BEFORE).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(setup: Setup, asked: Sequence[int], state: TrainState, policy: ComputePolicy) -> dict[str, Any]:
+def measure(setup: Setup, asked: Sequence[int], state: TrainState, policy: ComputePolicy, look: Look) -> dict[str, Any]:
     """Scores of the held-out answers, and greedy answers to the questions that are asked, by their numbers."""
     params, router = snapshot((state.params, state.router))
     score = make_score(setup.cfg, min(8, len(setup.held.tokens)), policy)
-    found = score(params, router, setup.held)._asdict()
+    found = score(params, router, setup.held)._asdict() | look(state)
     answers, drafted, accepted = [], 0, 0
     prompts = [encode_prompt(setup.codec, question, tools=c.tools) for c, question, _ in chosen(setup, asked)]
     if prompts:
@@ -74,28 +77,38 @@ def chosen(setup: Setup, asked: Sequence[int]) -> list[tuple[Any, list[dict[str,
     return found
 
 
-def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
+def report(
+    setup: Setup, state: TrainState, policy: ComputePolicy, look: Look = lambda state: {}, title: str = "Fine-tuning"
+) -> None:
     """Evaluates, answers, plots and exports; prints what came out and where it is."""
-    out = setup.out
     say("\nanswering held-out questions with the model as it has become")
-    before = json.loads((out / BEFORE).read_text(encoding="utf-8"))
+    before = json.loads((setup.out / BEFORE).read_text(encoding="utf-8"))
     asked = before["questions"]
     if len(asked) != min(FLAGS.samples, len(setup.questions)):
         say(f"the run was begun with {len(asked)} questions: they are the ones that are asked again")
-    after = measure(setup, asked, state, policy)
+    after = measure(setup, asked, state, policy, look)
+    samples = format_samples(chosen(setup, asked), before["answers"], after["answers"])
+    sides = before["heldout"], after["heldout"]
+    table = score_rows(f"held-out answers, {sides[1]['tokens']:,} tokens", *sides)
+    finish(setup, state, *sides, samples, table, title)
+
+
+def finish(
+    setup: Any, state: TrainState, before: dict[str, Any], after: dict[str, Any], samples: str, table: list, title: str
+) -> None:
+    """Writes results, samples, plots, export and the page; prints what came out and where it is."""
+    out = setup.out
     rows = read_rows(out / "log.jsonl")
     last = [row for row in rows if row["kind"] == "train"][-1]
     training = {name: last[name] for name in ("step", "tokens", "loss")}
-    results = {"before": before["heldout"], "after": after["heldout"], "training": training}
+    results = {"before": before, "after": after, "training": training}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    samples = format_samples(chosen(setup, asked), before["answers"], after["answers"])
     (out / "samples.txt").write_text(samples, encoding="utf-8")
     plots = plot_run(rows, out / "plots", mtp_layers=setup.cfg.num_mtp_layers)
     params, router = snapshot((state.params, state.router))
     files = [out / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
     save_pretrained(out / "export", setup.cfg, params, router, extra_files=files)
-    table = score_rows(before["heldout"], after["heldout"])
-    page = write_page(out / "report.html", f"Fine-tuning run {out}", sections(setup, table, plots, samples))
+    page = write_page(out / "report.html", f"{title} run {out}", sections(setup, table, plots, samples))
     say("\n" + samples)
     say(aligned(table))
     say(f"\nreport       {page}")
@@ -104,12 +117,14 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy) -> None:
     say(f"export       {out / 'export'}: python examples/generate.py {out / 'export'} --chat --prompt '...'")
 
 
-def score_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+def score_rows(
+    head: str, before: dict[str, Any], after: dict[str, Any], names: dict[str, str] = NAMES
+) -> list[tuple[str, str, str]]:
     """The held-out scores side by side."""
-    rows = [(f"held-out answers, {after['tokens']:,} tokens", "before", "after")]
-    for name, what in (NAMES | {"mtp_accepted": "drafts accepted in the samples"}).items():
-        if after[name] is not None:
-            form = "{:.4f}" if name.endswith("nll") else "{:.1%}"
+    rows = [(head, "before", "after")]
+    for name, what in names.items():
+        if after.get(name) is not None:
+            form = "{:.4f}" if name.endswith(("nll", "divergence")) else "{:.1%}"
             rows.append((what, *("-" if side[name] is None else form.format(side[name]) for side in (before, after))))
     return rows
 
@@ -124,7 +139,7 @@ def format_samples(asked: Sequence[tuple], before: Sequence[str], after: Sequenc
     return "\n".join(parts)
 
 
-def sections(setup: Setup, table: list, plots: Sequence[Path], samples: str) -> list:
+def sections(setup: Any, table: list, plots: Sequence[Path], samples: str) -> list:
     """What the report in HTML shows."""
     settings = [(name, value) for name, value in flat_settings(setup.settings).items()]
     return [

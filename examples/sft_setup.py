@@ -1,4 +1,7 @@
-"""What `sft.py` does before it trains: checks the flags and the model, reads, encodes and packs the conversations."""
+"""What `sft.py` does before it trains: checks the flags and the model, reads, encodes and packs the conversations.
+
+`distill.py` and `distill_store.py` do the same, with checks of their own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +71,42 @@ class Setup(NamedTuple):
     questions: list[Conversation]
     steps: int
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, padding included."""
+        return FLAGS.batch_size * FLAGS.max_length
 
-def prepare(argv: Sequence[str]) -> Setup:
+
+class Rows(NamedTuple):
+    """Conversations in rows: `train` and `held`, packed; the `samples` of both as they were encoded; `questions`, the
+    conversations of `held`."""
+
+    train: PackedDocuments
+    held: PackedDocuments
+    samples: tuple[list[EncodedChat], list[EncodedChat]]
+    questions: list[Conversation]
+
+
+class Program(NamedTuple):
+    """What programs that learn from conversations do not have in common.
+
+    Attributes:
+      name: as of the program's file. deciding: flags that decide the numbers of a run. inputs: flags that name what is read.
+      check: from the model's configuration and the codec to further settings of a run, after checks that are cheap.
+      look: more checks of rows and settings, before anything is deleted or written.
+    """
+
+    name: str = "sft"
+    deciding: Sequence[str] = DECIDING
+    inputs: Sequence[str] = ("model", "data", "chat_template")
+    check: Callable[[dsv3.ModelConfig, ChatCodec], dict[str, Any]] = lambda cfg, codec: {}
+    look: Callable[[Rows, dict[str, Any]], None] = lambda rows, settings: None
+
+
+SFT = Program()
+
+
+def prepare(argv: Sequence[str], program: Program = SFT) -> Setup:
     """Checks everything that can be wrong, cheapest first, and prepares the data.
 
     Raises:
@@ -81,27 +118,19 @@ def prepare(argv: Sequence[str]) -> Setup:
     check(made, f"no model in {FLAGS.model}: `make demo` makes one, or name a checkpoint's folder with --model")
     cfg = dsv3.ModelConfig.from_hf(model)
     check_flags(cfg)
-    tokenizer = load_tokenizer(model)
-    check_tokenizer(tokenizer, cfg.vocab_size)
-    codec = chat_codec(tokenizer, read_template(model, tokenizer))
-    check_end(codec, cfg)
+    codec = read_codec(model, cfg)
+    more = program.check(cfg, codec)
     conversations = embedded_conversations() if FLAGS.data is None else read_conversations(FLAGS.data)
     settings = {
-        "program": "sft", **{name: FLAGS[name].value for name in DECIDING}, "model": model_digest(model),
-        "data": digest([[c.messages, c.tools] for c in conversations]), "template": digest(codec.template.source),
-        "special_tokens": dict(codec.template.tokens),
-        "tokenizer": tokenizer_fingerprint(tokenizer), "config": cfg.to_hf(),
+        "program": program.name, **{name: FLAGS[name].value for name in program.deciding}, "model": model_digest(model),
+        **rows_settings(codec, conversations), "config": cfg.to_hf(), **more,
     }  # fmt: skip
     out = Path(FLAGS.out)
-    saved = claim_folder(out, settings, {name: FLAGS[name].value for name in ("model", "data", "chat_template")})
-    settings["time"] = datetime.now().isoformat() if saved is None else saved.get("time")
-    codec = dataclasses.replace(codec, template=dataclasses.replace(codec.template, time=read_time(settings["time"])))
-    train, held = split_conversations(conversations, FLAGS.heldout, FLAGS.seed)
-    samples, kept = zip(*(encode(codec, part) for part in (train, held)))
-    for side, found in zip(("--data", "the held-out part of --data"), samples):
-        check(bool(found), f"no conversation of {side} is as short as --max_length {FLAGS.max_length}")
-    rows, scored = map(pack, samples)
-    count = len(rows.tokens)
+    saved = claim_folder(out, settings, {name: FLAGS[name].value for name in program.inputs})
+    settings.setdefault("time", datetime.now().isoformat() if saved is None else saved.get("time"))
+    codec = timed(codec, settings["time"], RUN_FILE)
+    rows = make_rows(codec, conversations)
+    count = len(rows.train.tokens)
     want = "want more conversations, a smaller --batch_size or a smaller --max_length"
     check(count >= FLAGS.batch_size, f"--data makes {count} packed rows, fewer than --batch_size {FLAGS.batch_size}; {want}")
     steps = math.ceil(FLAGS.epochs * count / FLAGS.batch_size)
@@ -109,42 +138,87 @@ def prepare(argv: Sequence[str]) -> Setup:
         FLAGS.warmup_steps < steps,
         f"--warmup_steps is {FLAGS.warmup_steps}, want fewer than the {steps} steps of {FLAGS.epochs:g} epochs",
     )
-    settings["encoded"] = rows_digest(rows, scored)
+    settings["encoded"] = rows_digest(rows.train, rows.held)
     agree(saved, settings, out)
+    program.look(rows, settings)
     if FLAGS.fresh:
         delete_run(out)
     if saved is None:
         write_run(out, settings)
     write_tokenizer(model, codec, out / "tokenizer")  # whole, whatever an interruption has left of it
-    setup = Setup(cfg, out, settings, codec, rows, scored, kept[1], steps)
-    describe(setup, samples)
+    setup = Setup(cfg, out, settings, codec, rows.train, rows.held, rows.questions, steps)
+    describe_rows(rows)
+    describe_model(setup, f"{steps:,} steps of {FLAGS.batch_size} rows")
     return setup
+
+
+def read_codec(model: Path, cfg: dsv3.ModelConfig) -> ChatCodec:
+    """The tokenizer of a checkpoint with the chat template that is to be used."""
+    tokenizer = load_tokenizer(model)
+    check_tokenizer(tokenizer, cfg.vocab_size)
+    codec = chat_codec(tokenizer, read_template(model, tokenizer))
+    check_end(codec, cfg, model)
+    return codec
+
+
+def rows_settings(codec: ChatCodec, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """What decides the tokens of rows, beside flags."""
+    return {
+        "data": digest([[c.messages, c.tools] for c in conversations]), "template": digest(codec.template.source),
+        "special_tokens": dict(codec.template.tokens), "tokenizer": tokenizer_fingerprint(codec.tokenizer),
+    }  # fmt: skip
+
+
+def timed(codec: ChatCodec, time: str | None, where: str) -> ChatCodec:
+    """The codec whose template is told this moment."""
+    return dataclasses.replace(codec, template=dataclasses.replace(codec.template, time=read_time(time, where)))
+
+
+def make_rows(codec: ChatCodec, conversations: Sequence[Conversation]) -> Rows:
+    """Splits, encodes and packs conversations."""
+    parts = split_conversations(conversations, FLAGS.heldout, FLAGS.seed)
+    samples, kept = zip(*(encode(codec, part) for part in parts))
+    for side, found in zip(("--data", "the held-out part of --data"), samples):
+        check(bool(found), f"no conversation of {side} is as short as --max_length {FLAGS.max_length}")
+    return Rows(*map(pack, samples), samples, kept[1])
 
 
 def check_flags(cfg: dsv3.ModelConfig) -> None:
     """Checks the flags' values against each other and the model; their signs are checked as they are parsed."""
-    for name in ("lr", "lr_end", "epochs", "weight_decay", "clip", "mtp_weight", "balance_weight", "bias_rate", "heldout"):
-        check(math.isfinite(FLAGS[name].value), f"--{name} is {FLAGS[name].value}, want a number")
+    check_rates()
+    check(math.isfinite(FLAGS.epochs), f"--epochs is {FLAGS.epochs}, want a number")
     check(FLAGS.epochs > 0, f"--epochs is {FLAGS.epochs}, want above 0")
-    check(0 < FLAGS.heldout < 1, f"--heldout is {FLAGS.heldout}, want a share above 0 and below 1")
-    rates = f"--lr is {FLAGS.lr:g} and --lr_end {FLAGS.lr_end:g}"
-    check(0 <= FLAGS.lr_end <= FLAGS.lr > 0, f"{rates}, want 0 <= lr_end <= lr and lr > 0")
     check(
         FLAGS.batch_size % FLAGS.accumulate == 0,
         f"--batch_size {FLAGS.batch_size} is not divisible by --accumulate {FLAGS.accumulate}",
     )
+    check_rows_flags(cfg)
+
+
+def check_rates() -> None:
+    """Checks the flags of the optimiser and the loss, and those that say what becomes of a run that is there."""
+    for name in ("lr", "lr_end", "weight_decay", "clip", "mtp_weight", "balance_weight", "bias_rate"):
+        check(math.isfinite(FLAGS[name].value), f"--{name} is {FLAGS[name].value}, want a number")
+    rates = f"--lr is {FLAGS.lr:g} and --lr_end {FLAGS.lr_end:g}"
+    check(0 <= FLAGS.lr_end <= FLAGS.lr > 0, f"{rates}, want 0 <= lr_end <= lr and lr > 0")
+    check(not FLAGS.fresh or FLAGS.resume, "--fresh and --noresume are both given, want one of them")
+    check(0 < FLAGS.heldout < 1, f"--heldout is {FLAGS.heldout}, want a share above 0 and below 1")
+
+
+def check_rows_flags(cfg: dsv3.ModelConfig) -> None:
+    """Checks the flags that rows are made by."""
+    check(0 < FLAGS.heldout < 1, f"--heldout is {FLAGS.heldout}, want a share above 0 and below 1")
     check(
         FLAGS.max_length <= cfg.max_length,
         f"--max_length is {FLAGS.max_length}, want at most the model's context, {cfg.max_length}",
     )
-    check(not FLAGS.fresh or FLAGS.resume, "--fresh and --noresume are both given, want one of them")
 
 
-def check_end(codec: ChatCodec, cfg: dsv3.ModelConfig) -> None:
+def check_end(codec: ChatCodec, cfg: dsv3.ModelConfig, model: Path) -> None:
     """Refuses a template that ends answers with a token at which nothing that serves the model would stop."""
     end = codec.controls[codec.template.eos]
     learned = f"{codec.template.where} ends answers with {codec.template.eos!r}, the token {end}"
-    want = f"want it in `eos_token_id` of {str(Path(FLAGS.model) / 'config.json')!r}"
+    want = f"want it in `eos_token_id` of {str(model / 'config.json')!r}"
     check(end in cfg.eos_ids, f"{learned}, at which the model does not stop; {want}")
 
 
@@ -214,12 +288,12 @@ def model_digest(model: Path) -> str:
     return name.hexdigest()
 
 
-def read_time(text: str | None) -> datetime | None:
+def read_time(text: str | None, where: str = RUN_FILE) -> datetime | None:
     """The moment that the template is told, the same in all parts of a run: when the run was begun."""
     try:
         return None if text is None else datetime.fromisoformat(text)
     except (TypeError, ValueError):
-        raise ValueError(f"the `time` of {RUN_FILE} is {text!r}, want one such as 2025-01-31T12:00:00") from None
+        raise ValueError(f"the `time` of {where} is {text!r}, want one such as 2025-01-31T12:00:00") from None
 
 
 def rows_digest(*parts: PackedDocuments) -> str:
@@ -240,15 +314,17 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def describe(setup: Setup, samples: Sequence[Sequence[EncodedChat]]) -> None:
-    """Says what will be trained on what."""
-    for what, found, rows in zip(("training", "held out"), samples, (setup.rows, setup.held)):
+def describe_rows(made: Rows) -> None:
+    """Says what there is to learn from."""
+    for what, found, rows in zip(("training", "held out"), made.samples, (made.train, made.held)):
         tokens, learned = sum(len(s.ids) for s in found), int(rows.weights.sum())
         full = (rows.segments > 0).mean()
         packed = f"{len(rows.tokens):,} rows of {FLAGS.max_length}, {full:.0%} full"
         say(f"{what}: {len(found):,} sequences, {tokens:,} tokens of which {learned:,} are learned; {packed}")
+
+
+def describe_model(setup: Any, steps: str) -> None:
+    """Says what will be trained, and how long."""
     count = dsv3.count_params(dsv3.model_specs(setup.cfg))
-    say(
-        f"model: {count:,} parameters of {FLAGS.model}, {setup.cfg.num_mtp_layers} MTP; {setup.steps:,} steps of "
-        f"{FLAGS.batch_size} rows, learning rate {FLAGS.lr:g} to {FLAGS.lr_end:g}"
-    )
+    rate = f"learning rate {FLAGS.lr:g} to {FLAGS.lr_end:g}"
+    say(f"model: {count:,} parameters of {FLAGS.model}, {setup.cfg.num_mtp_layers} MTP; {steps}, {rate}")

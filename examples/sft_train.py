@@ -1,4 +1,4 @@
-"""The training of `sft.py`: from a checkpoint or from the model to the last step."""
+"""The training of `sft.py`, and the loop of `distill.py`: from a checkpoint or from the model to the last step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import functools
 import math
 import signal
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -48,15 +49,14 @@ def make_score(cfg: ModelConfig, rows: int, policy: ComputePolicy) -> AnswerEval
     return make_answer_evaluator(cfg, batch_size=rows, policy=policy)
 
 
-def learning_rate(setup: Setup) -> Curve:
+def learning_rate(setup: Any) -> Curve:
     """Linear warm-up, then a cosine down to --lr_end."""
-    step = FLAGS.batch_size * FLAGS.max_length
-    warm = FLAGS.warmup_steps * step
+    warm = FLAGS.warmup_steps * setup.step_tokens
     first = (Piece(warm, 0.0, FLAGS.lr, "linear"),) if warm else ()
-    return (*first, Piece(setup.steps * step, FLAGS.lr, FLAGS.lr_end, "cosine"))
+    return (*first, Piece(setup.steps * setup.step_tokens, FLAGS.lr, FLAGS.lr_end, "cosine"))
 
 
-def start(setup: Setup) -> Begun:
+def start(setup: Any) -> Begun:
     """The state of the latest checkpoint of the run, or of the model that is fine-tuned."""
     rate = curve_schedule(learning_rate(setup))
     optimizer = adamw(rate, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None)
@@ -79,6 +79,19 @@ def train(setup: Setup, begun: Begun, policy: ComputePolicy) -> LoopResult:
         setup.cfg, begun.optimizer, policy=policy, mtp_weight=FLAGS.mtp_weight, balance_weight=FLAGS.balance_weight,
         bias_rate=FLAGS.bias_rate,
     )  # fmt: skip
+    return run(setup, begun, step, lambda number: batch(setup, number), make_evaluate(setup, policy))
+
+
+def run(
+    setup: Any, begun: Begun, step: Callable[..., Any], batches: Callable[[int], tuple],
+    evaluate: Callable[[TrainState], Row],
+) -> LoopResult:  # fmt: skip
+    """Runs a step over batches, which are a function of their number, as `index_feed` takes one.
+
+    Args:
+      setup: has the folder `out`, the `settings` of the run and the number of its `steps`.
+      begun: see `start`. step, evaluate: as of `train_loop`.
+    """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         log = stack.enter_context(RunLog(setup.out, step=begun.saved))
@@ -86,20 +99,25 @@ def train(setup: Setup, begun: Begun, policy: ComputePolicy) -> LoopResult:
         saver = stack.enter_context(
             BackgroundSaver(setup.out / "checkpoints", setup.settings, keep=Keep(FLAGS.keep))
         )
-        actions = make_actions(setup, log, progress, saver, stop, policy)
+        actions = make_actions(setup, log, progress, saver, stop, evaluate)
         return train_loop(
-            step, begun.state, index_feed(lambda number: batch(setup, number)), steps=setup.steps, cursor=begun.cursor,
-            actions=actions,
+            step, begun.state, index_feed(batches), steps=setup.steps, cursor=begun.cursor, actions=actions
         )  # fmt: skip
 
 
-def make_actions(setup: Setup, log: RunLog, progress: Progress, saver: BackgroundSaver, stop, policy) -> Actions:
-    """What the loop calls, and how often."""
+def make_evaluate(setup: Setup, policy: ComputePolicy) -> Callable[[TrainState], Row]:
+    """Held-out numbers of a state."""
     score = make_score(setup.cfg, min(8, len(setup.held.tokens)), policy)
 
     def evaluate(state: TrainState) -> Row:
         found = score(state.params, state.router, setup.held)._asdict()
         return {name: value for name, value in found.items() if math.isfinite(value) and name != "tokens"}
+
+    return evaluate
+
+
+def make_actions(setup: Any, log: RunLog, progress: Progress, saver: BackgroundSaver, stop, evaluate) -> Actions:
+    """What the loop calls, and how often."""
 
     def save(state: TrainState, step: int, cursor: Cursor) -> None:
         log.sync()

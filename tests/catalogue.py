@@ -32,6 +32,7 @@ EXEMPT = {
     "dsv3.ops.attention_past.attention_past": "takes a function; see tests/ops/test_attention_past.py",
     "dsv3.ops.attention_tiles.apply": "a kernel of `attention`, tested through it",
     "dsv3.ops.attention_tiles.tile_update": "a step of that kernel and of `attention_past`, tested through them",
+    "dsv3.ops.chunks.in_chunks": "takes functions; tested through `token_nll`, `target_logprobs` and `divergence`",
     "dsv3.ops.fp8_bits.fp8_to_bits": "`fp8_encode` of float8 values, tested through packed rows, entries and weights",
     "dsv3.ops.fp8_bits.from_bytes": "a reshaped bitcast, tested through the same",
     "dsv3.ops.fp8_bits.to_bytes": "its inverse, tested through the same",
@@ -189,6 +190,7 @@ TRAIN = [
         "dsv3.train.loss.pretrain_loss", trained_inputs, {"cfg": TRAINED, "policy": PLAIN},
         lambda: {"tokens": random_tokens(TRAINED, 2, 4)[0], "weights": np.ones([2, 4], np.float32)}, ROUTED,
     ),
+    Entry("dsv3.train.distill.make_distill_step", static={"cfg": TRAINED, "optimizer": OPTIMIZER}, python=True),
     Entry("dsv3.train.optim.adamw", static={"learning_rate": 0.1}, python=True),
     Entry("dsv3.train.step.make_train_step", static={"cfg": TRAINED, "optimizer": OPTIMIZER}, python=True),
     Entry(

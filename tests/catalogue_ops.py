@@ -8,6 +8,7 @@ import numpy as np
 
 from dsv3.ops.attention import AttentionMask
 from dsv3.ops.dispatch import Dispatch, dispatch_rows, dispatch_slots
+from dsv3.ops.divergence import TopK, top_k_logprobs
 from dsv3.ops.fp8 import E4M3, Fp8Tensor, fp8_quantize
 from dsv3.ops.fp8_wire import fp8_pack
 from dsv3.ops.gemm_grouped import fp8_quantize_groups
@@ -63,6 +64,10 @@ def draft_inputs() -> dict[str, Any]:
     """Two rows of three drafts over five tokens."""
     tokens = {"draft_tokens": int32(2, 3, high=5)}
     return {"key": KEY.numpy()} | tokens | {"draft_probs": probabilities(2, 3, 5), "target_probs": probabilities(2, 4, 5)}
+
+
+def stored_teacher() -> TopK:
+    return arrays(top_k_logprobs(normal(2, 5, 4), normal(3, 4, 7), k=3, temperature=0.7))
 
 
 E4M3_VALUES = np.array([[1.0, -2.0, 448.0]] * 2, np.float32).astype(E4M3.as_numpy_dtype)
@@ -255,6 +260,18 @@ OPS = [
     Entry(
         "dsv3.ops.grouped.row_owner", lambda: {"ends": np.array([2, 2, 5], np.int32), "rows": np.arange(7, dtype=np.int32)},
         any_shape=True,
+    ),
+    Entry(
+        "dsv3.ops.divergence.top_k_logprobs", lambda: {"hidden": normal(0, 5, 3), "head": normal(1, 3, 7)},
+        {"k": 4, "chunk": 2, "temperature": 0.7}, lambda: {"hidden": normal(0, 5), "head": normal(1, 4, 7)},
+        tolerance=1e-5,
+    ),
+    Entry(
+        "dsv3.ops.divergence.divergence",
+        lambda: {"hidden": normal(0, 5, 3), "head": normal(1, 3, 7), "teacher": stored_teacher()},
+        {"kind": "jsd", "mix": 0.3, "chunk": 2, "temperature": 0.7},
+        lambda: {"hidden": normal(0, 5), "head": normal(1, 4, 7), "teacher": stored_teacher()._replace(rest=normal(0, 4))},
+        tolerance=1e-5,
     ),
     Entry(
         "dsv3.ops.loss.token_nll",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from dsv3.checks import Dims, check, check_token_ids, is_concrete
 from dsv3.graph import plain
+from dsv3.ops.chunks import in_chunks
 from dsv3.ops.fuse import fused
 from dsv3.ops.reduce import row_max, row_sum
 from dsv3.typing import TensorLike
@@ -35,8 +35,9 @@ def token_nll(
       `[N]` float32, differentiable (once) in `hidden` and `head`.
     """
     _check_tokens("token_nll", hidden, head, targets, chunk)
-    found = _in_chunks(
-        hidden, head, targets, chunk=chunk, outputs=1, forward=lambda logits, t: (_chunk_nll(logits, t, fuse=fuse),),
+    found = in_chunks(
+        hidden, head, [tf.cast(targets, tf.int32)], chunk=chunk, outputs=1,
+        forward=lambda logits, t: (_chunk_nll(logits, t, fuse=fuse),),
         backward=functools.partial(_chunk_grad, fuse=fuse),
     )  # fmt: skip
     return found[0]
@@ -66,8 +67,8 @@ def target_logprobs(
     if is_concrete(temperature):
         check(float(temperature) > 0, f"target_logprobs: `temperature` is {float(temperature)}, want above 0")
     temperature = tf.stop_gradient(tf.cast(temperature, tf.float32))
-    logprobs, entropy = _in_chunks(
-        hidden, head, targets, chunk=chunk, outputs=2,
+    logprobs, entropy = in_chunks(
+        hidden, head, [tf.cast(targets, tf.int32)], chunk=chunk, outputs=2,
         forward=lambda logits, t: _chunk_logprobs(logits, t, temperature, fuse=fuse),
         backward=lambda logits, t, *d: _chunk_logprobs_grad(logits, t, temperature, *d, fuse=fuse),
     )  # fmt: skip
@@ -82,65 +83,6 @@ def _check_tokens(function: str, hidden: TensorLike, head: TensorLike, targets: 
     check_token_ids(function, "targets", targets, dims.V if dims.V is not None else 2**31)
     check(chunk > 0, f"{function}: `chunk` is {chunk}, want > 0 tokens")
     check(dims.N is not None, f"{function}: `hidden` has an unknown number of tokens, want a static N")
-
-
-def _in_chunks(
-    hidden: TensorLike, head: TensorLike, targets: TensorLike, *, chunk: int, outputs: int,
-    forward: Callable[..., Sequence[tf.Tensor]], backward: Callable[..., tf.Tensor],
-) -> list[tf.Tensor]:  # fmt: skip
-    """Computes numbers of each token's logits, `[N]` each, for `chunk` tokens at a time.
-
-    Args:
-      hidden, head, targets: see `token_nll`.
-      outputs: how many.
-      forward: `forward(logits, targets) -> outputs`. backward: `backward(logits, targets, *gradients) -> d_logits`.
-    """
-    hidden, head = tf.convert_to_tensor(hidden), tf.convert_to_tensor(head)
-    n = hidden.shape[0]
-    size = min(chunk, max(n, 1))
-    chunks = -(-n // size)
-
-    def split(x: tf.Tensor) -> tf.Tensor:
-        pad = [[0, chunks * size - n], *([[0, 0]] * (x.shape.rank - 1))]
-        return tf.reshape(tf.pad(x, pad), [chunks, size, *x.shape[1:]])
-
-    target_chunks = split(tf.cast(targets, tf.int32))
-
-    @tf.custom_gradient
-    def run(hidden, head):
-        pieces = split(hidden)
-
-        def one(i, *arrays):
-            found = forward(tf.matmul(pieces[i], head), target_chunks[i])
-            return i + 1, *(array.write(i, value) for array, value in zip(arrays, found))
-
-        arrays = tuple(tf.TensorArray(tf.float32, chunks, element_shape=[size]) for _ in range(outputs))
-        found = [array.stack() for array in _loop(chunks, one, arrays)]
-
-        def grad(*d_outs):
-            d_chunks = [split(d) for d in d_outs]
-
-            def back(i, d_hidden, d_head):
-                d_logits = backward(tf.matmul(pieces[i], head), target_chunks[i], *(d[i] for d in d_chunks))
-                d_piece = tf.matmul(d_logits, head, transpose_b=True)
-                d_head += tf.cast(tf.matmul(pieces[i], d_logits, transpose_a=True), tf.float32)
-                return i + 1, d_hidden.write(i, d_piece), d_head
-
-            d_hidden = tf.TensorArray(hidden.dtype, chunks, element_shape=[size, hidden.shape[1]])
-            d_hidden, d_head = _loop(chunks, back, (d_hidden, tf.zeros(head.shape, tf.float32)))
-            d_hidden = tf.reshape(d_hidden.stack(), [chunks * size, hidden.shape[1]])[:n]
-            return d_hidden, tf.cast(d_head, head.dtype)
-
-        return [tf.reshape(out, [chunks * size])[:n] for out in found], grad
-
-    return run(hidden, head)
-
-
-def _loop(steps: int, body, state: tuple) -> tuple:
-    """`body(i, *state)` for i below `steps`, without a loop for one step."""
-    if steps == 1:
-        return body(0, *state)[1:]
-    return tf.while_loop(lambda i, *_: i < steps, body, (tf.constant(0), *state), parallel_iterations=1)[1:]
 
 
 @fused

@@ -9,7 +9,7 @@ import tensorflow as tf
 from dsv3.checks import Dims, check, check_token_ids
 from dsv3.config import ModelConfig
 from dsv3.graph import plain
-from dsv3.nn.model import ModelParams, RouterState, head_weight, model_apply, mtp_chain
+from dsv3.nn.model import ModelOutput, ModelParams, RouterState, head_weight, model_apply, mtp_chain
 from dsv3.ops.loss import token_nll
 from dsv3.ops.segments import SegmentInputs, segment_count, segment_inputs
 from dsv3.policy import ComputePolicy, default_policy
@@ -73,12 +73,10 @@ def pretrain_loss(
     """
     policy = policy or default_policy()
     tokens = tf.convert_to_tensor(tokens)
-    weights, packed = _checked(tokens, weights, segments, cfg)
+    weights, packed = row_weights("pretrain_loss", tokens, weights, segments, cfg)
     total = tf.reduce_sum(weights) if normalizer is None else tf.cast(normalizer, tf.float32)
     total = tf.maximum(total, 1e-9)
-    where = {}
-    if packed is not None:
-        where = {"segments": packed.segments, "positions": packed.positions, "mask": packed.inside}
+    where = row_places(packed)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     out = model_apply(params, router, inputs, cfg=cfg, **where, policy=policy)
     head = tf.cast(head_weight(params), out.hidden.dtype)
@@ -88,12 +86,8 @@ def pretrain_loss(
         balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
     mtp, mtp_load = tf.zeros([0]), tf.zeros_like(router.mtp)
     if cfg.num_mtp_layers:
-        chain = mtp_chain(params, router, out, targets, cfg=cfg, **where, policy=policy)
-        losses = []
-        for k, told in enumerate(mtp_targets(targets, weights, packed, cfg.num_mtp_layers)):
-            losses.append(weighted_nll(chain.normed[k], head, *told, total, policy=policy))
-        mtp, mtp_load = tf.stack(losses), chain.stats.load
-        balance += tf.reduce_sum(chain.stats.balance)
+        mtp, mtp_load, more = mtp_losses(params, router, out, targets, weights, packed, total, cfg=cfg, policy=policy)
+        balance += more
     if packed is not None and sequences is not None:
         balance *= segment_count(packed.inside) / tf.maximum(tf.cast(sequences, tf.float32), 1.0)
     loss = main + balance_weight * balance
@@ -102,24 +96,52 @@ def pretrain_loss(
     return loss, LossParts(main, mtp, balance, RouterState(load, mtp_load))
 
 
-def _checked(
-    tokens: tf.Tensor, weights: TensorLike | None, segments: TensorLike | None, cfg: ModelConfig
+def row_weights(
+    function: str, tokens: tf.Tensor, weights: TensorLike | None, segments: TensorLike | None, cfg: ModelConfig
 ) -> tuple[tf.Tensor, SegmentInputs | None]:
-    """The weights that count, and where documents are."""
-    dims = Dims("pretrain_loss")
+    """Checks rows for a loss, and returns the weights that count and where documents are."""
+    dims = Dims(function)
     dims("tokens", tokens, "B T")
-    check_token_ids("pretrain_loss", "tokens", tokens, cfg.vocab_size)
+    check_token_ids(function, "tokens", tokens, cfg.vocab_size)
     length = tokens.shape[1] - 1
-    check(length > 0, f"pretrain_loss: `tokens` has {length + 1} column, want at least 2 [B, T+1]")
+    check(length > 0, f"{function}: `tokens` has {length + 1} column, want at least 2 [B, T+1]")
     if weights is None:
         weights = tf.ones([dims.B, length])
-    Dims("pretrain_loss", B=dims.B, T=length)("weights", weights, "B T")
+    Dims(function, B=dims.B, T=length)("weights", weights, "B T")
     weights = tf.cast(weights, tf.float32)
     if segments is None:
         return weights, None
     dims("segments", segments, "B T")
     packed = segment_inputs(segments)
     return weights * tf.cast(packed.inside, tf.float32), packed
+
+
+def row_places(packed: SegmentInputs | None) -> dict[str, tf.Tensor]:
+    """What `model_apply` is told of packed rows."""
+    if packed is None:
+        return {}
+    return {"segments": packed.segments, "positions": packed.positions, "mask": packed.inside}
+
+
+@plain
+def mtp_losses(
+    params: ModelParams, router: RouterState, out: ModelOutput, targets: tf.Tensor, weights: tf.Tensor,
+    packed: SegmentInputs | None, total: tf.Tensor, *, cfg: ModelConfig, policy: ComputePolicy,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:  # fmt: skip
+    """Returns each MTP module's cross-entropy `[modules]`, its load `[modules, E]`, and the sum of their balance losses.
+
+    Args:
+      params, router: the model, which has modules. out: what it computed.
+      targets, weights, packed: see `mtp_targets`.
+      total: what sums over tokens are divided by.
+      cfg, policy: the model's configuration, and how to compute.
+    """
+    chain = mtp_chain(params, router, out, targets, cfg=cfg, **row_places(packed), policy=policy)
+    head = tf.cast(head_weight(params), out.hidden.dtype)
+    losses = []
+    for k, told in enumerate(mtp_targets(targets, weights, packed, cfg.num_mtp_layers)):
+        losses.append(weighted_nll(chain.normed[k], head, *told, total, policy=policy))
+    return tf.stack(losses), chain.stats.load, tf.reduce_sum(chain.stats.balance)
 
 
 @plain

@@ -17,10 +17,11 @@ Rows = Sequence[Mapping[str, Any]]
 def plot_run(rows: Rows, directory: str | os.PathLike, *, mtp_layers: int = 0) -> list[Path]:
     """Draws what a log holds.
 
-    `loss.png`: training and held-out loss; `learning_rate.png`; `expert_load.png`: each layer's share by expert at the end
-    and over time; `load_violation.png`: max/mean − 1 over steps; `balance.png`: the busiest and the idlest expert and the
-    variance of the load over windows of steps; `norms.png`: gradient norms and update ratios by component; `bias.png`: range
-    of the selection biases. What the log has no rows for is left out.
+    `loss.png`: training and held-out loss; `divergence.png`: of distillation, the same; `learning_rate.png`;
+    `expert_load.png`: each layer's share by expert at the end and over time; `load_violation.png`: max/mean − 1 over steps;
+    `balance.png`: the busiest and the idlest expert and the variance of the load over windows of steps; `norms.png`:
+    gradient norms and update ratios by component; `bias.png`: range of the selection biases. What the log has no rows for is
+    left out.
 
     Args:
       rows: see `dsv3.train.records`.
@@ -41,6 +42,8 @@ def plot_run(rows: Rows, directory: str | os.PathLike, *, mtp_layers: int = 0) -
         "loss": (_draw_loss, (7.5, 4.5), 1),
         "learning_rate": (_draw_rate, (7.5, 3.5), 1),
     }
+    if "divergence" in kinds["train"][-1]:
+        drawings["divergence"] = (_draw_divergence, (7.5, 4.5), 1)
     if kinds["load"]:
         layers = len(kinds["load"][-1]["load"])
         drawings["expert_load"] = (_draw_load, (11, 2.5 + 0.45 * layers), 2)
@@ -90,9 +93,23 @@ def _draw_loss(axes, kinds, mtp_layers):
     for k in range(len(train[-1]["mtp"])):
         mtp = np.array([row["mtp"][k] for row in train])
         axis.plot(steps, _smooth(mtp), color="tab:gray", linewidth=1, label=f"training, MTP module {k + 1}")
+    held = [row for row in held if "nll" in row]
     if held:
         axis.plot(_column(held, "step"), _column(held, "nll"), "o-", color="tab:red", label="held out, next token")
     axis.set(xlabel="step", ylabel="cross-entropy, nats a token", title="Loss")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _draw_divergence(axes, kinds, mtp_layers):
+    (axis,), train = axes, kinds["train"]
+    steps, apart = _column(train, "step"), _column(train, "divergence")
+    axis.plot(steps, apart, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axis.plot(steps, _smooth(apart), color="tab:blue", label="training")
+    held = [row for row in kinds["heldout"] if "divergence" in row]
+    if held:
+        axis.plot(_column(held, "step"), _column(held, "divergence"), "o-", color="tab:red", label="held out")
+    axis.set(xlabel="step", ylabel="nats a token", title="Divergence from the teacher", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
 

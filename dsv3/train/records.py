@@ -219,6 +219,8 @@ def step_numbers(step: int, metrics: TrainMetrics) -> StepNumbers:
         "learning_rate": float(optim.learning_rate),
         "load_violation": [round(float(x), 6) for x in violation],
     }
+    if "divergence" in parts._fields:  # of distillation
+        row["divergence"] = float(parts.divergence)
     if metrics.mesh:
         row |= {"dispatch_bytes": int(metrics.mesh.bytes), "dispatch_padding": round(float(metrics.mesh.padding), 4)}
         row |= {"node_bytes": int(metrics.mesh.node_bytes), "token_nodes": round(float(metrics.mesh.token_nodes), 4)}
