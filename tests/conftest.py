@@ -1,6 +1,7 @@
 """Settings of every test run: the CPU as eight devices, two threads, and property sweeps that draw the same examples."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a program that crashes says where
@@ -21,6 +22,30 @@ settings.register_profile("dsv3", deadline=None, derandomize=True, database=None
 settings.load_profile("dsv3")
 
 
-def pytest_collection_modifyitems(items):
+# Two runs, one after the other: the first writes the ids of what it has passed, the second leaves those out.
+WRITTEN, READ = (os.environ.get(f"DSV3_PASSED_{way}") for way in ("TO", "FROM"))
+passed: list[str] = []
+
+
+def pytest_collection_modifyitems(config, items):
     """Puts the folder with the longest files first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: "train" not in item.path.parts)
+    known = set(Path(READ).read_text().splitlines()) if READ and Path(READ).exists() else set()
+    done = {item for item in items if plain_id(item) in known}
+    config.hook.pytest_deselected(items=list(done))
+    items[:] = sorted((item for item in items if item not in done), key=lambda item: "train" not in item.path.parts)
+
+
+def plain_id(item):
+    """The id without the group that xdist may have put behind it."""
+    group = item.get_closest_marker("xdist_group")
+    return item.nodeid.removesuffix(f"@{group.args[0]}") if group and group.args else item.nodeid
+
+
+def pytest_runtest_logreport(report):
+    if WRITTEN and report.when == "call" and report.passed:
+        passed.append(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+    if WRITTEN and not hasattr(session.config, "workerinput"):  # of several processes the one that has all reports
+        Path(WRITTEN).write_text("".join(f"{node}\n" for node in passed))
