@@ -160,6 +160,8 @@ def _checked(hidden, head, teacher, kind: str, mix: float, chunk: int) -> TopK |
         dims("teacher.logprobs", teacher.logprobs, "N K")
         dims("teacher.rest", teacher.rest, "N")
         check(dims.K is None or dims.K > 0, "divergence: `teacher` has no token, want at least one [N, K]")
+        few = dims.K is None or dims.V is None or dims.K <= dims.V
+        check(few, f"divergence: `teacher` has {dims.K} tokens at a place, want at most the vocabulary's, {dims.V} [V]")
         check_token_ids("divergence", "teacher.ids", teacher.ids, dims.V if dims.V is not None else 2**31)
         return teacher
     pair = isinstance(teacher, tuple | list) and len(teacher) == 2
@@ -211,8 +213,8 @@ def _outcomes(logits, temperature, ids, logprobs, rest):
 
 
 def _times(p: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """`p·x`, and 0 where p is, whatever x."""
-    return tf.where(p > 0, p * x, 0.0)
+    """`p·x`, and 0 where p is, whatever x; a p that is no number stays none."""
+    return tf.where(tf.equal(p, 0.0), 0.0, p * x)
 
 
 def _log_mix(logp, logq, mix):

@@ -135,7 +135,9 @@ def distill_loss(
         balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
     mtp, mtp_load = tf.zeros([0]), tf.zeros_like(router.mtp)
     if cfg.num_mtp_layers:
-        mtp, mtp_load, more = mtp_losses(params, router, out, targets, weights, packed, total, cfg=cfg, policy=policy)
+        mtp, mtp_load, more = mtp_losses(
+            params, router, out, head, targets, weights, packed, total, cfg=cfg, policy=policy
+        )
         balance += more
     if packed is not None and sequences is not None:
         balance *= segment_count(packed.inside) / tf.maximum(tf.cast(sequences, tf.float32), 1.0)
@@ -168,8 +170,8 @@ def check_teacher(
     ways = "both in the batch and as a model" if stored else "neither in the batch nor as a model"
     check(stored != (teacher is not None), f"{function}: `teacher` is given {ways}, want one of the two")
     if stored:
-        k = batch.teacher.ids.shape[-1]
-        check(k <= cfg.vocab_size, f"{function}: `batch.teacher` has {k} tokens at a place, the vocabulary {cfg.vocab_size}")
+        k, most = batch.teacher.ids.shape[-1], cfg.vocab_size
+        check(k <= most, f"{function}: `batch.teacher` has {k} tokens at a place, want at most the vocabulary's, {most}")
         return
     check_vocabulary(function, cfg, teacher_cfg)
 
@@ -182,6 +184,11 @@ def check_vocabulary(function: str, cfg: ModelConfig, teacher_cfg: ModelConfig |
         sizes[0] == sizes[1],
         f"{function}: `teacher_cfg` has a vocabulary of {sizes[0]} tokens, want the student's, {sizes[1]}",
     )
+
+
+def _check_recipe(function: str, policy: ComputePolicy) -> None:
+    delayed = policy.fp8 is not None and policy.fp8.scaling == "delayed"
+    check(not delayed, f"{function}: the policy's FP8 recipe has delayed scales, want one without for distillation")
 
 
 @plain
@@ -216,8 +223,7 @@ def distill_update(
     """
     policy = policy or default_policy()
     check_ema("distill_update", state, None)
-    delayed = policy.fp8 is not None and policy.fp8.scaling == "delayed"
-    check(not delayed, "distill_update: the policy's FP8 recipe has delayed scales, want one without for distillation")
+    _check_recipe("distill_update", policy)
     check_teacher("distill_update", batch, teacher, cfg, how.get("teacher_cfg"))
     dims = Dims("distill_update")
     dims("weights", batch.weights, "A B T")
@@ -312,6 +318,7 @@ def make_distill_step(
     if teacher_cfg is not None:
         check_vocabulary("make_distill_step", cfg, teacher_cfg)
     policy = policy or default_policy()
+    _check_recipe("make_distill_step", policy)
     how = weights | {
         "teacher_cfg": teacher_cfg, "kind": kind, "mix": mix, "temperature": temperature, "squared": squared,
         "bias_rate": bias_rate, "policy": policy,

@@ -86,7 +86,9 @@ def pretrain_loss(
         balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
     mtp, mtp_load = tf.zeros([0]), tf.zeros_like(router.mtp)
     if cfg.num_mtp_layers:
-        mtp, mtp_load, more = mtp_losses(params, router, out, targets, weights, packed, total, cfg=cfg, policy=policy)
+        mtp, mtp_load, more = mtp_losses(
+            params, router, out, head, targets, weights, packed, total, cfg=cfg, policy=policy
+        )
         balance += more
     if packed is not None and sequences is not None:
         balance *= segment_count(packed.inside) / tf.maximum(tf.cast(sequences, tf.float32), 1.0)
@@ -125,19 +127,20 @@ def row_places(packed: SegmentInputs | None) -> dict[str, tf.Tensor]:
 
 @plain
 def mtp_losses(
-    params: ModelParams, router: RouterState, out: ModelOutput, targets: tf.Tensor, weights: tf.Tensor,
+    params: ModelParams, router: RouterState, out: ModelOutput, head: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor,
     packed: SegmentInputs | None, total: tf.Tensor, *, cfg: ModelConfig, policy: ComputePolicy,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:  # fmt: skip
     """Returns each MTP module's cross-entropy `[modules]`, its load `[modules, E]`, and the sum of their balance losses.
 
     Args:
       params, router: the model, which has modules. out: what it computed.
+      head: `[D, V]`, the model's, in the dtype of its hidden states: the one that the other parts of the loss use, so that
+        its gradients are summed before they are cast and turned back.
       targets, weights, packed: see `mtp_targets`.
       total: what sums over tokens are divided by.
       cfg, policy: the model's configuration, and how to compute.
     """
     chain = mtp_chain(params, router, out, targets, cfg=cfg, **row_places(packed), policy=policy)
-    head = tf.cast(head_weight(params), out.hidden.dtype)
     losses = []
     for k, told in enumerate(mtp_targets(targets, weights, packed, cfg.num_mtp_layers)):
         losses.append(weighted_nll(chain.normed[k], head, *told, total, policy=policy))

@@ -80,7 +80,9 @@ def test_matches_the_formula(tokens, width, vocab, chunk, temperature, kind, dat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("chunk", "vocab", "k", "fuse"), [(2, 7, 3, False), (9, 7, 7, False), (2, 64, 5, True)])
+@pytest.mark.parametrize(
+    ("chunk", "vocab", "k", "fuse"), [(2, 7, 3, False), (3, 7, 1, False), (9, 7, 7, False), (2, 64, 5, True)]
+)
 def test_gradient(kind, chunk, vocab, k, fuse):
     hidden, head, *teacher = inputs(5, 3, vocab)
     p = probs(*teacher, 1.7)
@@ -133,19 +135,35 @@ def test_probabilities_near_zero_stay_finite(kind, fuse):
             assert (found.numpy() <= np.log(2)).all()
 
 
-def test_a_token_that_does_not_count_has_no_gradient_whatever_is_stored():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_does_not_count_has_no_gradient_whatever_is_stored(kind):
     hidden, head, *teacher = inputs(3, 3, 6)
     stored = top_k_logprobs(*teacher, k=6)
-    bad = TopK(stored.ids, np.array(stored.logprobs), np.array(stored.rest))
+    bad, worse = (TopK(stored.ids, np.array(stored.logprobs), np.array(stored.rest)) for _ in range(2))
     bad.rest[1] = 0.0  # an outcome that the student does not have: infinite
+    worse.logprobs[1] = np.nan
     counts = tf.constant([1.0, 0.0, 1.0])
     assert np.isposinf(divergence(hidden, head, bad)[1])
-    for given_teacher in (stored, bad):
-        found = gradients(lambda h, w, t=given_teacher: divergence(h, w, t), [hidden, head], [counts])
+    assert np.isnan(divergence(hidden, head, worse, kind=kind)[1])
+    for given_teacher in (stored, bad, worse):
+        found = gradients(lambda h, w, t=given_teacher: divergence(h, w, t, kind=kind), [hidden, head], [counts])
         if given_teacher is stored:
             want = found
-    for a, b in zip(found, want):
-        np.testing.assert_array_equal(a, b)
+        for a, b in zip(found, want):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_number_is_not_taken_for_agreement(kind):
+    hidden, head, *teacher = inputs(3, 3, 6)
+    lost = [np.where(np.arange(3)[:, None] == 1, np.nan, x).astype(np.float32) for x in (hidden, teacher[0])]
+    stored = top_k_logprobs(*teacher, k=2)
+    for student, given_teacher in (
+        (lost[0], tuple(teacher)), (lost[0], stored), (hidden, (lost[1], teacher[1])),
+        (hidden, top_k_logprobs(lost[1], teacher[1], k=2)),
+    ):  # fmt: skip
+        found = divergence(student, head, given_teacher, kind=kind)
+        np.testing.assert_array_equal(np.isnan(found), [False, True, False])
 
 
 def test_bfloat16_logits_are_reduced_in_float32():
@@ -154,6 +172,11 @@ def test_bfloat16_logits_are_reduced_in_float32():
     got = divergence(hidden, head, tuple(teacher), chunk=4)
     assert got.dtype == tf.float32
     assert_close(got, oracle(p, q, "forward"), 1e-5)
+    as_float32 = [tf.cast(x, tf.float32) for x in (hidden, head, *teacher)]
+    want = gradients(lambda h, w: divergence(h, w, tuple(as_float32[2:]), chunk=4), as_float32[:2])
+    for a, b in zip(gradients(lambda h, w: divergence(h, w, tuple(teacher), chunk=4), [hidden, head]), want):
+        assert a.dtype == tf.bfloat16
+        assert_close(a, b, 2e-2)  # logits up to 8 are known to 2^-6 of one, probabilities to as much of themselves
 
 
 def test_logits_of_all_tokens_never_exist():
@@ -184,6 +207,7 @@ def test_wrong_input_is_named():
         (stored._replace(rest=stored.rest[1:]), {}, r"divergence: `teacher.rest` has shape \(3,\), want \(4,\) \[N\]"),
         (stored._replace(ids=stored.ids + 8), {}, "divergence: `teacher.ids` holds token id"),
         (teacher[0], {}, "divergence: `teacher` is of type ndarray, want TopK or"),
+        (top_k_logprobs(*inputs(4, 3, 9)[2:], k=9)._replace(ids=np.zeros([4, 9], np.int32)), {}, "has 9 tokens at a place"),
         (stored, {"kind": "both"}, "divergence: `kind` is 'both', want one of 'forward', 'reverse', 'jsd'"),
         (stored, {"kind": "jsd", "mix": 1.0}, "divergence: `mix` is 1.0, want above 0 and below 1"),
         (stored, {"temperature": 0.0}, "divergence: `temperature` is 0.0, want above 0"),

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import dsv3.train.distill
+import dsv3.train.loss
 from dsv3 import adamw, model_apply, model_specs, pretrain_loss, train_state, tree
 from dsv3.data import TokenStream, pack_documents
 from dsv3.nn.model import head_weight
 from dsv3.ops.divergence import TopK, top_k_logprobs
-from dsv3.ops.segments import segment_inputs
+from dsv3.ops.segments import segment_count, segment_inputs
+from dsv3.recipe import RECIPES
 from dsv3.train.distill import DistillBatch, Teacher, distill_loss, distill_update, make_distill_step
 from dsv3.train.state import Limits
-from tests.compare import PLAIN, assert_close, assert_trees_close
+from tests.compare import FUSED, PLAIN, XLA, assert_close, assert_trees_close
+from tests.more import more
 from tests.small import model_config, random_params, random_router
 
 CFG = model_config(num_hidden_layers=2, num_nextn_predict_layers=1)
@@ -122,8 +126,10 @@ def test_all_stored_probabilities_are_the_teacher_itself():
     assert 0 < float(distill_loss(*student(), few, **how)[1].divergence) < float(want[1].divergence)
 
 
-def test_micro_batches_add_up():
+@pytest.mark.parametrize("packed", [True, False])
+def test_micro_batches_add_up(packed):
     kept = rows()._replace(teacher=stored(rows(), teacher(), LARGER, 4, 2.0))
+    kept = kept if packed else kept._replace(segments=())
     state = train_state(*student(), SGD)
     whole, want = distill_update(state, micro(kept, 1), cfg=CFG, optimizer=SGD, bias_rate=0.1, **HOW)
     got, metrics = distill_update(state, micro(kept, 2), cfg=CFG, optimizer=SGD, bias_rate=0.1, **HOW)
@@ -131,6 +137,8 @@ def test_micro_batches_add_up():
     assert_trees_close(metrics, want, 2e-4)
     assert_trees_close((got.params, got.router), (whole.params, whole.router), 1e-6)
     assert int(got.tokens) == kept.weights.size and int(got.step) == 1
+    for moved, before, load in zip(got.router, state.router, metrics.parts.load):
+        np.testing.assert_allclose(moved - before, 0.1 * np.sign(np.mean(load, -1, keepdims=True) - load), atol=1e-6)
     loss, parts, grads = taped(lambda p, r: distill_loss(p, r, kept, cfg=CFG, **HOW))
     assert_close(want.loss, loss, 1e-5)
     for before, after, g in zip(tree.flatten(state.params), tree.flatten(whole.params), grads):
@@ -152,9 +160,59 @@ def test_what_is_stored_beside_a_document_does_not_matter():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_the_compiled_step_is_the_function_and_learns():
+def test_a_micro_batch_of_padding_changes_nothing():
+    kept = rows()._replace(teacher=stored(rows(), teacher(), LARGER, 4, 2.0))
+    half = tree.map_leaves(lambda x: x[:2], kept)
+    padded = tree.map_leaves(np.array, kept)
+    padded.segments[2:] = 0
+    padded.teacher.logprobs[2:] = np.nan
+    how = HOW | {"cfg": CFG, "optimizer": SGD, "bias_rate": 0.1}
+    want, got = (distill_update(train_state(*student(), SGD), micro(b, n), **how) for b, n in ((half, 1), (padded, 2)))
+    assert bool(got[1].taken)
+    assert_trees_close(got[1].parts, want[1].parts, 1e-6)
+    assert_trees_close((got[0].params, got[0].router), (want[0].params, want[0].router), 1e-6)
+    # Nothing at all to learn: no division by zero.
+    nothing = padded._replace(segments=np.zeros_like(padded.segments))
+    _, metrics = distill_update(train_state(*student(), SGD), micro(nothing, 2), **how)
+    assert bool(metrics.taken) and float(metrics.loss) == 0
+
+
+def test_documents_of_a_row_are_learned_as_if_alone():
+    """By student and teacher: each document as a row of its own, with the whole batch's count."""
+    batch = tree.map_leaves(lambda x: x[:2], rows())
+    inside = segment_inputs(batch.segments).inside
+    total, documents = float((batch.weights * inside.numpy()).sum()), float(segment_count(inside))
+    how = HOW | {"cfg": CFG, "teacher_cfg": LARGER}
+    share = how | {"balance_weight": how["balance_weight"] / documents, "normalizer": total}
+    alone = []
+    for row, segments in enumerate(batch.segments):
+        borders = [0, *(np.flatnonzero(np.diff(segments)) + 1), len(segments)]
+        for a, b in zip(borders, borders[1:]):
+            if segments[a] and b - a > 1:
+                one = DistillBatch(batch.tokens[row : row + 1, a:b], batch.weights[row : row + 1, a : b - 1])
+                alone.append(taped(lambda p, r, one=one: distill_loss(p, r, one, teacher(), **share)))
+    assert len(alone) == documents >= 3
+    loss, parts, grads = taped(lambda p, r: distill_loss(p, r, batch, teacher(), sequences=documents, **how))
+    assert_close(loss, sum(found[0] for found in alone), 1e-5)
+    assert_close(parts.divergence, sum(found[1].divergence for found in alone), 1e-5)
+    largest = max(np.abs(g).max() for g in grads)
+    for got, *want in zip(grads, *(found[2] for found in alone)):
+        assert np.abs(got - sum(want)).max() < 1e-5 * largest
+
+
+def test_all_parts_of_the_loss_use_one_head(monkeypatch):
+    made, real = [], dsv3.train.loss.head_weight
+    for module in (dsv3.train.loss, dsv3.train.distill):
+        monkeypatch.setattr(module, "head_weight", lambda params: made.append(1) or real(params))
+    kept = rows()._replace(teacher=stored(rows(), teacher(), LARGER, 4, 2.0))
+    distill_loss(*student(), kept, cfg=CFG, **HOW)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("policy", [PLAIN, *more(FUSED, XLA)])
+def test_the_compiled_step_is_the_function_and_learns(policy):
     batch = micro(rows(), 2)
-    how = HOW | {"teacher_cfg": LARGER}
+    how = HOW | {"teacher_cfg": LARGER, "policy": policy}
     _, want = distill_update(train_state(*student(), SGD), batch, teacher(), cfg=CFG, optimizer=SGD, **how)
     step = make_distill_step(CFG, SGD, **how)
     before = [x.numpy().copy() for x in tree.flatten(teacher())]
@@ -164,6 +222,10 @@ def test_the_compiled_step_is_the_function_and_learns():
         state, last = step(state, batch, teacher())
     assert float(last.parts.divergence) < float(metrics.parts.divergence)
     assert step.traces() == 1
+    for count in (1, 3, 2):  # of unlike numbers of micro-batches only the first one is traced
+        several = tree.map_leaves(lambda x, count=count: np.concatenate([x, x])[:count], batch)
+        state, last = step(state, several, teacher())
+        assert bool(last.taken) and step.traces() == 2
     for a, b in zip(tree.flatten(teacher()), before):
         np.testing.assert_array_equal(a, b)
     _, last = step(state, batch, teacher(), Limits(grad_norm=1e-9))
@@ -178,6 +240,7 @@ def test_wrong_arguments_are_named():
         ({"mix": 0.0}, "`mix` is 0.0, want above 0 and below 1"),
         ({"temperature": 0.0}, "`temperature` is 0.0, want above 0"),
         ({"nll_weight": -1.0}, "`nll_weight` is -1.0, want at least 0"),
+        ({"policy": PLAIN.replace(fp8=RECIPES["delayed"])}, "the policy's FP8 recipe has delayed scales"),
     ]:
         with pytest.raises(ValueError, match=f"make_distill_step: {message}"):
             make_distill_step(CFG, SGD, **how)
@@ -191,6 +254,10 @@ def test_wrong_arguments_are_named():
         (batch._replace(teacher=said), teacher(), "distill_step: `teacher` is given both in the batch and as a model"),
         (batch, teacher(), "distill_step: `teacher_cfg` is of type NoneType, want ModelConfig"),
         (batch._replace(teacher=said._replace(ids=said.ids + 40)), None, "distill_step: `teacher.ids` holds token id 40"),
+        (
+            batch._replace(teacher=TopK(*(np.repeat(x, 21, -1) for x in said[:2]), said.rest)), None,
+            "distill_step: `batch.teacher` has 42 tokens at a place, want at most the vocabulary's, 40",
+        ),
         (batch._replace(teacher=said, tokens=batch.tokens + 40), None, "distill_step: `tokens` holds token id"),
         (batch._replace(teacher=said, weights=batch.weights[..., 1:]), None, "distill_update: `tokens` has shape"),
     ]:

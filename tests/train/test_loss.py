@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import dsv3.train.loss
 from dsv3 import model_apply, model_specs, mtp_chain, pretrain_loss
 from tests import oracles
 from tests.compare import PLAIN, assert_close, assert_trees_close
@@ -104,6 +105,15 @@ def test_models_without_modules_or_mixtures(fields, modules, mixtures):
     assert (float(parts.balance) > 0) == (modules + mixtures > 0)
     want = nll + 0.1 * float(parts.balance) + (0.5 * mtp.mean() if modules else 0.0)
     assert_close(loss, want, 1e-5)
+
+
+def test_all_parts_of_the_loss_use_one_head(monkeypatch):
+    """A head that is cast or turned for each part anew has gradients of other bits, and more work."""
+    cfg, made = model_config(tie_word_embeddings=True), []
+    real = dsv3.train.loss.head_weight
+    monkeypatch.setattr(dsv3.train.loss, "head_weight", lambda params: made.append(1) or real(params))
+    pretrain_loss(random_params(model_specs(cfg)), random_router(cfg), random_tokens(cfg, 2, 5), cfg=cfg, policy=PLAIN)
+    assert len(made) == 1
 
 
 def test_no_weight_at_all_is_a_loss_of_zero():
