@@ -40,15 +40,17 @@ from __future__ import annotations
 import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
-import itertools
 import json
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags
 from command import flag_parser, lock_folder, write_text
@@ -67,6 +69,7 @@ flags.DEFINE_integer("seeds", 3, "How many times all is done.", 1)
 flags.DEFINE_enum("level", "easy", list(LEVELS), "Kind of problems.")
 flags.DEFINE_bool("zero", True, "Also learn by rewards without a cold start.")
 flags.DEFINE_bool("distill", False, "Also teach a smaller student.")
+flags.DEFINE_integer("jobs", None, "Stages that run at a time, on their share of the cores. Default: one on each core.", 1)
 flags.DEFINE_bool("write_docs", False, "Write docs/reasoning.md and its plot from the results.")
 
 flags.DEFINE_string("preset", "narrow", "Architecture, see pretrain.py.")
@@ -83,7 +86,7 @@ flags.DEFINE_integer("traces", 4, "Right answers to each problem that the second
 flags.DEFINE_float("trace_epochs", 1.0, "How often.")
 flags.DEFINE_float("student_epochs", 3.0, "How often a student learns the teacher's answers.")
 flags.DEFINE_integer("measured", 0, "Held-out problems that are measured; 0: all.", 0)
-FREE = ("out", "fresh", "seeds", "distill", "write_docs")  # what may change when a command goes on
+FREE = ("out", "fresh", "seeds", "distill", "jobs", "write_docs")  # what may change when a command goes on
 
 
 def main(argv: list[str]) -> int:
@@ -97,14 +100,14 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the stage that runs is ended, too
     try:
         plan = {seed: stages_of(out / f"seed-{seed}", seed) for seed in range(FLAGS.seeds)}
-        total, begin = sum(map(len, plan.values())), time.monotonic()
-        number = itertools.count(1)
-        for seed, todo in plan.items():
-            write_problems(out / f"seed-{seed}", seed)
-            for stage in todo:
-                run(stage, f"[{next(number)} of {total}] seed {seed}")
-        seconds = time.monotonic() - begin
-        report(out, plan, seconds, docs=FLAGS.write_docs)
+        begin = time.monotonic()
+        try:
+            for seed in plan:
+                write_problems(out / f"seed-{seed}", seed)
+            run_all(plan, FLAGS.jobs or len(available_cores()))
+        finally:
+            add_time(out, time.monotonic() - begin)
+        report(out, plan, docs=FLAGS.write_docs)
     except (ValueError, OSError) as error:
         return fail(f"{error}; once that is put right, the same command goes on", 1)
     except KeyboardInterrupt:
@@ -115,6 +118,13 @@ def main(argv: list[str]) -> int:
 def stages_of(folder: Path, seed: int) -> list[Stage]:
     """All stages of a seed."""
     return make_stages(folder, seed) + (make_student_stages(folder, seed) if FLAGS.distill else [])
+
+
+def add_time(out: Path, seconds: float) -> None:
+    """Adds what this run took to what earlier ones did, apart for those with students."""
+    file, name = out / "seconds.json", "students" if FLAGS.distill else "path"
+    took = json.loads(file.read_text()) if file.exists() else {"path": 0.0, "students": 0.0}
+    write_text(file, json.dumps(took | {name: took[name] + seconds}) + "\n")
 
 
 def fail(error: object, code: int) -> int:
@@ -132,7 +142,8 @@ def claim(out: Path) -> None:
     if FLAGS.fresh:
         for path in out.glob("seed-*"):
             shutil.rmtree(path)
-        there.unlink(missing_ok=True)
+        for path in (there, out / "seconds.json"):
+            path.unlink(missing_ok=True)
     if there.exists():
         old = json.loads(there.read_text())
         other = [name for name in settings if old.get(name) != settings[name]]
@@ -146,22 +157,76 @@ def claim(out: Path) -> None:
     write_text(there, json.dumps(settings, indent=1) + "\n")
 
 
-def run(stage: Stage, where: str) -> None:
-    """Runs a stage in a process of its own, unless it is done; what it prints goes to a file beside its folder."""
-    done = stage.folder / ".done"
-    if done.exists():
-        return
-    log = stage.folder.with_name(f"{stage.folder.name}.txt")
-    print(f"{where} {stage.name}: {shlex.join(stage.command)}", flush=True)
-    begin = time.monotonic()
+class Running(NamedTuple):
+    """A stage that runs."""
+
+    stage: Stage
+    where: str
+    process: subprocess.Popen
+    begin: float
+    cores: tuple[int, ...]
+
+
+def run_all(plan: Mapping[int, Sequence[Stage]], jobs: int) -> None:
+    """Runs what is not done, `jobs` stages at a time, each on its share of the cores, as soon as what it reads is there."""
+    total = sum(map(len, plan.values()))
+    every = [(f"[{i} of {total}]", seed, stage) for i, (seed, stage) in enumerate(in_turn(plan), 1)]
+    todo = [entry for entry in every if not entry[2].done.exists()]
+    free, running = shares(jobs), []
+    try:
+        while todo or running:
+            waiting = {stage.folder for _, _, stage in todo} | {each.stage.folder for each in running}
+            ready = [entry for entry in todo if not waiting.intersection(entry[2].reads())]
+            for entry in ready[: len(free)]:
+                todo.remove(entry)
+                running.append(start(*entry, free.pop()))
+            time.sleep(0.1)
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                free.append(each.cores)
+                finish(each)
+    finally:
+        for each in running:
+            each.process.terminate()
+        for each in running:
+            each.process.wait()
+
+
+def in_turn(plan: Mapping[int, Sequence[Stage]]) -> Iterator[tuple[int, Stage]]:
+    """The stages of the first seed, then those of the next."""
+    return ((seed, stage) for seed, stages in plan.items() for stage in stages)
+
+
+def shares(jobs: int) -> list[tuple[int, ...]]:
+    """The cores of each job; small models compute faster on one core each than together on all."""
+    cores = available_cores()
+    return [tuple(cores[i::jobs]) or tuple(cores) for i in reversed(range(jobs))]
+
+
+def available_cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def start(where: str, seed: int, stage: Stage, cores: tuple[int, ...]) -> Running:
+    """Starts a stage in a process of its own; what it prints goes to a file beside its folder."""
+    where = f"{where} seed {seed} {stage.name}:"
+    print(where, shlex.join(stage.command), flush=True)
     command = [sys.executable, str(HERE / stage.command[1].split("/")[1]), *stage.command[2:]]
-    with open(log, "a") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-    check(code == 0, f"{stage.name} ended with {code}: {' '.join(last)[-200:]} (all of it: {log})")
-    seconds = time.monotonic() - begin
-    write_text(done, json.dumps({"command": stage.command, "seconds": seconds}) + "\n")
-    print(f"{' ' * len(where)} {result(stage)}{seconds:.0f} s", flush=True)
+    with open(stage.log, "a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, cores)
+    return Running(stage, where, process, time.monotonic(), cores)
+
+
+def finish(each: Running) -> None:
+    """Marks a stage as done and says what came out, or raises `ValueError` with its last words."""
+    stage, code, seconds = each.stage, each.process.returncode, time.monotonic() - each.begin
+    last = [line for line in stage.log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+    check(code == 0, f"{each.where} ended with {code}: {' '.join(last)[-200:]} (all of it: {stage.log})")
+    write_text(stage.done, json.dumps({"command": stage.command, "seconds": seconds}) + "\n")
+    print(f"{each.where} {result(stage)}{seconds:.0f} s", flush=True)
 
 
 def result(stage: Stage) -> str:

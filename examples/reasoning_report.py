@@ -34,8 +34,8 @@ COLUMNS = {
 COUNTS = ("tokens", "tries")  # the others are shares
 
 
-def report(out: Path, plan: Mapping[int, Sequence[Any]], seconds: float, *, docs: bool) -> None:
-    """Writes and prints what came out. `plan`: each seed's stages; `seconds`: what this run took, without what was there."""
+def report(out: Path, plan: Mapping[int, Sequence[Any]], *, docs: bool) -> None:
+    """Writes and prints what came out. `plan`: each seed's stages."""
     found = measurements(plan)
     rows = table(found)
     text = aligned(rows)
@@ -53,10 +53,10 @@ def report(out: Path, plan: Mapping[int, Sequence[Any]], seconds: float, *, docs
             ("Commands", [commands]),
         ],
     )
-    all_of_it = took(plan, False) + took(plan, True)
-    print(f"\n{text}\n\n{example}\n\nall stages {all_of_it / 60:.0f} min, of which now {seconds / 60:.0f}\n{page}")
+    took = {name: round(seconds / 60) for name, seconds in json.loads((out / "seconds.json").read_text()).items()}
+    print(f"\n{text}\n\n{example}\n\nall stages {sum(took.values())} min\n{page}")
     if docs:
-        write_docs(plan, rows, plot, example, commands)
+        write_docs(plan, rows, plot, example, commands, took)
 
 
 def measurements(plan: Mapping[int, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -119,28 +119,17 @@ def transcript(plan: Mapping[int, Sequence[Any]], found: Mapping[str, Any]) -> s
     return "None: no right answer has rejected a try."
 
 
-def took(plan: Mapping[int, Sequence[Any]], student: bool) -> float:
-    """Seconds of all stages with, or without, a student."""
-    done = [stage.folder / ".done" for stages in plan.values() for stage in stages if of_student(stage) == student]
-    return sum(json.loads(path.read_text())["seconds"] for path in done)
-
-
-def of_student(stage: Any) -> bool:
-    """Whether a stage is one of a student."""
-    return stage.name.startswith(("student", "teacher"))
-
-
 def write_docs(
-    plan: Mapping[int, Sequence[Any]], rows: Sequence[Sequence[str]], plot: Path, example: str, commands: str
-) -> None:
+    plan: Mapping[int, Sequence[Any]], rows: Sequence[Sequence[str]], plot: Path, example: str, commands: str,
+    took: Mapping[str, int],
+) -> None:  # fmt: skip
     """Writes docs/reasoning.md and its plot."""
     target = DOCS / "reasoning.png"
     target.write_bytes(plot.read_bytes())
     command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-    facts = {"command": command, "commands": commands, "seeds": len(plan), "minutes": round(took(plan, False) / 60)}
-    students = round(took(plan, True) / 60)
-    facts["students"] = f" The students took {students} minutes more." if students else ""
+    facts = {"command": command, "commands": commands, "seeds": len(plan), "minutes": took["path"]}
+    facts["students"] = f" The students took {took['students']} minutes more." if took["students"] else ""
     text = TEXT.format(table=table, example=example, **facts)
     (DOCS / "reasoning.md").write_text(text, encoding="utf-8")
 

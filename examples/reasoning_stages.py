@@ -45,6 +45,21 @@ class Stage:
             given.append(f"--{'' if value is not False else 'no'}{name}{'' if isinstance(value, bool) else f'={value}'}")
         return ["python", f"examples/{self.program}.py", *given]
 
+    @property
+    def done(self) -> Path:
+        """The file that says that it has been done."""
+        return self.folder / ".done"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder.with_name(f"{self.folder.name}.txt")
+
+    def reads(self) -> set[Path]:
+        """Folders of other stages that its flags name, which have to be done before."""
+        named = [value for value in self.flags.values() if isinstance(value, Path)]
+        return {parent for value in named for parent in value.parents} - {self.folder}
+
 
 def write_problems(folder: Path, seed: int) -> None:
     """Makes the data of a seed: texts, worked solutions, problems to learn from and held-out ones; the student's config."""
