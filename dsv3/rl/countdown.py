@@ -27,7 +27,7 @@ from dsv3.rl.answers import after_thinking, last_tag
 from dsv3.rl.reward import RewardFn
 
 _EXPRESSION = re.compile(r"[0-9]{1,4}(?:[-+*][0-9]{1,4})*")
-_TRY = re.compile(r"=([0-9]{1,6}) (yes|no)$", re.MULTILINE)
+_TRY = re.compile(r"=([0-9]{1,6}) [0-9]{1,6}\? (yes|no)$", re.MULTILINE)
 _STEP = re.compile(r"\b([0-9]{1,4})([-+*])([0-9]{1,4})=([0-9]{1,8})\b")
 HELD_OUT = 5  # one set of numbers of so many is held out
 
@@ -40,7 +40,7 @@ class Level(NamedTuple):
     signs: str
 
 
-LEVELS = {"easy": Level(3, 12, "+-"), "long": Level(4, 9, "+-"), "product": Level(3, 9, "+-*")}
+LEVELS = {"pair": Level(2, 9, "+-"), "easy": Level(3, 20, "+-"), "long": Level(4, 9, "+-"), "product": Level(3, 9, "+-*")}
 
 
 class Countdown(NamedTuple):
@@ -133,6 +133,8 @@ def _level(function: str, name: str) -> Level:
 def worked_solution(problem: Countdown, level: str, rng: random.Random, *, most: int = 4) -> tuple[str, str] | None:
     """Returns the thinking and the answer of one way to a solution: tries in random order, each checked, until one is right.
 
+    A check says the target again: a small model compares two numbers that stand side by side much sooner than distant ones.
+
     Args:
       problem: a problem of the level.
       level: a name of `LEVELS`.
@@ -140,17 +142,19 @@ def worked_solution(problem: Countdown, level: str, rng: random.Random, *, most:
       most: tries of a solution that is returned.
 
     Returns:
-      Lines such as `4+7=11 11-9=2 no`, and the right expression; `None` if it took more tries.
+      Lines such as `4+7=11 11-9=2 12? no`, and the right expression; `None` if it took more tries.
     """
     tries = list(countdown_tries(tuple(sorted(problem.numbers)), _level("worked_solution", level).signs))
     rng.shuffle(tries)
-    lines = []
-    for made in tries[:most]:
-        right = made.value == problem.target
-        lines.append(f"{made.steps} {'yes' if right else 'no'}")
-        if right:
-            return "\n".join(lines), made.expression
+    for i, made in enumerate(tries[:most]):
+        if made.value == problem.target:
+            return thought(tries[: i + 1], problem.target), made.expression
     return None
+
+
+def thought(tries: Sequence[Try], target: int) -> str:
+    """Returns tries with their checks as lines of thinking."""
+    return "\n".join(f"{made.steps} {target}? {'yes' if made.value == target else 'no'}" for made in tries)
 
 
 def countdown_conversation(question: str, thinking: str, answer: str) -> dict[str, Any]:
@@ -160,10 +164,12 @@ def countdown_conversation(question: str, thinking: str, answer: str) -> dict[st
 
 
 def countdown_texts(level: str, *, seed: int = 0) -> Iterator[str]:
-    """Returns documents without end to pretrain on: sums, computations, comparisons, and answers that people have given.
+    """Returns documents without end to pretrain on: conversations in which people think for a while and answer, right or
+    not; answers without thinking; expressions of given numbers; sums.
 
-    Half of those answers are wrong, and few of them were thought over. No problem of held-out numbers is among them; sums of
-    two numbers are of all.
+    The thinking has one to three tries in random order and ends there, whether or not one of them was right, and the
+    answer is the last one: checks are right, conclusions need not be. No problem of held-out numbers is among the
+    documents; sums of two numbers are of all.
 
     Args:
       level: a name of `LEVELS`.
@@ -174,44 +180,36 @@ def countdown_texts(level: str, *, seed: int = 0) -> Iterator[str]:
     """
     shape, rng = _level("countdown_texts", level), random.Random(f"{seed} texts")
 
-    def made() -> tuple[tuple[int, ...], Try, Try]:
-        """Numbers to learn from, in some order, and two tries."""
+    def made() -> tuple[tuple[int, ...], list[Try]]:
+        """Numbers to learn from, in some order, and what can be tried, in another one."""
         while True:
-            numbers = [rng.randint(1, shape.highest) for _ in range(shape.count)]
+            numbers = tuple(rng.randint(1, shape.highest) for _ in range(shape.count))
             if not is_held_out(numbers):
                 tries = countdown_tries(tuple(sorted(numbers)), shape.signs)
-                return tuple(numbers), rng.choice(tries), rng.choice(tries)
+                return numbers, rng.sample(tries, len(tries))
 
-    def sums() -> str:
-        return "\n".join(rng.choice(made()[1].steps.split()) for _ in range(8))
-
-    def computations() -> str:
-        return "\n".join(made()[1].steps for _ in range(5))
-
-    def comparisons() -> str:
-        lines = []
-        for _ in range(6):
-            _, one, other = made()
-            target = rng.choice((one, other)).value
-            lines.append(f"Make {target}. {one.steps} {'yes' if one.value == target else 'no'}")
-        return "\n".join(lines)
+    def conversation() -> str:
+        numbers, tries = made()
+        target, said = rng.choice(tries).value, tries[: rng.choice((1, 1, 2, 3))]
+        question = countdown_question(Countdown(numbers, target))
+        thinking = thought(said, target)
+        return f"User: {question}\nAssistant: <think>\n{thinking}\n</think>\n<answer>{said[-1].expression}</answer>"
 
     def answers() -> str:
         lines = []
         for _ in range(4):
-            numbers, one, other = made()
-            lines.append(f"{countdown_question(Countdown(numbers, one.value))} {rng.choice((one, other)).expression}")
+            numbers, tries = made()
+            lines.append(f"{countdown_question(Countdown(numbers, rng.choice(tries).value))} {tries[0].expression}")
         return "\n".join(lines)
 
-    def chats() -> str:
-        numbers, one, other = made()
-        question = countdown_question(Countdown(numbers, one.value))
-        said = [rng.choice((one, other)) for _ in range(rng.choice((1, 1, 2)))]
-        lines = [f"{each.steps} {'yes' if each.value == one.value else 'no'}" for each in said]
-        thinking = "\n".join(lines)
-        return f"User: {question}\nAssistant: <think>\n{thinking}\n</think>\n<answer>{said[-1].expression}</answer>"
+    def expressions() -> str:
+        found = [made() for _ in range(5)]
+        return "\n".join(f"From {' '.join(map(str, numbers))}: {tries[0].expression}" for numbers, tries in found)
 
-    kinds, weights = (sums, computations, comparisons, answers, chats), (2, 1, 4, 6, 7)
+    def sums() -> str:
+        return "\n".join(rng.choice(made()[1][0].steps.split()) for _ in range(8))
+
+    kinds, weights = (conversation, answers, expressions, sums), (8, 1, 1, 1)
     while True:
         yield rng.choices(kinds, weights)[0]()
 
@@ -271,7 +269,7 @@ class TryCounts(NamedTuple):
 def count_tries(completion: str, reference: Any) -> TryCounts:
     """Counts a completion's tries: whether it checks itself, and how well.
 
-    >>> count_tries("<think>\\n4+7=11 11-9=2 no\\n9+7=15 15-4=11 yes\\n</think>", Countdown((4, 7, 9), 12))
+    >>> count_tries("<think>\\n4+7=11 11-9=2 12? no\\n9+7=15 15-4=11 12? yes\\n</think>", Countdown((4, 7, 9), 12))
     TryCounts(tries=2, rejected=1, misjudged=1, steps=4, wrong_steps=1)
     """
     target = _problem(reference).target

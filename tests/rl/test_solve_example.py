@@ -28,8 +28,8 @@ def thought(answer, *lines):
 
 ends = []
 SAID = [
-    thought("1+2", "1+2=3 yes"), thought("2+1", "2-1=1 no", "1+2=3 yes"), "<answer>1+2</answer>",
-    thought("1+2", "1+2=3 yes"), thought("5-4", "5-4=1 yes"), "what", "what", thought("5+4", "5+4=9 no"),
+    thought("1+2", "1+2=3 3? yes"), thought("2+1", "2-1=1 3? no", "1+2=3 3? yes"), "<answer>1+2</answer>",
+    thought("1+2", "1+2=3 3? yes"), thought("5-4", "5-4=1 1? yes"), "what", "what", thought("5+4", "5+4=9 1? no"),
 ]
 generate = solve.Engine.generate
 

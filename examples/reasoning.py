@@ -1,0 +1,243 @@
+"""The R1 path on one machine: a small DeepSeek-V3 learns to reason about countdown problems, stage by stage.
+
+    Make 12 from 4 7 9.          4+7=11 11-9=2 12? no  7+9=16 16-4=12 12? yes  7+9-4
+
+Each stage is a program of its own, whose command is printed; any of them can be run by hand or on other data:
+
+  pretrain    pretrain.py: sums, comparisons, and answers of which half are wrong
+  sft         sft.py: a cold start on a few worked solutions that check each try
+  grpo        grpo.py: reinforcement learning on rewards by rules alone
+  traces      solve.py: rejection sampling; right answers of the model to the problems that it learns from
+  sft2        sft.py: a second fine-tuning, on those
+  zero        grpo.py on the pretrained model without a cold start, as R1-Zero
+
+With --distill a smaller student follows, on the same text:
+
+  student         pretrain.py
+  student_sft     sft.py: the worked solutions
+  student_grpo    grpo.py: rewards alone
+  student_traces  sft.py on the pretrained student: right answers of the teacher, which is sft2
+  student_logits  distill.py on the pretrained student: the teacher's distributions on the same answers
+  student_policy  distill.py --on_policy: the teacher's distributions on the student's own answers
+
+After each, solve.py measures the model on held-out problems, whose numbers no text for training has. All is repeated with
+--seeds other models, data and samples. In --out are a folder for each seed with its stages, table.txt, results.json, plots
+and report.html. What is done is not done again: after an interruption the same command goes on.
+
+Examples:
+
+  python examples/reasoning.py                                     # three seeds, under an hour on two cores
+  python examples/reasoning.py --distill                           # the same folder, and the students
+  python examples/reasoning.py --seeds 1 --out runs/one
+  python examples/reasoning.py --level long --seeds 1 --out runs/long
+  python examples/generate.py runs/reasoning/seed-0/sft2/export --chat --prompt 'Make 12 from 4 7 9.'
+
+References: DeepSeek-AI, "DeepSeek-R1", arXiv:2501.12948, sections 2.2 (R1-Zero) and 2.3 (R1).
+"""
+
+from __future__ import annotations
+
+import hush  # noqa: F401 (it comes before all that loads TensorFlow)
+
+# isort: split
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags
+from command import flag_parser, lock_folder, write_text
+from reasoning_report import report
+from reasoning_stages import Stage, make_stages, make_student_stages, write_problems
+
+from dsv3.checks import check
+from dsv3.rl.countdown import LEVELS
+
+FLAGS = flags.FLAGS
+HERE = Path(__file__).resolve().parent
+
+flags.DEFINE_string("out", "runs/reasoning", "Folder of everything.")
+flags.DEFINE_bool("fresh", False, "Delete what is in --out and start anew.")
+flags.DEFINE_integer("seeds", 3, "How many times all is done.", 1)
+flags.DEFINE_enum("level", "easy", list(LEVELS), "Kind of problems.")
+flags.DEFINE_bool("zero", True, "Also learn by rewards without a cold start.")
+flags.DEFINE_bool("distill", False, "Also teach a smaller student.")
+flags.DEFINE_integer("jobs", None, "Stages that run at a time, on their share of the cores. Default: one on each core.", 1)
+flags.DEFINE_bool("write_docs", False, "Write docs/reasoning.md and its plot from the results.")
+
+flags.DEFINE_string("preset", "narrow", "Architecture, see pretrain.py.")
+flags.DEFINE_integer("texts", 50_000, "Documents to pretrain on.", 100)
+flags.DEFINE_integer("pretrain_steps", 2500, "Steps of pretraining, of 16 sequences of 128 tokens.", 1)
+flags.DEFINE_integer("worked", 128, "Worked solutions of the cold start.", 8)
+flags.DEFINE_float("cold_epochs", 8.0, "How often they are learned.")
+flags.DEFINE_integer("explorations", 60, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
+flags.DEFINE_float("rl_lr", 3e-4, "Its learning rate.")
+flags.DEFINE_float("rl_lr_end", 3e-5, "Learning rate at the end of on-policy distillation.")
+flags.DEFINE_float("kl_weight", 0.02, "Weight of the divergence from where it began.", 0.0)
+flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.", 16)
+flags.DEFINE_integer("traces", 4, "Right answers to each problem that the second fine-tuning learns.", 1)
+flags.DEFINE_float("trace_epochs", 1.0, "How often.")
+flags.DEFINE_float("student_epochs", 3.0, "How often a student learns the teacher's answers.")
+flags.DEFINE_integer("measured", 0, "Held-out problems that are measured; 0: all.", 0)
+FREE = ("out", "fresh", "seeds", "distill", "jobs", "write_docs")  # what may change when a command goes on
+
+
+def main(argv: list[str]) -> int:
+    """Runs everything; returns the exit code: 2 for bad input, 1 for a stage that fails."""
+    try:
+        check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
+        out = Path(FLAGS.out)
+        claim(out)
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the stage that runs is ended, too
+    try:
+        plan = {seed: stages_of(out / f"seed-{seed}", seed) for seed in range(FLAGS.seeds)}
+        begin = time.monotonic()
+        try:
+            for seed in plan:
+                write_problems(out / f"seed-{seed}", seed)
+            run_all(plan, FLAGS.jobs or len(available_cores()))
+        finally:
+            add_time(out, time.monotonic() - begin)
+        report(out, plan, docs=FLAGS.write_docs)
+    except (ValueError, OSError) as error:
+        return fail(f"{error}; once that is put right, the same command goes on", 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; the same command goes on", 130)
+    return 0
+
+
+def stages_of(folder: Path, seed: int) -> list[Stage]:
+    """All stages of a seed."""
+    return make_stages(folder, seed) + (make_student_stages(folder, seed) if FLAGS.distill else [])
+
+
+def add_time(out: Path, seconds: float) -> None:
+    """Adds what this run took to what earlier ones did, apart for those with students."""
+    file, name = out / "seconds.json", "students" if FLAGS.distill else "path"
+    took = json.loads(file.read_text()) if file.exists() else {"path": 0.0, "students": 0.0}
+    write_text(file, json.dumps(took | {name: took[name] + seconds}) + "\n")
+
+
+def fail(error: object, code: int) -> int:
+    """Says what is wrong, in one line, and returns the exit code."""
+    print(f"reasoning: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def claim(out: Path) -> None:
+    """Makes and locks the folder, and checks that what is in it has the same settings."""
+    lock_folder(out)
+    names = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
+    settings = {name: FLAGS[name].value for name in names if name not in FREE}
+    there = out / "run.json"
+    if FLAGS.fresh:
+        for path in out.glob("seed-*"):
+            shutil.rmtree(path)
+        for path in (there, out / "seconds.json"):
+            path.unlink(missing_ok=True)
+    if there.exists():
+        old = json.loads(there.read_text())
+        other = [name for name in settings if old.get(name) != settings[name]]
+        for name in other[:1]:
+            raise ValueError(
+                f"--{name} is {settings[name]}, but {str(out)!r} was begun with {old.get(name)}; another --out keeps both, "
+                "--fresh starts anew"
+            )
+    foreign = not there.exists() and bool(list(out.glob("seed-*")))
+    check(not foreign, f"{str(out)!r} has folders of seeds but no run.json; want another --out")
+    write_text(there, json.dumps(settings, indent=1) + "\n")
+
+
+class Running(NamedTuple):
+    """A stage that runs."""
+
+    stage: Stage
+    where: str
+    process: subprocess.Popen
+    begin: float
+    cores: tuple[int, ...]
+
+
+def run_all(plan: Mapping[int, Sequence[Stage]], jobs: int) -> None:
+    """Runs what is not done, `jobs` stages at a time, each on its share of the cores, as soon as what it reads is there."""
+    total = sum(map(len, plan.values()))
+    every = [(f"[{i} of {total}]", seed, stage) for i, (seed, stage) in enumerate(in_turn(plan), 1)]
+    todo = [entry for entry in every if not entry[2].done.exists()]
+    free, running = shares(jobs), []
+    try:
+        while todo or running:
+            waiting = {stage.folder for _, _, stage in todo} | {each.stage.folder for each in running}
+            ready = [entry for entry in todo if not waiting.intersection(entry[2].reads())]
+            for entry in ready[: len(free)]:
+                todo.remove(entry)
+                running.append(start(*entry, free.pop()))
+            time.sleep(0.1)
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                free.append(each.cores)
+                finish(each)
+    finally:
+        for each in running:
+            each.process.terminate()
+        for each in running:
+            each.process.wait()
+
+
+def in_turn(plan: Mapping[int, Sequence[Stage]]) -> Iterator[tuple[int, Stage]]:
+    """The stages of the first seed, then those of the next."""
+    return ((seed, stage) for seed, stages in plan.items() for stage in stages)
+
+
+def shares(jobs: int) -> list[tuple[int, ...]]:
+    """The cores of each job; small models compute faster on one core each than together on all."""
+    cores = available_cores()
+    return [tuple(cores[i::jobs]) or tuple(cores) for i in reversed(range(jobs))]
+
+
+def available_cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def start(where: str, seed: int, stage: Stage, cores: tuple[int, ...]) -> Running:
+    """Starts a stage in a process of its own; what it prints goes to a file beside its folder."""
+    where = f"{where} seed {seed} {stage.name}:"
+    print(where, shlex.join(stage.command), flush=True)
+    command = [sys.executable, str(HERE / stage.command[1].split("/")[1]), *stage.command[2:]]
+    with open(stage.log, "a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, cores)
+    return Running(stage, where, process, time.monotonic(), cores)
+
+
+def finish(each: Running) -> None:
+    """Marks a stage as done and says what came out, or raises `ValueError` with its last words."""
+    stage, code, seconds = each.stage, each.process.returncode, time.monotonic() - each.begin
+    last = [line for line in stage.log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+    check(code == 0, f"{each.where} ended with {code}: {' '.join(last)[-200:]} (all of it: {stage.log})")
+    write_text(stage.done, json.dumps({"command": stage.command, "seconds": seconds}) + "\n")
+    print(f"{each.where} {result(stage)}{seconds:.0f} s", flush=True)
+
+
+def result(stage: Stage) -> str:
+    """What a measurement has found."""
+    if stage.measures is None:
+        return ""
+    found = json.loads((stage.folder / "results.json").read_text())
+    return f"accuracy {found['accuracy']:.1%}, {found['tokens']:.0f} tokens an answer; "
+
+
+parse_flags = flag_parser("reasoning")
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

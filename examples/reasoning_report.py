@@ -1,0 +1,189 @@
+"""What `reasoning.py` shows at its end: the table of stages over seeds, plots, the page, and the page of the docs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from command import aligned
+
+from dsv3.page import Table, write_page
+from dsv3.train.records import read_rows
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+SHOWN = {
+    "pretrain": "pretrained", "sft": "cold start", "grpo": "GRPO", "sft2": "second fine-tuning",
+    "zero": "GRPO, no cold start", "student": "student, pretrained", "student_sft": "student, cold start",
+    "student_grpo": "student, GRPO", "student_traces": "student, teacher's answers",
+    "student_logits": "student, teacher's logits", "student_policy": "student, on-policy",
+}  # fmt: skip
+PATH = ("pretrain", "sft", "grpo", "sft2")
+COLUMNS = {
+    "accuracy": "accuracy", "tokens": "tokens", "tries": "tries", "tried_again": "rejects a try",
+    "right_after_rejecting": "then right", "misjudged": "misjudged", "wrong_steps": "wrong steps",
+}  # fmt: skip
+COUNTS = ("tokens", "tries")  # the others are shares
+
+
+def report(out: Path, plan: Mapping[int, Sequence[Any]], *, docs: bool) -> None:
+    """Writes and prints what came out. `plan`: each seed's stages."""
+    found = measurements(plan)
+    rows = table(found)
+    text = aligned(rows)
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plots = out / "plots"
+    plots.mkdir(exist_ok=True)
+    plot = draw(plan, found, plots / "reasoning.png")
+    example = transcript(plan, found)
+    commands = "\n".join(shlex.join(stage.command) for stage in next(iter(plan.values())))
+    page = write_page(
+        out / "report.html", "Reasoning about countdown problems",
+        [
+            ("Held-out problems", [Table(rows), plot]), ("An answer that corrects itself", [example]),
+            ("Commands", [commands]),
+        ],
+    )
+    took = {name: round(seconds / 60) for name, seconds in json.loads((out / "seconds.json").read_text()).items()}
+    print(f"\n{text}\n\n{example}\n\nall stages {sum(took.values())} min\n{page}")
+    if docs:
+        write_docs(plan, rows, plot, example, commands, took)
+
+
+def measurements(plan: Mapping[int, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Stage → what was measured, a seed each."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for stages in plan.values():
+        for stage in stages:
+            if stage.measures is not None:
+                found.setdefault(stage.measures, []).append(json.loads((stage.folder / "results.json").read_text()))
+    return found
+
+
+def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """A line for each stage: means over seeds, and accuracies of each."""
+    rows = [("held-out problems", *COLUMNS.values(), "accuracy by seed")]
+    for name, results in found.items():
+        means = {column: statistics.fmean(result[column] for result in results) for column in COLUMNS}
+        cells = (f"{value:.1f}" if column in COUNTS else f"{value:.1%}" for column, value in means.items())
+        rows.append((SHOWN[name], *cells, " ".join(f"{result['accuracy']:.1%}" for result in results)))
+    return rows
+
+
+def draw(plan: Mapping[int, Sequence[Any]], found: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> Path:
+    """Plots accuracy by stage, and of the explorations the rewards and lengths of answers."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    names = [name for name in SHOWN if name in found]
+    for seed in range(len(plan)):
+        (line,) = axes[0].plot([SHOWN[name] for name in PATH], [found[name][seed]["accuracy"] for name in PATH], "o-")
+        others = [name for name in names if name not in PATH]
+        heights = [found[name][seed]["accuracy"] for name in others]
+        axes[0].plot([SHOWN[name] for name in others], heights, "s", color=line.get_color())
+    axes[0].set(ylim=(0, 1), title="accuracy on held-out problems, a colour for each seed")
+    axes[0].set_xticks(range(len(names)), [SHOWN[name] for name in names], rotation=30, ha="right", fontsize=8)
+    for stages in plan.values():
+        for stage in stages:
+            if stage.name in ("grpo", "zero"):
+                rows = [row for row in read_rows(stage.folder / "log.jsonl") if row["kind"] == "grpo"]
+                style = {"linestyle": "--", "color": "C1"} if stage.name == "zero" else {"linestyle": "-", "color": "C0"}
+                label = SHOWN[stage.name] if stages is next(iter(plan.values())) else None
+                steps = [row["step"] for row in rows]
+                axes[1].plot(steps, [row["reward_countdown"] for row in rows], label=label, **style)
+                axes[2].plot(steps, [row["length"] for row in rows], **style)
+    axes[1].set(ylim=(0, 1), title="right answers while learning", xlabel="exploration")
+    axes[2].set(title="tokens of an answer", xlabel="exploration")
+    axes[1].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+    return file
+
+
+def transcript(plan: Mapping[int, Sequence[Any]], found: Mapping[str, Any]) -> str:
+    """The first right answer of the last stage that has rejected a try, with its question."""
+    folder = next(stage.folder for stage in next(iter(plan.values())) if stage.measures == "sft2")
+    for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["parts"]["countdown"] == 1 and "? no\n" in row["text"]:
+            return f"{row['prompt']}\n{row['text']}"
+    return "None: no right answer has rejected a try."
+
+
+def write_docs(
+    plan: Mapping[int, Sequence[Any]], rows: Sequence[Sequence[str]], plot: Path, example: str, commands: str,
+    took: Mapping[str, int],
+) -> None:  # fmt: skip
+    """Writes docs/reasoning.md and its plot."""
+    target = DOCS / "reasoning.png"
+    target.write_bytes(plot.read_bytes())
+    command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    facts = {"command": command, "commands": commands, "seeds": len(plan), "minutes": took["path"]}
+    facts["students"] = f" The students took {took['students']} minutes more." if took["students"] else ""
+    text = TEXT.format(table=table, example=example, **facts)
+    (DOCS / "reasoning.md").write_text(text, encoding="utf-8")
+
+
+TEXT = """# Reasoning that improves, on one machine
+
+`examples/reasoning.py` takes a small DeepSeek-V3 (`--preset narrow`: latent attention, eight routed experts and a shared
+one, a multi-token prediction module) along the R1 path, on countdown problems that it makes itself: reach a target with
+numbers, each used once. This page was written by
+
+```
+{command}
+```
+
+whose stages took {minutes} minutes on two cores, for {seeds} seeds: other models, data and samples each.{students}
+
+## Held-out problems
+
+Which problems are held out is decided by their numbers: no worked solution, no text and no problem to learn from has one of
+these sets of numbers. Four answers to each of them are drawn at temperature 1.
+
+{table}
+
+`tries` are lines of an answer's thinking that end in `yes` or `no`. `rejects a try`: share of answers with a `no`; `then
+right`: of those, the share that ends with a right answer. `misjudged`: tries whose last value is the target and that say
+`no`, or the reverse. `wrong steps`: sums of two numbers that are wrong.
+
+![accuracy, rewards and lengths](reasoning.png)
+
+An answer that corrects itself:
+
+```
+{example}
+```
+
+## What is done
+
+1. **Pretraining** on text that the project makes: conversations that think about a problem for one to three tries and then
+   answer, right or not; answers without thinking; expressions; sums. Sums and checks are right, conclusions often are not.
+2. **Cold start**: supervised fine-tuning on a few worked solutions, which try in random order until a check says `yes`.
+3. **GRPO** on two rules: whether the answer is right (weight 1), and its form (0.1). No solution is shown.
+4. **Rejection sampling**: the model answers the problems that it learns from; different right answers are kept.
+5. **A second fine-tuning** on those.
+6. **Without a cold start**: GRPO from the pretrained model, asked as conversations are written in its text (R1-Zero).
+
+With `--distill` a **student** of two thirds of the width and a layer less is pretrained on the same text. It learns from the
+worked solutions (cold start) and then from rewards alone (GRPO), as the teacher did; or, from the pretrained student, the
+right answers of the teacher after its second fine-tuning as text (`sft.py`), or the teacher's distribution of each token of
+them (`distill.py`); and after that the teacher's distributions on its own answers (`distill.py --on_policy`). See
+`docs/distillation.md`.
+
+The commands of the first seed:
+
+```
+{commands}
+```
+"""

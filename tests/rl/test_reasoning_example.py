@@ -1,0 +1,133 @@
+"""The recipe of reasoning: its commands, what it refuses, and a short run of every stage that really learns."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.more import MORE
+
+ROOT = Path(__file__).parents[2]
+SHORT = [
+    "--level=pair", "--seeds=1", "--distill", "--texts=4000", "--pretrain_steps=350", "--worked=24", "--cold_epochs=4",
+    "--explorations=6", "--max_new_tokens=64", "--traces=2", "--out=out",
+]  # fmt: skip
+STAGES = "pretrain sft grpo traces sft2 zero student student_sft student_grpo teacher_traces student_traces student_logits"
+STAGES = (STAGES + " student_policy").split()
+PRINT = """
+import json, pathlib
+import hush, reasoning
+reasoning.FLAGS(["reasoning.py", "--distill"])
+made = reasoning.stages_of(pathlib.Path("here"), 3)
+print(json.dumps([[stage.name, stage.measures, stage.command] for stage in made]))
+"""
+
+
+BAD = """
+import contextlib, io, json, sys
+import hush, reasoning
+from absl.testing import flagsaver
+
+for arguments in json.loads(sys.argv[1]):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), flagsaver.flagsaver():
+        try:
+            code = reasoning.main(reasoning.parse_flags(["reasoning.py", *arguments]))
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, err.getvalue()]))
+"""
+
+
+def python(program, *arguments, folder):
+    """What a program prints, read as JSON lines; it imports from examples/."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+def call(folder, *arguments):
+    """Exit code, standard output and standard error of the program in a folder."""
+    command = [sys.executable, str(ROOT / "examples" / "reasoning.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_stage_begins_with_one_that_is_done(tmp_path):
+    (rows,) = python(PRINT, folder=tmp_path)
+    made = {f"here/{name}" for name in ("texts.jsonl", "worked.jsonl", "problems.jsonl", "heldout.jsonl", "student.json")}
+    assert [name for name, measures, _ in rows if measures is None] == STAGES
+    for name, measures, command in rows:
+        flags = dict(part.removeprefix("--").partition("=")[::2] for part in command[2:])
+        read = [value for flag, value in flags.items() if value.startswith("here/") and flag != "out"]
+        assert set(read) <= made, f"{name} reads what is not there yet"
+        assert measures is None or flags["problems"] == "here/heldout.jsonl"
+        assert measures is not None or flags.get("problems") != "here/heldout.jsonl", "held-out problems only measure"
+        out = flags["out"]
+        made |= {out, f"{out}/export", f"{out}/tokenizer", f"{out}/rows.jsonl"}
+        assert (ROOT / command[1]).exists() and flags["seed"] == "3"
+
+
+def test_bad_input_is_one_line(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text('{"level": "long"}')
+    (tmp_path / "foreign" / "seed-0").mkdir(parents=True)
+    cases = [
+        (["--out=out"], "--level is easy, but 'out' was begun with long"),
+        (["--out=foreign"], "'foreign' has folders of seeds but no run.json"),
+        (["--level=hard"], "should be one of"),
+        (["what"], "unexpected argument ['what']"),
+    ]
+    found = python(BAD, json.dumps([arguments for arguments, _ in cases]), folder=tmp_path)
+    for (code, err), (_, want) in zip(found, cases, strict=True):
+        assert code == 2 and err.startswith("reasoning: ") and err.count("\n") == 1 and want in err, err
+    assert json.loads((tmp_path / "out" / "run.json").read_text()) == {"level": "long"}
+    assert (tmp_path / "foreign" / "seed-0").exists()
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reasoning")
+    code, out, err = call(folder, *SHORT)
+    logs = {path.name: path.read_text()[-2000:] for path in (folder / "out" / "seed-0").glob("*.txt")}
+    assert code == 0, (out, err, logs)
+    return folder, out
+
+
+@pytest.mark.skipif(not MORE, reason="a long case")
+def test_all_stages_run_and_learn(short):
+    folder, out = short
+    found = {name: rows[0]["accuracy"] for name, rows in json.loads((folder / "out" / "results.json").read_text()).items()}
+    assert set(found) == {name for name in STAGES if "traces" not in name} | {"student_traces"}
+    # Two numbers and two signs: two tries find each answer. 80 problems are measured, so that 0.1 is two standard errors.
+    assert found["grpo"] > found["pretrain"] + 0.1, found
+    table = (folder / "out" / "table.txt").read_text()
+    assert table in out and len(table.splitlines()) == len(found) + 1
+    for name in STAGES:
+        assert f" seed 0 {name}: python examples/" in out
+    assert (folder / "out" / "plots" / "reasoning.png").stat().st_size > 10_000
+    assert "An answer that corrects itself" in (folder / "out" / "report.html").read_text()
+
+
+@pytest.mark.skipif(not MORE, reason="a long case")
+def test_what_is_done_is_not_done_again(short):
+    folder, out = short
+    code, again, err = call(folder, *SHORT)
+    assert code == 0 and "python examples/" not in again, err
+    assert (folder / "out" / "table.txt").read_text() in again
+    code, _, err = call(folder, *SHORT, "--explorations=7")
+    assert code == 2 and "--explorations is 7, but 'out' was begun with 6" in err
+
+
+@pytest.mark.skipif(not MORE, reason="a long case")
+def test_the_end_answers_by_its_template_and_is_opened_by_the_library(short):
+    folder, _ = short
+    command = [sys.executable, str(ROOT / "examples" / "generate.py"), "out/seed-0/sft2/export", "--chat"]
+    command += ["--prompt=Make 7 from 3 4.", "--max_new_tokens=64", "--temperature=0"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "<answer>" in done.stdout, (shlex.join(command), done.stdout, done.stderr)
