@@ -118,7 +118,7 @@ def make_student_stages(folder: Path, seed: int) -> list[Stage]:
     copied = make.traced | {"data": folder / "teacher_traces" / "rows.jsonl", "epochs": FLAGS.student_epochs}
     own = {"on_policy": True, "problems": folder / "problems.jsonl", "explorations": FLAGS.explorations, "prompts": 256,
            "max_batch": 256, "max_new_tokens": FLAGS.max_new_tokens, "lr": FLAGS.rl_lr, "lr_end": FLAGS.rl_lr_end,
-           "heldout": 0, "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
+           "heldout": 0.1, "eval_every": 0, "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
     return [
         make.stage("student", "pretrain", make.pretrain | small),
         make.measured("student", PLAIN),
