@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
         return fail(error, 2)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    again = f"the same command{' without --fresh' if FLAGS.fresh else ''} goes on"
     try:
         pace = Pace(len(setup.rows.tokens))
         shards = write_store(
@@ -101,9 +102,9 @@ def main(argv: list[str]) -> int:
             precision=FLAGS.precision, note=pace.note,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, the same command goes on", 1)
+        return fail(f"{error}; once that is put right, {again}", 1)
     except KeyboardInterrupt:
-        return fail("interrupted; the same command goes on", 130)
+        return fail(f"interrupted; {again}", 130)
     places, held, size = (sum(getattr(shard, name) for shard in shards) for name in ("places", "held", "size"))
     rows = len(setup.rows.tokens)
     say(f"{places:,} places of {rows:,} rows, {FLAGS.k:,} tokens each: {held / places:.2%} of the probability")
@@ -146,6 +147,8 @@ def prepare(argv: Sequence[str]) -> Setup:
             check_settings(old["settings"] | {name: old[name] for name in kept}, here, where=f"the store in {str(out)!r}")
         except ValueError as error:
             raise ValueError(f"{error}; another --out keeps both, --fresh starts anew") from None
+    if FLAGS.fresh:
+        delete_store(out)
     describe_rows(rows)
     return Setup(cfg, settings, joined(rows))
 
@@ -156,15 +159,23 @@ def joined(rows: Rows) -> PackedDocuments:
 
 
 def claim(out: Path) -> dict[str, Any] | None:
-    """Locks the folder; returns the manifest of the store in it, that goes on."""
+    """Locks the folder; returns the manifest of the store in it, that goes on. It deletes nothing."""
     lock_folder(out)
-    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    names = store_files(out)
     foreign = [name for name in names if name != MANIFEST and not (name[:6] == "shard-" and name.endswith(".safetensors"))]
     check(not foreign, f"--out {str(out)!r} holds {foreign[:1]}, which is no part of a store; want an empty folder")
-    if FLAGS.fresh:
-        for name in sorted(names, key=lambda name: name == MANIFEST):  # the manifest goes last
-            (out / name).unlink()
-    return read_manifest(out)
+    return None if FLAGS.fresh else read_manifest(out)
+
+
+def store_files(out: Path) -> list[str]:
+    """Names of all that is in a folder, as far as it is not hidden."""
+    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+
+
+def delete_store(out: Path) -> None:
+    """Deletes the store in a folder that `claim` has looked at. The manifest goes last."""
+    for name in sorted(store_files(out), key=lambda name: name == MANIFEST):
+        (out / name).unlink()
 
 
 def make_say(setup: Setup, pace: Pace) -> Callable[[int, int], TopK]:

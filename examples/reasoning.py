@@ -50,7 +50,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app, flags
 from command import flag_parser, lock_folder, write_text
@@ -59,6 +59,7 @@ from reasoning_stages import Stage, make_stages, make_student_stages, write_prob
 
 from dsv3.checks import check
 from dsv3.rl.countdown import LEVELS
+from dsv3.train.progress import stop_on_signals
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
@@ -76,8 +77,8 @@ flags.DEFINE_string("preset", "narrow", "Architecture, see pretrain.py.")
 flags.DEFINE_integer("texts", 80_000, "Documents to pretrain on.", 100)
 flags.DEFINE_integer("pretrain_steps", 5000, "Steps of pretraining, of 8 sequences of 256 tokens.", 1)
 flags.DEFINE_integer("worked", 128, "Worked solutions of the cold start.", 8)
-flags.DEFINE_float("cold_epochs", 5.0, "How often they are learned.")
-flags.DEFINE_integer("explorations", 50, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
+flags.DEFINE_float("cold_epochs", 8.0, "How often they are learned.")
+flags.DEFINE_integer("explorations", 60, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
 flags.DEFINE_float("rl_lr", 3e-4, "Its learning rate.")
 flags.DEFINE_float("rl_lr_end", 3e-5, "Learning rate at the end of on-policy distillation.")
 flags.DEFINE_float("kl_weight", 0.01, "Weight of the divergence from where it began.", 0.0)
@@ -98,32 +99,33 @@ def main(argv: list[str]) -> int:
         claim(out)
     except (ValueError, OSError) as error:
         return fail(error, 2)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the stage that runs is ended, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    again = f"the same command{' without --fresh' if FLAGS.fresh else ''} goes on"
     try:
-        plan = {seed: stages_of(out / f"seed-{seed}", seed) for seed in range(FLAGS.seeds)}
-        begin = time.monotonic()
-        try:
-            for seed in plan:
-                write_problems(out / f"seed-{seed}", seed)
-            run_all(plan, FLAGS.jobs or len(available_cores()))
-        finally:
-            add_time(out, time.monotonic() - begin)
-        report(out, plan, docs=FLAGS.write_docs)
+        path, students = plans(out)
+        for seed in path:
+            write_problems(out / f"seed-{seed}", seed)
+        run_all(path, out, "path")
+        run_all(students, out, "students")
+        plan = {seed: [*path[seed], *students[seed]] for seed in path}
+        report(out, plan, cores=len(available_cores()), docs=FLAGS.write_docs)
     except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, the same command goes on", 1)
+        return fail(f"{error}; once that is put right, {again}", 1)
     except KeyboardInterrupt:
-        return fail("interrupted; the same command goes on", 130)
+        return fail(f"interrupted; {again}", 130)
     return 0
 
 
-def stages_of(folder: Path, seed: int) -> list[Stage]:
-    """All stages of a seed."""
-    return make_stages(folder, seed) + (make_student_stages(folder, seed) if FLAGS.distill else [])
+def plans(out: Path) -> tuple[dict[int, list[Stage]], dict[int, list[Stage]]]:
+    """The stages of each seed, and with --distill those of its student."""
+    folders = {seed: out / f"seed-{seed}" for seed in range(FLAGS.seeds)}
+    path = {seed: make_stages(folder, seed) for seed, folder in folders.items()}
+    return path, {seed: make_student_stages(folder, seed) if FLAGS.distill else [] for seed, folder in folders.items()}
 
 
-def add_time(out: Path, seconds: float) -> None:
-    """Adds what this run took to what earlier ones did, apart for those with students."""
-    file, name = out / "seconds.json", "students" if FLAGS.distill else "path"
+def add_time(out: Path, name: str, seconds: float) -> None:
+    """Adds what this run took to what earlier ones did."""
+    file = out / "seconds.json"
     took = json.loads(file.read_text()) if file.exists() else {"path": 0.0, "students": 0.0}
     write_text(file, json.dumps(took | {name: took[name] + seconds}) + "\n")
 
@@ -135,27 +137,38 @@ def fail(error: object, code: int) -> int:
 
 
 def claim(out: Path) -> None:
-    """Makes and locks the folder, and checks that what is in it has the same settings."""
+    """Makes and locks the folder, and checks that what is in it has the same settings; with --fresh it deletes that."""
     lock_folder(out)
-    names = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])]
-    settings = {name: FLAGS[name].value for name in names if name not in FREE}
-    there = out / "run.json"
+    own = FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    settings = {flag.name: flag.value for flag in own if flag.name not in FREE}
+    there, seeds = out / "run.json", sorted(out.glob("seed-*"))
+    old = read_run(there)
+    check(old is not None or not seeds, f"{str(out)!r} has folders of seeds but no run.json; want another --out")
     if FLAGS.fresh:
-        for path in out.glob("seed-*"):
+        for path in seeds:
             shutil.rmtree(path)
-        for path in (there, out / "seconds.json"):
+        for path in (out / "seconds.json", there):  # the settings go last
             path.unlink(missing_ok=True)
-    if there.exists():
-        old = json.loads(there.read_text())
-        other = [name for name in settings if old.get(name) != settings[name]]
-        for name in other[:1]:
+    elif old is not None:
+        for name in [name for name in settings if old.get(name) != settings[name]][:1]:
             raise ValueError(
                 f"--{name} is {settings[name]}, but {str(out)!r} was begun with {old.get(name)}; another --out keeps both, "
                 "--fresh starts anew"
             )
-    foreign = not there.exists() and bool(list(out.glob("seed-*")))
-    check(not foreign, f"{str(out)!r} has folders of seeds but no run.json; want another --out")
     write_text(there, json.dumps(settings, indent=1) + "\n")
+
+
+def read_run(file: Path) -> dict[str, Any] | None:
+    """The settings that a folder was begun with, `None` for a new one; refuses those of other programs."""
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{str(file)!r} cannot be read as JSON; want another --out") from None
+    own = isinstance(found, dict) and "level" in found
+    check(own, f"{str(file)!r} is of another program's run; want another --out")
+    return found
 
 
 class Running(NamedTuple):
@@ -168,29 +181,39 @@ class Running(NamedTuple):
     cores: tuple[int, ...]
 
 
-def run_all(plan: Mapping[int, Sequence[Stage]], jobs: int) -> None:
-    """Runs what is not done, `jobs` stages at a time, each on its share of the cores, as soon as what it reads is there."""
+def run_all(plan: Mapping[int, Sequence[Stage]], out: Path, name: str) -> None:
+    """Runs what is not done, --jobs stages at a time, each on its share of the cores, as soon as what it reads is there."""
     total = sum(map(len, plan.values()))
     every = [(f"[{i} of {total}]", seed, stage) for i, (seed, stage) in enumerate(in_turn(plan), 1)]
     todo = [entry for entry in every if not entry[2].done.exists()]
-    free, running = shares(jobs), []
-    try:
-        while todo or running:
-            waiting = {stage.folder for _, _, stage in todo} | {each.stage.folder for each in running}
-            ready = [entry for entry in todo if not waiting.intersection(entry[2].reads())]
-            for entry in ready[: len(free)]:
-                todo.remove(entry)
-                running.append(start(*entry, free.pop()))
-            time.sleep(0.1)
-            for each in [each for each in running if each.process.poll() is not None]:
-                running.remove(each)
-                free.append(each.cores)
-                finish(each)
-    finally:
-        for each in running:
-            each.process.terminate()
-        for each in running:
-            each.process.wait()
+    free, running, begin = shares(FLAGS.jobs or len(available_cores())), [], time.monotonic()
+    with stop_on_signals(endings()) as stopped:  # no stage is lost between its start and `running`
+        try:
+            while todo or running:
+                if stopped() is not None:
+                    raise KeyboardInterrupt
+                waiting = {stage.folder for _, _, stage in todo} | {each.stage.folder for each in running}
+                ready = [entry for entry in todo if not waiting.intersection(entry[2].reads())]
+                for entry in ready[: len(free)]:
+                    todo.remove(entry)
+                    running.append(start(*entry, free.pop()))
+                time.sleep(0.1)
+                for each in [each for each in running if each.process.poll() is not None]:
+                    running.remove(each)
+                    free.append(each.cores)
+                    finish(each)
+        finally:
+            for each in running:
+                each.process.terminate()
+            for each in running:
+                each.process.wait()
+            add_time(out, name, time.monotonic() - begin)
+
+
+def endings() -> tuple[signal.Signals, ...]:
+    """Signals that end this program: not those that whoever has started it wants ignored, as nohup does."""
+    every = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    return tuple(number for number in every if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def in_turn(plan: Mapping[int, Sequence[Stage]]) -> Iterator[tuple[int, Stage]]:
@@ -210,12 +233,17 @@ def available_cores() -> list[int]:
 
 
 def start(where: str, seed: int, stage: Stage, cores: tuple[int, ...]) -> Running:
-    """Starts a stage in a process of its own; what it prints goes to a file beside its folder."""
+    """Starts a stage in a process of its own; what it prints goes to a file beside its folder.
+
+    Ctrl-C does not reach it: a stage saves where it is at the first signal, which `run_all` sends, and dies of the second.
+    """
     where = f"{where} seed {seed} {stage.name}:"
     print(where, shlex.join(stage.command), flush=True)
     command = [sys.executable, str(HERE / stage.command[1].split("/")[1]), *stage.command[2:]]
     with open(stage.log, "a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, process_group=0
+        )
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process.pid, cores)
     return Running(stage, where, process, time.monotonic(), cores)

@@ -34,7 +34,7 @@ COLUMNS = {
 COUNTS = ("tokens", "tries")  # the others are shares
 
 
-def report(out: Path, plan: Mapping[int, Sequence[Any]], *, docs: bool) -> None:
+def report(out: Path, plan: Mapping[int, Sequence[Any]], *, cores: int, docs: bool) -> None:
     """Writes and prints what came out. `plan`: each seed's stages."""
     found = measurements(plan)
     rows = table(found)
@@ -56,7 +56,7 @@ def report(out: Path, plan: Mapping[int, Sequence[Any]], *, docs: bool) -> None:
     took = {name: round(seconds / 60) for name, seconds in json.loads((out / "seconds.json").read_text()).items()}
     print(f"\n{text}\n\n{example}\n\nall stages {sum(took.values())} min\n{page}")
     if docs:
-        write_docs(plan, rows, plot, example, commands, took)
+        write_docs(plan, rows, plot, example, commands, took | {"cores": cores})
 
 
 def measurements(plan: Mapping[int, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -128,7 +128,8 @@ def write_docs(
     target.write_bytes(plot.read_bytes())
     command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-    facts = {"command": command, "commands": commands, "seeds": len(plan), "minutes": took["path"]}
+    facts = {"command": command, "commands": commands, "seeds": len(plan), "minutes": took["path"],
+             "cores": took["cores"]}  # fmt: skip
     facts["students"] = f" The students took {took['students']} minutes more." if took["students"] else ""
     text = TEXT.format(table=table, example=example, **facts)
     (DOCS / "reasoning.md").write_text(text, encoding="utf-8")
@@ -144,7 +145,7 @@ numbers, each used once. This page was written by
 {command}
 ```
 
-whose stages took {minutes} minutes on two cores, for {seeds} seeds: other models, data and samples each.{students}
+whose stages took {minutes} minutes on {cores} cores, for {seeds} seeds: other models, data and samples each.{students}
 
 ## Held-out problems
 

@@ -98,9 +98,9 @@ def write_problems(folder: Path, seed: int) -> None:
     write_lines(folder / "worked.jsonl", itertools.islice(worked(), FLAGS.worked))
     write_text(folder / "template.jinja", TEMPLATE)
     if FLAGS.distill:
-        cfg = dsv3.preset(FLAGS.preset)
-        small = cfg.replace(hidden_size=cfg.hidden_size * 2 // 3, num_hidden_layers=cfg.num_hidden_layers - 1)
-        write_text(folder / "student.json", json.dumps(small.to_hf(), indent=1) + "\n")
+        fields = dsv3.preset(FLAGS.preset).to_hf()
+        fields |= {"hidden_size": fields["hidden_size"] * 2 // 3, "num_hidden_layers": fields["num_hidden_layers"] - 1}
+        write_text(folder / "student.json", json.dumps(dsv3.ModelConfig.from_hf(fields).to_hf(), indent=1) + "\n")
 
 
 def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
@@ -136,7 +136,7 @@ def make_student_stages(folder: Path, seed: int) -> list[Stage]:
     copied = make.traced | make.template | {"data": folder / "teacher_traces" / "rows.jsonl", "epochs": FLAGS.student_epochs}
     own = {"on_policy": True, "problems": folder / "problems.jsonl", "explorations": FLAGS.explorations, "prompts": 256,
            "max_batch": 256, "max_new_tokens": FLAGS.max_new_tokens, "lr": FLAGS.rl_lr, "lr_end": FLAGS.rl_lr_end,
-           "heldout": 0, "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
+           "heldout": 0.1, "eval_every": 0, "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
     return [
         make.stage("student", "pretrain", make.pretrain | small),
         make.measured("student", PLAIN),
@@ -166,7 +166,7 @@ class Maker:
                          "batch_size": 8, "seq_len": 256, "lr": 3e-3, "save_every": 0, "seed": seed}  # fmt: skip
         tune = {"lr": 5e-4, "lr_end": 5e-5, "warmup_steps": 8, "batch_size": 4, "max_length": 256, "heldout": 0.1,
                 "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
-        self.cold = {"data": folder / "worked.jsonl", "epochs": FLAGS.cold_epochs} | tune
+        self.cold = tune | {"data": folder / "worked.jsonl", "epochs": FLAGS.cold_epochs, "lr": 1e-3, "lr_end": 1e-4}
         self.traced = {"data": folder / "traces" / "rows.jsonl", "epochs": FLAGS.trace_epochs} | tune
         self.learn = {"problems": folder / "problems.jsonl", "explorations": FLAGS.explorations, "prompts": 16,
                       "group_size": 16, "rows": 256, "lr": FLAGS.rl_lr, "kl_weight": FLAGS.kl_weight, "heldout": 0,

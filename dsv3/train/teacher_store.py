@@ -104,10 +104,9 @@ def write_store(
     for number, first in enumerate(range(0, len(weights), shard_rows)):
         rows = first, min(first + shard_rows, len(weights))
         name = f"shard-{number:05}.safetensors"
-        kept = name in known and _problem(folder, known[name]) is None
+        kept = name in known and known[name].places == counts[slice(*rows)].sum() and _problem(folder, known[name]) is None
         if not kept:
-            known[name] = _write_shard(folder / name, rows, say(*rows), weights[rows[0] : rows[1]], precision)
-            check(known[name].places == counts[rows[0] : rows[1]].sum(), "write_store: `say` left out places")
+            known[name] = _write_shard(folder / name, rows, say(*rows), weights[slice(*rows)], precision)
             shards = [known[file]._asdict() for file in sorted(known)]
             _write(folder / MANIFEST, (json.dumps(head | {"shards": shards}, indent=1) + "\n").encode())
         note(known[name], kept)

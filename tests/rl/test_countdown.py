@@ -81,17 +81,17 @@ def test_no_text_has_a_problem_of_held_out_numbers(level):
     given = [tuple(map(int, found.split())) for text in texts for found in re.findall(r"From ([\d ]+):", text)]
     assert len(given) > 100 and not any(map(is_held_out, given))
     steps = [step for text in texts for step in re.findall(r"\b\d+[-+*]\d+=\d+\b", text)]
-    assert len(steps) > 1000 and all(value_of(step.replace("=", "==")) for step in steps), "sums are right"
+    assert len(steps) > 700 and all(value_of(step.replace("=", "==")) for step in steps), "sums are right"
     answers = re.findall(r"Make (\d+) from [\d ]+\. (\S+)$", "\n".join(texts), re.MULTILINE)
     right = sum(value_of(answer) == int(target) for target, answer in answers)
-    assert 0.05 < right / len(answers) < 0.4, "answers are what comes to mind first"
+    assert 0.05 < right / len(answers) < 0.6, "answers are what comes to mind first"
     talks = [text for text in texts if "<think>" in text]
     problems = [re.search(r"Make (\d+) from ([\d ]+)\.", text).groups() for text in talks]
     references = [{"target": int(target), "numbers": list(map(int, numbers.split()))} for target, numbers in problems]
     counts = [count_tries(text, reference) for text, reference in zip(talks, references)]
     assert {1, 2} <= {count.tries for count in counts} <= {1, 2, 3, 4} and not any(count.misjudged for count in counts)
     rewards = [make_countdown_reward()("", text.partition("Assistant: ")[2], each) for text, each in zip(talks, references)]
-    assert len(talks) > 200 and 0.05 < sum(rewards) / len(talks) < 0.4, "nor need those be right that were thought over"
+    assert len(talks) > 200 and 0.05 < sum(rewards) / len(talks) < 0.6, "nor need those be right that were thought over"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -107,7 +107,7 @@ def test_worked_solutions_end_with_a_try_that_is_right(level):
         counts = count_tries(row["messages"][1]["content"], problem)
         assert counts.rejected == counts.tries - 1 and counts.misjudged == counts.wrong_steps == 0
         lengths[counts.tries] += 1
-    assert set(lengths) == {None, 1, 2, 3}
+    assert set(lengths) == ({1, 2} if level == "pair" else {None, 1, 2, 3})
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,53 @@ SHORT = [
 STAGES = "pretrain sft grpo traces sft2 zero student student_sft student_grpo teacher_traces student_traces student_logits"
 DATA = ("texts.jsonl", "worked.jsonl", "problems.jsonl", "heldout.jsonl", "student.json", "template.jinja")
 STAGES = (STAGES + " student_policy").split()
+# A stage that notes each signal and saves at the first, as those that learn do; one that fails.
+SLOW = """
+import pathlib, signal, sys, time
+out, seen = pathlib.Path(sys.argv[1].partition("=")[2]), []
+
+def note(number, frame):
+    seen.append(number)
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, note)
+out.mkdir(exist_ok=True)
+(out / "begun").touch()
+while not seen:
+    time.sleep(0.02)
+time.sleep(0.3)
+(out / "seen").write_text(" ".join(map(str, seen)))
+sys.exit(143)
+"""
+BAD_STAGE = """
+import pathlib, sys, time
+while not pathlib.Path("slow/begun").exists():
+    time.sleep(0.02)
+sys.exit("what is wrong")
+"""
+STAGES_RUN = """
+import pathlib, signal, sys
+import hush, reasoning
+from reasoning_stages import Stage
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+reasoning.FLAGS(["reasoning.py", "--jobs=2"])
+reasoning.HERE = here = pathlib.Path.cwd()
+plan = {0: [Stage(name, here / name, name, {}) for name in sys.argv[1:]]}
+plan[0].append(Stage("later", here / "later", "later", {"model": here / "slow" / "export"}))
+try:
+    reasoning.run_all(plan, here, "path")
+except ValueError as error:
+    print(error)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
 PRINT = """
 import json, pathlib
 import hush, reasoning
-reasoning.FLAGS(["reasoning.py", "--distill"])
-made = reasoning.stages_of(pathlib.Path("here"), 3)
+reasoning.FLAGS(["reasoning.py", "--distill", "--seeds=4"])
+path, students = reasoning.plans(pathlib.Path("here"))
+made = path[3] + students[3]
 print(json.dumps([[stage.name, stage.measures, stage.command] for stage in made]))
 """
 
@@ -61,14 +105,15 @@ def call(folder, *arguments):
 
 def test_every_stage_begins_with_one_that_is_done(tmp_path):
     (rows,) = python(PRINT, folder=tmp_path)
-    made = {f"here/{name}" for name in DATA}
+    made = {f"here/seed-3/{name}" for name in DATA}
     assert [name for name, measures, _ in rows if measures is None] == STAGES
     for name, measures, command in rows:
         flags = dict(part.removeprefix("--").partition("=")[::2] for part in command[2:])
         read = [value for flag, value in flags.items() if value.startswith("here/") and flag != "out"]
         assert set(read) <= made, f"{name} reads what is not there yet"
-        assert measures is None or flags["problems"] == "here/heldout.jsonl"
-        assert measures is not None or flags.get("problems") != "here/heldout.jsonl", "held-out problems only measure"
+        assert measures is None or flags["problems"] == "here/seed-3/heldout.jsonl"
+        assert measures is not None or flags.get("problems") != "here/seed-3/heldout.jsonl", "held-out problems only measure"
+        assert "heldout" not in flags or command[1] == "examples/grpo.py" or 0 < float(flags["heldout"]) < 1, name
         out = flags["out"]
         made |= {out, f"{out}/export", f"{out}/tokenizer", f"{out}/rows.jsonl"}
         assert (ROOT / command[1]).exists() and flags["seed"] == "3"
@@ -78,9 +123,14 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text('{"level": "long"}')
     (tmp_path / "foreign" / "seed-0").mkdir(parents=True)
+    (tmp_path / "tuned" / "seed-0").mkdir(parents=True)
+    (tmp_path / "tuned" / "run.json").write_text('{"program": "sft"}')
     cases = [
         (["--out=out"], "--level is easy, but 'out' was begun with long"),
         (["--out=foreign"], "'foreign' has folders of seeds but no run.json"),
+        (["--out=foreign", "--fresh"], "'foreign' has folders of seeds but no run.json"),
+        (["--out=tuned"], "'tuned/run.json' is of another program's run"),
+        (["--out=tuned", "--fresh"], "'tuned/run.json' is of another program's run"),
         (["--level=hard"], "should be one of"),
         (["what"], "unexpected argument ['what']"),
     ]
@@ -88,7 +138,31 @@ def test_bad_input_is_one_line(tmp_path):
     for (code, err), (_, want) in zip(found, cases, strict=True):
         assert code == 2 and err.startswith("reasoning: ") and err.count("\n") == 1 and want in err, err
     assert json.loads((tmp_path / "out" / "run.json").read_text()) == {"level": "long"}
-    assert (tmp_path / "foreign" / "seed-0").exists()
+    assert json.loads((tmp_path / "tuned" / "run.json").read_text()) == {"program": "sft"}
+    assert (tmp_path / "foreign" / "seed-0").exists() and (tmp_path / "tuned" / "seed-0").exists()
+
+
+@pytest.mark.parametrize("ends", ["a stage fails", "Ctrl-C"])
+def test_stages_that_run_are_told_once_to_save_and_none_is_left(tmp_path, ends):
+    """The terminal sends Ctrl-C to all processes of a command, here to those of its group."""
+    for name, text in (("slow", SLOW), ("bad", BAD_STAGE)):
+        (tmp_path / f"{name}.py").write_text(text)
+    names = ["slow", "bad"] if ends == "a stage fails" else ["slow"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    command = [sys.executable, "-c", STAGES_RUN, *names]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+    if ends == "Ctrl-C":
+        while not (tmp_path / "slow" / "begun").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=600)[0].splitlines()[-1]
+    want = "[2 of 3] seed 0 bad: ended with 1: what is wrong (all of it:" if len(names) == 2 else "interrupted"
+    assert said.startswith(want), said
+    assert (tmp_path / "slow" / "seen").read_text() == str(signal.SIGTERM.value)
+    assert not (tmp_path / "later.txt").exists() and not list(tmp_path.glob("*/.done"))
 
 
 @pytest.fixture(scope="module")

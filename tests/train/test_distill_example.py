@@ -112,6 +112,7 @@ BAD_STORES = {
     "other shards": ([*STORE, "--shard_rows=4", "--out=full"], "`shard_rows` is 4 here, 3 there"),
     "foreign": ([*STORE, "--out=model"], r"--out 'model' holds \['config.json'\], which is no part of a store"),
     "argument": ([*STORE, "--out=no", "rows"], r"unexpected argument \['rows'\]"),
+    "fresh and wrong": ([*STORE, "--max_length=9", "--out=kept", "--fresh", "%kept"], "the conversation has .* tokens, "),
 }  # fmt: skip
 
 RUN = ["--model=model", *ROWS, "--batch_size=2", "--epochs=1", "--lr=3e-3", "--lr_end=1e-3", "--samples=0", "--eval_every=3"]
@@ -181,7 +182,10 @@ BAD = {
     "no problems at all": (
         ["--model=model", "--teacher=teacher", "--on_policy"], "--on_policy is given, but no --problems, want a file",
     ),
-    "few problems": ([*POLICY, "--prompts=90"], "--problems has .* problems to train on and .* held out, want at least"),
+    "few problems": (
+        [*POLICY, "--heldout=0.999999"], "--problems has 0 problems to train on and 20 that are held out, want at least one",
+    ),
+    "none held out": ([*POLICY, "--heldout=0"], "--heldout is 0.0, want a share above 0 and below 1"),
     "turns": ([*POLICY, "--problems=turns.jsonl"], "--problems has a prompt of several turns, want one"),
     "a long answer": ([*POLICY, "--max_new_tokens=126"], "no prompt is cut off"),
     "a reward": ([*POLICY, "--reward=honesty"], "--reward has 'honesty', want some of accuracy, code, countdown"),
@@ -194,6 +198,13 @@ BAD = {
     "another form": ([*POLICY, "--out=teacher_run"], "other settings: .*; another --out keeps both"),
     "fresh on its own teacher": (
         [*RUN, "--teacher=own/export", "--out=own", "--fresh"], "--fresh would delete --teacher 'own/export', which lies in",
+    ),
+    "fresh on its own store": (
+        [*RUN, "--stored=own/checkpoints", "--out=own", "--fresh", "%own/checkpoints"],
+        "--fresh would delete --stored 'own/checkpoints', which lies in",
+    ),
+    "fresh on its policy's teacher": (
+        [*POLICY, "--teacher=own/export", "--out=own", "--fresh"], "--fresh would delete --teacher 'own/export', which lies",
     ),
     "fresh on another program's run": ([*TEACHER, "--out=tuned", "--fresh"], "--out 'tuned' holds a run of sft.py"),
 }  # fmt: skip
@@ -283,6 +294,11 @@ def test_a_store_that_was_killed_goes_on_to_the_same_bytes(folder, results):
     assert code == 0 and printed.count(" is there") == 1 and "shard-00000.safetensors is there" in printed
     whole, torn = ({p.name: p.read_bytes() for p in (folder / name).glob("[a-z]*")} for name in ("full", "torn"))
     assert whole == torn and len(whole) == 5
+
+
+def test_fresh_deletes_no_store_before_all_else_is_right(folder, results):
+    kept, whole = ({path.name for path in (folder / name).glob("[a-z]*")} for name in ("kept", "full"))
+    assert kept == whole and len(whole) == 5
 
 
 def test_a_run_leaves_what_it_promises(folder, results):

@@ -111,6 +111,13 @@ def test_a_damaged_shard_is_refused_and_made_anew(tmp_path, damage, message):
     assert kept == [True, False, True] and contents(tmp_path) == before
 
 
+def test_a_shard_of_other_places_is_made_anew(tmp_path):
+    write(tmp_path)
+    kept, every = [], np.ones([ROWS, LENGTH])
+    write_store(tmp_path, SETTINGS, every, said, shard_rows=3, note=lambda shard, there: kept.append(there))
+    assert kept == [False] * 3 and TeacherStore(tmp_path, every).size > every.sum() * (8 * K + 4)
+
+
 def test_other_settings_rows_and_manifests_are_refused(tmp_path):
     write(tmp_path / "a")
     with pytest.raises(ValueError, match=r"the store in .*, other settings: `settings.temperature` is 2.0 here, 1.0 there"):
