@@ -130,7 +130,7 @@ def _level(function: str, name: str) -> Level:
     return LEVELS[name]
 
 
-def worked_solution(problem: Countdown, level: str, rng: random.Random, *, most: int = 4) -> tuple[str, str] | None:
+def worked_solution(problem: Countdown, level: str, rng: random.Random, *, most: int = 6) -> tuple[str, str] | None:
     """Returns the thinking and the answer of one way to a solution: tries in random order, each checked, until one is right.
 
     A check says the target again: a small model compares two numbers that stand side by side much sooner than distant ones.
@@ -167,8 +167,8 @@ def countdown_texts(level: str, *, seed: int = 0) -> Iterator[str]:
     """Returns documents without end to pretrain on: conversations in which people think for a while and answer, right or
     not; answers without thinking; expressions of given numbers; sums.
 
-    The thinking has one, two or four tries in random order and ends there, whether or not one of them was right, and the
-    answer is the last one: checks are right, conclusions need not be. No problem of held-out numbers is among the
+    The thinking is tries in random order and ends after each with probability 1/2, whether or not one was right; the answer
+    is the last one. So checks are right, and conclusions need not be. No problem of held-out numbers is among the
     documents; sums of two numbers are of all.
 
     Args:
@@ -190,7 +190,9 @@ def countdown_texts(level: str, *, seed: int = 0) -> Iterator[str]:
 
     def conversation() -> str:
         numbers, tries = made()
-        target, said = rng.choice(tries).value, tries[: rng.choice((1, 1, 2, 4))]
+        target, said = rng.choice(tries).value, tries[:1]
+        while len(said) < len(tries) and rng.random() < 0.5:
+            said = tries[: len(said) + 1]
         question = countdown_question(Countdown(numbers, target))
         thinking = thought(said, target)
         return f"User: {question}\nAssistant: <think>\n{thinking}\n</think>\n<answer>{said[-1].expression}</answer>"

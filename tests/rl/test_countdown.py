@@ -89,7 +89,7 @@ def test_no_text_has_a_problem_of_held_out_numbers(level):
     problems = [re.search(r"Make (\d+) from ([\d ]+)\.", text).groups() for text in talks]
     references = [{"target": int(target), "numbers": list(map(int, numbers.split()))} for target, numbers in problems]
     counts = [count_tries(text, reference) for text, reference in zip(talks, references)]
-    assert {1, 2} <= {count.tries for count in counts} <= {1, 2, 3, 4} and not any(count.misjudged for count in counts)
+    assert {1, 2} <= {count.tries for count in counts} and not any(count.misjudged for count in counts)
     rewards = [make_countdown_reward()("", text.partition("Assistant: ")[2], each) for text, each in zip(talks, references)]
     assert len(talks) > 200 and 0.05 < sum(rewards) / len(talks) < 0.6, "nor need those be right that were thought over"
 
