@@ -15,8 +15,9 @@ from tests.more import MORE
 
 ROOT = Path(__file__).parents[2]
 SHORT = [  # fewer steps of pretraining leave too few right answers to learn from
-    "--seeds=1", "--distill", "--texts=8000", "--pretrain_steps=900", "--worked=60", "--explorations=3", "--max_new_tokens=96",
-    "--asked=120", "--traces=2", "--trace_epochs=8", "--student_epochs=8", "--measured=40", "--out=out",
+    "--seeds=1", "--distill", "--texts=8000", "--pretrain_steps=900", "--worked=60", "--explorations=3",
+    "--max_new_tokens=96", "--asked=120", "--traces=2", "--trace_epochs=8", "--student_epochs=8", "--measured=40",
+    "--out=out",
 ]  # fmt: skip
 STAGES = "pretrain sft grpo traces sft2 zero student student_sft student_grpo teacher_traces student_traces student_logits"
 DATA = ("texts.jsonl", "worked.jsonl", "problems.jsonl", "heldout.jsonl", "student.json", "template.jinja")
