@@ -30,15 +30,9 @@ passed: list[str] = []
 def pytest_collection_modifyitems(config, items):
     """Puts the folder with the longest files first, so that no process is left with one of them at the end."""
     known = set(Path(READ).read_text().splitlines()) if READ and Path(READ).exists() else set()
-    done = {item for item in items if plain_id(item) in known}
+    done = {item for item in items if item.nodeid in known}
     config.hook.pytest_deselected(items=list(done))
     items[:] = sorted((item for item in items if item not in done), key=lambda item: "train" not in item.path.parts)
-
-
-def plain_id(item):
-    """The id without the group that xdist may have put behind it."""
-    group = item.get_closest_marker("xdist_group")
-    return item.nodeid.removesuffix(f"@{group.args[0]}") if group and group.args else item.nodeid
 
 
 def pytest_runtest_logreport(report):

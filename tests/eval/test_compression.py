@@ -27,8 +27,6 @@ from tests.more import MORE
 from tests.serve.model import POLICY, model
 from tests.serve.test_text import VOCAB, tokenizer
 
-pytestmark = pytest.mark.xdist_group("compression")  # fixtures that take long are made once
-
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 

@@ -14,8 +14,6 @@ from dsv3.pretrained import save_pretrained
 from tests.more import MORE
 from tests.small import model_config, random_params, random_router
 
-pytestmark = pytest.mark.xdist_group("long_context")  # fixtures that take long are made once
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Flags are the process's own, so the program runs in one of its own: one for all cases.

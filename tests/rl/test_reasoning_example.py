@@ -14,7 +14,6 @@ import pytest
 from tests.more import MORE
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("reasoning")  # fixtures that take long are made once
 SHORT = [  # fewer steps of pretraining leave too few right answers to learn from
     "--seeds=1", "--distill", "--texts=8000", "--pretrain_steps=900", "--worked=60", "--explorations=3",
     "--max_new_tokens=96", "--asked=120", "--traces=2", "--trace_epochs=8", "--student_epochs=8", "--measured=40",

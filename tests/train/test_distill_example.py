@@ -29,7 +29,6 @@ from tests.more import MORE
 from tests.small import model_config, random_params
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
-pytestmark = pytest.mark.xdist_group("distill")  # fixtures that take long are made once
 VOCAB = 330
 
 # Runs the programs in one process. `@n` sends the signal that Ctrl-C sends when batch n is asked for; `%name` copies the

@@ -19,8 +19,6 @@ from tests.small import model_config
 from tests.train.test_pretrain_example import EXAMPLES, call, environment, pretrain, read_rows, refused, train_rows
 from tests.train.test_pretrain_plan import data
 
-pytestmark = pytest.mark.xdist_group("pretrain_mesh")  # fixtures that take long are made once
-
 __all__ = ["data", "pretrain"]
 
 STEPS = 12

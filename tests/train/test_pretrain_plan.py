@@ -37,8 +37,6 @@ from tests.more import MORE, more
 from tests.train.test_loop import toy_step
 from tests.train.test_pretrain_example import CONFIG, call, pretrain, refused, train_rows
 
-pytestmark = pytest.mark.xdist_group("pretrain_plan")  # fixtures that take long are made once
-
 __all__ = ["pretrain"]
 
 PLAN = (
