@@ -97,7 +97,7 @@ def draw(plan: Mapping[int, Sequence[Any]], found: Mapping[str, Sequence[Mapping
                 style = {"linestyle": "--", "color": "C1"} if stage.name == "zero" else {"linestyle": "-", "color": "C0"}
                 label = SHOWN[stage.name] if stages is next(iter(plan.values())) else None
                 steps = [row["step"] for row in rows]
-                axes[1].plot(steps, [row["reward_countdown"] for row in rows], label=label, **style)
+                axes[1].plot(steps, [row["parts"]["countdown"] for row in rows], label=label, **style)
                 axes[2].plot(steps, [row["length"] for row in rows], **style)
     axes[1].set(ylim=(0, 1), title="right answers while learning", xlabel="exploration")
     axes[2].set(title="tokens of an answer", xlabel="exploration")
