@@ -30,6 +30,16 @@ def flag_parser(program: str) -> Callable[[list[str]], list[str]]:
     return parse_flags
 
 
+def failure_line(program: str) -> Callable[[object, int], int]:
+    """Returns what says what is wrong, in one line of standard error, and returns the exit code."""
+
+    def fail(error: object, code: int) -> int:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
+
+    return fail
+
+
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Returns a table as text in aligned columns, of which the first `left` begin at the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]

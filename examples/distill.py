@@ -26,19 +26,20 @@ from __future__ import annotations
 import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
-import shlex
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import distill_policy
+import distill_setup
 import distill_train
 from absl import app, flags, logging
-from command import flag_parser
-from distill_setup import KINDS, prepare, say
-from sft_train import start
+from command import failure_line, flag_parser
+from distill_setup import KINDS
+from sft_train import run_program, start
 
-from dsv3.policy import default_policy
-from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
+from dsv3.policy import ComputePolicy
+from dsv3.train.loop import LoopResult
+from dsv3.train.state import TrainState
 
 FLAGS = flags.FLAGS
 
@@ -94,50 +95,21 @@ flags.DEFINE_integer("samples", 4, "Held-out questions that are answered before 
 
 
 def main(argv: list[str]) -> int:
-    """Runs everything; returns the exit code: 2 for bad input, 1 for what fails later, 128 + n after signal n."""
+    """Runs everything; returns the exit code, see `run_program`."""
     logging.set_verbosity(logging.WARNING)
     form = distill_policy if FLAGS.on_policy else distill_train
-    try:
-        setup = (distill_policy.prepare if FLAGS.on_policy else prepare)(argv)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    same = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0] != "fresh"]
-    again = f"run the same command again: {shlex.join([sys.executable, *same])}"
-    policy = default_policy().replace(dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat)
-    try:
+    prepare = distill_policy.prepare if FLAGS.on_policy else distill_setup.prepare
+
+    def learn(setup: Any, policy: ComputePolicy) -> tuple[LoopResult, Callable[[TrainState], None]]:
         begun = start(setup.run)
         parts = form.make_parts(setup, begun, policy)
         form.show_before(setup, begun, parts, policy)
-        result = form.train(setup, begun, parts, policy)
-        del begun
-        if result.step < setup.run.steps:
-            say(f"{result.stopped.name}: saved at step {result.step} of {setup.run.steps}; to go on, {again}")
-            return 128 + result.stopped
-        form.report(setup, result.state, parts, policy)
-    except FloatingPointError as error:
-        return fail(f"{error}; {last_checkpoint(setup.run.out)}; a lower --lr may help, with --fresh or another --out", 1)
-    except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, {again}", 1)
-    except KeyboardInterrupt:  # outside of the training
-        return fail(f"interrupted; to go on, {again}", 130)
-    return 0
+        return form.train(setup, begun, parts, policy), lambda state: form.report(setup, state, parts, policy)
+
+    return run_program(fail, lambda: prepare(argv), learn, lambda setup: setup.run)
 
 
-def fail(error: object, code: int) -> int:
-    """Says what is wrong, in one line, and returns the exit code."""
-    print(f"distill: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
-
-
-def last_checkpoint(out: Path) -> str:
-    """What there is to go back to."""
-    found = list_checkpoints(out / "checkpoints")
-    return f"the last checkpoint is of step {checkpoint_step(found[-1])}" if found else "no checkpoint was saved before it"
-
-
-parse_flags = flag_parser("distill")
+parse_flags, fail = flag_parser("distill"), failure_line("distill")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from command import write_text
 from distill_setup import LOSS, check_length, check_loss, check_source, check_teacher
-from distill_train import load_teacher, make_divergence, make_step, micro
+from distill_train import full_parts, load_teacher, make_divergence, make_step, micro
 from grpo_problems import Question, chat_tasks, check_references, read_questions, read_rewards
 from grpo_setup import digest as tasks_digest
 from pretrain_setup import RUN_FILE, agree, checkpoint_digest, claim_folder, delete_run, say, write_run
@@ -200,12 +200,8 @@ def rows_of(rollouts: Rollouts, size: int) -> DistillBatch:
 
 def parts_of(rows: DistillBatch, size: int) -> Iterator[DistillBatch]:
     """Rows in order, `size` at a time; the last part is filled up with rows of weight 0."""
-    count = len(rows.tokens)
-    for first in range(0, count, size):
-        numbers = np.arange(first, first + size)
-        here = np.minimum(numbers, count - 1)
-        weights = rows.weights[here] * (numbers < count)[:, None].astype(np.float32)
-        yield DistillBatch(rows.tokens[here], weights, rows.segments[here])
+    for here, there in full_parts(len(rows.tokens), size):
+        yield DistillBatch(rows.tokens[here], rows.weights[here] * there, rows.segments[here])
 
 
 def show_before(setup: PolicySetup, begun: Begun, parts: PolicyParts, policy: ComputePolicy) -> None:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from command import flag_parser, lock_folder
+from command import failure_line, flag_parser, lock_folder
 from pretrain_setup import checkpoint_digest
 from sft_setup import (
     Rows,
@@ -110,12 +110,6 @@ def main(argv: list[str]) -> int:
     say(f"{places:,} places of {rows:,} rows, {FLAGS.k:,} tokens each: {held / places:.2%} of the probability")
     say(f"{size:,} bytes in {len(shards)} shards, {size / places:,.1f} a place: {FLAGS.out}")
     return 0
-
-
-def fail(error: object, code: int) -> int:
-    """Says what is wrong, in one line, and returns the exit code."""
-    print(f"distill_store: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 def prepare(argv: Sequence[str]) -> Setup:
@@ -239,7 +233,7 @@ class Pace:
             print(f"row {self._done:,}/{self._rows:,}  {speed}  ETA {left}", file=sys.stderr, flush=True)
 
 
-parse_flags = flag_parser("distill_store")
+parse_flags, fail = flag_parser("distill_store"), failure_line("distill_store")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

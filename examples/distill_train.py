@@ -87,12 +87,17 @@ def make_divergence(
 
 def heldout(setup: Distill, size: int) -> Iterator[DistillBatch]:
     """All held-out rows, `size` at a time; the last batch is filled up with rows of weight 0."""
-    held, count = setup.run.held, len(setup.run.held.tokens)
+    held = setup.run.held
+    for numbers, there in full_parts(len(held.tokens), size):
+        batch = with_teacher(setup, held, numbers, offset=len(setup.run.rows.tokens))
+        yield batch._replace(weights=batch.weights * there)
+
+
+def full_parts(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of `count` rows, `size` at a time, and `[size, 1]`, 0.0 for what fills up the last part."""
     for first in range(0, count, size):
         numbers = np.arange(first, first + size)
-        there, numbers = (numbers < count)[:, None], np.minimum(numbers, count - 1)
-        batch = with_teacher(setup, held, numbers, offset=len(setup.run.rows.tokens))
-        yield batch._replace(weights=batch.weights * there.astype(np.float32))
+        yield np.minimum(numbers, count - 1), (numbers < count)[:, None].astype(np.float32)
 
 
 def with_teacher(setup: Distill, rows: PackedDocuments, numbers: np.ndarray, offset: int = 0) -> DistillBatch:

@@ -33,10 +33,9 @@ from __future__ import annotations
 import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
-import sys
 
 from absl import app, flags, logging
-from command import flag_parser
+from command import failure_line, flag_parser
 from grpo_report import report
 from grpo_setup import prepare, say
 from grpo_train import train
@@ -135,13 +134,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def fail(error: object, code: int) -> int:
-    """Says what is wrong, in one line, and returns the exit code."""
-    print(f"grpo: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
-
-
-parse_flags = flag_parser("grpo")
+parse_flags, fail = flag_parser("grpo"), failure_line("grpo")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

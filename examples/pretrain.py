@@ -50,7 +50,7 @@ from absl import app, flags, logging
 from command import flag_parser
 from pretrain_plan import stage_of
 from pretrain_report import report
-from pretrain_setup import Setup, compute_dtype, prepare, say
+from pretrain_setup import Setup, compute_dtype, last_checkpoint, prepare, say
 from pretrain_train import Stop, total_steps, train
 
 import dsv3
@@ -58,7 +58,6 @@ from dsv3 import pipeline
 from dsv3.data.passkey import KEYS
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.recipe import RECIPES
-from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.state import TrainState
 
 FLAGS = flags.FLAGS
@@ -186,7 +185,7 @@ def run(setup: Setup, again: str, extension: Extension | None = None) -> int:
         more = [] if extension is None else extension.sections(setup)
         report(setup._replace(cfg=stage_of(setup.cfg, setup.schedule, last)), result.state, plain, more)
     except FloatingPointError as error:
-        return fail(f"{error}; {last_checkpoint(setup)}; a lower --lr may help, with --fresh or another --out", 1)
+        return fail(f"{error}; {last_checkpoint(setup.out)}; a lower --lr may help, with --fresh or another --out", 1)
     except (ValueError, OSError) as error:
         return fail(f"{error}; once that is put right, {again}", 1)
     except tf.errors.OpError as error:
@@ -215,12 +214,6 @@ def same_command() -> str:
         python = sys.executable
     same = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0] != "fresh"]
     return f"run the same command again: {shlex.join([python, *same])}"
-
-
-def last_checkpoint(setup: Setup) -> str:
-    """What there is to go back to."""
-    found = list_checkpoints(setup.out / "checkpoints")
-    return f"the last checkpoint is of step {checkpoint_step(found[-1])}" if found else "no checkpoint was saved before it"
 
 
 parse_flags = flag_parser("pretrain")

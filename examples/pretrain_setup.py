@@ -39,7 +39,7 @@ from dsv3.parallel.collectives import gather_mesh
 from dsv3.parallel.mesh import make_mesh, parse_axes, whole
 from dsv3.pretrained import pretrained_config
 from dsv3.recipe import RECIPES
-from dsv3.train.checkpoint import check_settings
+from dsv3.train.checkpoint import check_settings, checkpoint_step, list_checkpoints
 from dsv3.train.schedule import TrainSchedule
 from dsv3.typing import Tree
 
@@ -321,6 +321,12 @@ def delete_run(out: Path) -> None:
     """Deletes what a run has written. Its settings go last: until then the folder is known to hold a run."""
     for part in PARTS:
         shutil.rmtree(out / part) if (out / part).is_dir() else (out / part).unlink(missing_ok=True)
+
+
+def last_checkpoint(out: Path) -> str:
+    """What there is to go back to."""
+    found = list_checkpoints(out / "checkpoints")
+    return f"the last checkpoint is of step {checkpoint_step(found[-1])}" if found else "no checkpoint was saved before it"
 
 
 def write_run(out: Path, settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@
 
 Each stage is a program of its own, whose command is printed; any of them can be run by hand or on other data:
 
-  pretrain    pretrain.py: sums, comparisons, and answers of which half are wrong
+  pretrain    pretrain.py: sums, expressions, and conversations that think for a while and answer, right or not
   sft         sft.py: a cold start on a few worked solutions that check each try
   grpo        grpo.py: reinforcement learning on rewards by rules alone
   traces      solve.py: rejection sampling; right answers of the model to the problems that it learns from
@@ -26,7 +26,7 @@ and report.html. What is done is not done again: after an interruption the same 
 
 Examples:
 
-  python examples/reasoning.py                                     # three seeds, under an hour on two cores
+  python examples/reasoning.py                                     # three seeds
   python examples/reasoning.py --distill                           # the same folder, and the students
   python examples/reasoning.py --seeds 1 --out runs/one
   python examples/reasoning.py --level long --seeds 1 --out runs/long
@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
-from command import flag_parser, lock_folder, write_text
+from command import failure_line, flag_parser, lock_folder, write_text
 from reasoning_report import report
 from reasoning_stages import Stage, make_stages, make_student_stages, write_problems
 
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
         run_all(path, out, "path")
         run_all(students, out, "students")
         plan = {seed: [*path[seed], *students[seed]] for seed in path}
-        report(out, plan, cores=len(available_cores()), docs=FLAGS.write_docs)
+        report(out, plan, {"cores": len(available_cores()), "preset": FLAGS.preset}, docs=FLAGS.write_docs)
     except (ValueError, OSError) as error:
         return fail(f"{error}; once that is put right, {again}", 1)
     except KeyboardInterrupt:
@@ -128,12 +128,6 @@ def add_time(out: Path, name: str, seconds: float) -> None:
     file = out / "seconds.json"
     took = json.loads(file.read_text()) if file.exists() else {"path": 0.0, "students": 0.0}
     write_text(file, json.dumps(took | {name: took[name] + seconds}) + "\n")
-
-
-def fail(error: object, code: int) -> int:
-    """Says what is wrong, in one line, and returns the exit code."""
-    print(f"reasoning: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 def claim(out: Path) -> None:
@@ -266,7 +260,7 @@ def result(stage: Stage) -> str:
     return f"accuracy {found['accuracy']:.1%}, {found['tokens']:.0f} tokens an answer; "
 
 
-parse_flags = flag_parser("reasoning")
+parse_flags, fail = flag_parser("reasoning"), failure_line("reasoning")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

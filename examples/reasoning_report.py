@@ -34,8 +34,8 @@ COLUMNS = {
 COUNTS = ("tokens", "tries")  # the others are shares
 
 
-def report(out: Path, plan: Mapping[int, Sequence[Any]], *, cores: int, docs: bool) -> None:
-    """Writes and prints what came out. `plan`: each seed's stages."""
+def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any], *, docs: bool) -> None:
+    """Writes and prints what came out. `plan`: each seed's stages; `facts`: cores and preset, for the page of the docs."""
     found = measurements(plan)
     rows = table(found)
     text = aligned(rows)
@@ -56,7 +56,7 @@ def report(out: Path, plan: Mapping[int, Sequence[Any]], *, cores: int, docs: bo
     took = {name: round(seconds / 60) for name, seconds in json.loads((out / "seconds.json").read_text()).items()}
     print(f"\n{text}\n\n{example}\n\nall stages {sum(took.values())} min\n{page}")
     if docs:
-        write_docs(plan, rows, plot, example, commands, took | {"cores": cores})
+        write_docs(plan, rows, plot, example, commands, took | facts | {"measured": found["sft2"][0]["problems"]})
 
 
 def measurements(plan: Mapping[int, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -121,24 +121,26 @@ def transcript(plan: Mapping[int, Sequence[Any]], found: Mapping[str, Any]) -> s
 
 def write_docs(
     plan: Mapping[int, Sequence[Any]], rows: Sequence[Sequence[str]], plot: Path, example: str, commands: str,
-    took: Mapping[str, int],
+    facts: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Writes docs/reasoning.md and its plot."""
     target = DOCS / "reasoning.png"
     target.write_bytes(plot.read_bytes())
     command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-    facts = {"command": command, "commands": commands, "seeds": len(plan), "minutes": took["path"],
-             "cores": took["cores"]}  # fmt: skip
-    facts["students"] = f" The students took {took['students']} minutes more." if took["students"] else ""
-    text = TEXT.format(table=table, example=example, **facts)
+    minutes = facts["students"]
+    more = f" The students took {minutes} minutes more." if minutes else ""
+    text = TEXT.format(
+        **{**facts, "students": more}, minutes=facts["path"], table=table, example=example, command=command,
+        commands=commands, seeds=len(plan),
+    )  # fmt: skip
     (DOCS / "reasoning.md").write_text(text, encoding="utf-8")
 
 
 TEXT = """# Reasoning that improves, on one machine
 
-`examples/reasoning.py` takes a small DeepSeek-V3 (`--preset narrow`: latent attention, eight routed experts and a shared
-one, a multi-token prediction module) along the R1 path, on countdown problems that it makes itself: reach a target with
+`examples/reasoning.py` takes a small DeepSeek-V3 (`--preset {preset}`, with latent attention, routed and shared experts,
+and multi-token prediction) along the R1 path, on countdown problems that it makes itself: reach a target with
 numbers, each used once. This page was written by
 
 ```
@@ -150,7 +152,7 @@ whose stages took {minutes} minutes on {cores} cores, for {seeds} seeds: other m
 ## Held-out problems
 
 Which problems are held out is decided by their numbers: no worked solution, no text and no problem to learn from has one of
-these sets of numbers. Four answers to each of them are drawn at temperature 1.
+these sets of numbers. Four answers to each of {measured} held-out problems are drawn at temperature 1.
 
 {table}
 
@@ -168,7 +170,7 @@ An answer that corrects itself:
 
 ## What is done
 
-1. **Pretraining** on text that the project makes: conversations that think about a problem for one to three tries and then
+1. **Pretraining** on text that the project makes: conversations that think about a problem, may end after any try, and
    answer, right or not; answers without thinking; expressions; sums. Sums and checks are right, conclusions often are not.
 2. **Cold start**: supervised fine-tuning on a few worked solutions, which try in random order until a check says `yes`.
 3. **GRPO** on two rules: whether the answer is right (weight 1), and its form (0.1). No solution is shown.

@@ -34,17 +34,17 @@ from __future__ import annotations
 import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
-import shlex
-import sys
+from collections.abc import Callable
 
 from absl import app, flags
-from command import flag_parser
+from command import failure_line, flag_parser
 from sft_report import report, show_before
-from sft_setup import Setup, prepare, say
-from sft_train import start, train
+from sft_setup import Setup, prepare
+from sft_train import run_program, start, train
 
-from dsv3.policy import default_policy
-from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
+from dsv3.policy import ComputePolicy
+from dsv3.train.loop import LoopResult
+from dsv3.train.state import TrainState
 
 FLAGS = flags.FLAGS
 
@@ -81,47 +81,18 @@ flags.DEFINE_integer("samples", 4, "Held-out questions that are answered before 
 
 
 def main(argv: list[str]) -> int:
-    """Runs everything; returns the exit code: 2 for bad input, 1 for what fails later, 128 + n after signal n."""
-    try:
-        setup = prepare(argv)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    same = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0] != "fresh"]
-    again = f"run the same command again: {shlex.join([sys.executable, *same])}"
-    policy = default_policy().replace(dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat)
-    try:
-        begun = start(setup)
-        show_before(setup, begun, policy)
-        result = train(setup, begun, policy)
-        del begun
-        if result.step < setup.steps:
-            say(f"{result.stopped.name}: saved at step {result.step} of {setup.steps}; to go on, {again}")
-            return 128 + result.stopped
-        report(setup, result.state, policy)
-    except FloatingPointError as error:
-        return fail(f"{error}; {last_checkpoint(setup)}; a lower --lr may help, with --fresh or another --out", 1)
-    except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, {again}", 1)
-    except KeyboardInterrupt:  # outside of the training
-        return fail(f"interrupted; to go on, {again}", 130)
-    return 0
+    """Runs everything; returns the exit code, see `run_program`."""
+    return run_program(fail, lambda: prepare(argv), learn)
 
 
-def fail(error: object, code: int) -> int:
-    """Says what is wrong, in one line, and returns the exit code."""
-    print(f"sft: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+def learn(setup: Setup, policy: ComputePolicy) -> tuple[LoopResult, Callable[[TrainState], None]]:
+    """Answers held-out questions with the model as it is, and trains it; returns what reports on the result, too."""
+    begun = start(setup)
+    show_before(setup, begun, policy)
+    return train(setup, begun, policy), lambda state: report(setup, state, policy)
 
 
-def last_checkpoint(setup: Setup) -> str:
-    """What there is to go back to."""
-    found = list_checkpoints(setup.out / "checkpoints")
-    return f"the last checkpoint is of step {checkpoint_step(found[-1])}" if found else "no checkpoint was saved before it"
-
-
-parse_flags = flag_parser("sft")
+parse_flags, fail = flag_parser("sft"), failure_line("sft")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

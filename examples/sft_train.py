@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import shlex
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
+from pretrain_setup import last_checkpoint
 from sft_setup import Setup, say
 
 from dsv3.compiled import place
@@ -18,7 +21,7 @@ from dsv3.config import ModelConfig
 from dsv3.data import batch_at
 from dsv3.eval.packed import AnswerEvaluator, make_answer_evaluator
 from dsv3.parallel.mesh import whole
-from dsv3.policy import ComputePolicy
+from dsv3.policy import ComputePolicy, default_policy
 from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import Keep, restore_checkpoint
 from dsv3.train.loop import Actions, LoopResult, Row, index_feed, train_loop
@@ -41,6 +44,48 @@ class Begun(NamedTuple):
     cursor: Cursor
     optimizer: Optimizer
     saved: int | None  # None: there was none
+
+
+def run_program(
+    fail: Callable[[object, int], int],
+    prepare: Callable[[], Any],
+    learn: Callable[[Any, ComputePolicy], tuple[LoopResult, Callable[[TrainState], None]]],
+    run_of: Callable[[Any], Any] = lambda setup: setup,
+) -> int:
+    """Runs a fine-tuning or a distillation to its report.
+
+    Args:
+      fail: says what is wrong, and returns the exit code.
+      prepare: checks everything and returns the setup; what it raises is bad input.
+      learn: takes the setup and how to compute, trains, and returns the loop's result and what reports on a state.
+      run_of: the part of a setup that has `out` and `steps`.
+
+    Returns:
+      The exit code: 2 for bad input, 1 for what fails later, 128 + n after signal n.
+    """
+    try:
+        setup = prepare()
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    run = run_of(setup)
+    same = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0] != "fresh"]
+    again = f"run the same command again: {shlex.join([sys.executable, *same])}"
+    policy = default_policy().replace(dtype=None if FLAGS.dtype == "float32" else FLAGS.dtype, remat=FLAGS.remat)
+    try:
+        result, report = learn(setup, policy)
+        if result.step < run.steps:
+            say(f"{result.stopped.name}: saved at step {result.step} of {run.steps}; to go on, {again}")
+            return 128 + result.stopped
+        report(result.state)
+    except FloatingPointError as error:
+        return fail(f"{error}; {last_checkpoint(run.out)}; a lower --lr may help, with --fresh or another --out", 1)
+    except (ValueError, OSError) as error:
+        return fail(f"{error}; once that is put right, {again}", 1)
+    except KeyboardInterrupt:  # outside of the training
+        return fail(f"interrupted; to go on, {again}", 130)
+    return 0
 
 
 @functools.cache

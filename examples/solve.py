@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags, logging
-from command import aligned, flag_parser, lock_folder, write_text
+from command import aligned, failure_line, flag_parser, lock_folder, write_text
 from grpo_problems import (
     Question,
     answer_ends,
@@ -111,12 +111,6 @@ def main(argv: list[str]) -> int:
         return fail("interrupted; nothing was written", 130)
     show(results, out)
     return 0
-
-
-def fail(error: object, code: int) -> int:
-    """Says what is wrong, in one line, and returns the exit code."""
-    print(f"solve: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 def prepare(argv: Sequence[str]):
@@ -261,7 +255,7 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-parse_flags = flag_parser("solve")
+parse_flags, fail = flag_parser("solve"), failure_line("solve")
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -17,7 +17,7 @@ from dsv3.ops.divergence import KINDS, TopK, divergence
 from dsv3.ops.segments import segment_count, segment_inputs
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.train.accumulate import accumulate_parts
-from dsv3.train.loss import mtp_losses, row_places, row_weights, weighted_nll
+from dsv3.train.loss import further_losses, row_places, row_weights, weighted_nll
 from dsv3.train.optim import Optimizer, Schedule, square_sums
 from dsv3.train.state import Limits, Taken, TrainMetrics, TrainState, advance_state, check_ema, within_limits
 from dsv3.typing import TensorLike, Tree
@@ -130,21 +130,13 @@ def distill_loss(
     found = tf.reduce_sum(tf.where(tf.equal(counts, 0.0), 0.0, counts * apart)) / total
     told = (out.hidden, head) if nll_weight else (tf.stop_gradient(out.hidden), tf.stop_gradient(head))
     nll = weighted_nll(*told, targets, weights, total, policy=policy)
-    balance, load = tf.constant(0.0), tf.zeros_like(router.moe)
-    if cfg.num_moe_layers:
-        balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
-    mtp, mtp_load = tf.zeros([0]), tf.zeros_like(router.mtp)
-    if cfg.num_mtp_layers:
-        mtp, mtp_load, more = mtp_losses(
-            params, router, out, head, targets, weights, packed, total, cfg=cfg, policy=policy
-        )
-        balance += more
-    if packed is not None and sequences is not None:
-        balance *= segment_count(packed.inside) / tf.maximum(tf.cast(sequences, tf.float32), 1.0)
+    mtp, balance, load = further_losses(
+        params, router, out, head, targets, weights, packed, total, sequences, cfg=cfg, policy=policy
+    )
     loss = (temperature**2 if squared else 1.0) * found + nll_weight * nll + balance_weight * balance
     if cfg.num_mtp_layers:
         loss += mtp_weight * tf.reduce_mean(mtp)
-    return loss, DistillParts(nll, found, mtp, balance, RouterState(load, mtp_load))
+    return loss, DistillParts(nll, found, mtp, balance, load)
 
 
 def _rows(x: tf.Tensor) -> tf.Tensor:

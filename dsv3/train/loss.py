@@ -81,6 +81,21 @@ def pretrain_loss(
     out = model_apply(params, router, inputs, cfg=cfg, **where, policy=policy)
     head = tf.cast(head_weight(params), out.hidden.dtype)
     main = weighted_nll(out.hidden, head, targets, weights, total, policy=policy)
+    mtp, balance, load = further_losses(
+        params, router, out, head, targets, weights, packed, total, sequences, cfg=cfg, policy=policy
+    )
+    loss = main + balance_weight * balance
+    if cfg.num_mtp_layers:
+        loss += mtp_weight * tf.reduce_mean(mtp)
+    return loss, LossParts(main, mtp, balance, load)
+
+
+@plain
+def further_losses(
+    params: ModelParams, router: RouterState, out: ModelOutput, head: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor,
+    packed: SegmentInputs | None, total: tf.Tensor, sequences: TensorLike | None, *, cfg: ModelConfig, policy: ComputePolicy,
+) -> tuple[tf.Tensor, tf.Tensor, RouterState]:  # fmt: skip
+    """Returns what stands beside the main loss, before it is weighted: `mtp`, `balance` and `load` as of `LossParts`."""
     balance, load = tf.constant(0.0), tf.zeros_like(router.moe)
     if cfg.num_moe_layers:
         balance, load = tf.reduce_sum(out.stats.balance), out.stats.load
@@ -92,10 +107,7 @@ def pretrain_loss(
         balance += more
     if packed is not None and sequences is not None:
         balance *= segment_count(packed.inside) / tf.maximum(tf.cast(sequences, tf.float32), 1.0)
-    loss = main + balance_weight * balance
-    if cfg.num_mtp_layers:
-        loss += mtp_weight * tf.reduce_mean(mtp)
-    return loss, LossParts(main, mtp, balance, RouterState(load, mtp_load))
+    return mtp, balance, RouterState(load, mtp_load)
 
 
 def row_weights(
