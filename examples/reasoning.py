@@ -48,7 +48,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ from dsv3.train.progress import stop_on_signals
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
+MINUTES = {"pretrain": 11, "grpo": 7, "distill": 4}  # about, of the default settings; another program: 1
 
 flags.DEFINE_string("out", "runs/reasoning", "Folder of everything.")
 flags.DEFINE_bool("fresh", False, "Delete what is in --out and start anew.")
@@ -210,9 +211,15 @@ def endings() -> tuple[signal.Signals, ...]:
     return tuple(number for number in every if signal.getsignal(number) is not signal.SIG_IGN)
 
 
-def in_turn(plan: Mapping[int, Sequence[Stage]]) -> Iterator[tuple[int, Stage]]:
-    """The stages of the first seed, then those of the next."""
-    return ((seed, stage) for seed, stages in plan.items() for stage in stages)
+def in_turn(plan: Mapping[int, Sequence[Stage]]) -> list[tuple[int, Stage]]:
+    """All stages, those first after which most is left to do, one thing after the other; else in the order of the seeds."""
+
+    def left(stage: Stage, stages: Sequence[Stage]) -> int:
+        later = [left(each, stages) for each in stages if stage.folder in each.reads()]
+        return MINUTES.get(stage.program, 1) + max(later, default=0)
+
+    every = [(seed, stage) for seed, stages in plan.items() for stage in stages]
+    return sorted(every, key=lambda entry: -left(entry[1], plan[entry[0]]))
 
 
 def shares(jobs: int) -> list[tuple[int, ...]]:
