@@ -28,8 +28,8 @@ SHOWN = {
 }  # fmt: skip
 PATH = ("pretrain", "sft", "grpo", "sft2")
 COLUMNS = {
-    "accuracy": "accuracy", "tokens": "tokens", "tries": "tries", "tried_again": "rejects a try",
-    "right_after_rejecting": "then right", "misjudged": "misjudged", "wrong_steps": "wrong steps",
+    "accuracy": "accuracy", "tokens": "tokens", "checked": "checks", "tries": "tries", "tried_again": "rejects a try",
+    "right_after_rejecting": "then right", "corrected": "corrected", "misjudged": "misjudged", "wrong_steps": "wrong steps",
 }  # fmt: skip
 COUNTS = ("tokens", "tries")  # the others are shares
 
@@ -151,14 +151,16 @@ whose stages took {minutes} minutes on {cores} cores, for {seeds} seeds: other m
 
 ## Held-out problems
 
-Which problems are held out is decided by their numbers: no worked solution, no text and no problem to learn from has one of
-these sets of numbers. Four answers to each of {measured} held-out problems are drawn at temperature 1.
+Which problems are held out is decided by a hash of their numbers: no worked solution, no text and no problem to learn from
+has one of these sets of numbers, all of which are from the same range. Four answers to each of {measured} held-out problems
+are drawn at temperature 1.
 
 {table}
 
-`tries` are lines of an answer's thinking that end in `yes` or `no`. `rejects a try`: share of answers with a `no`; `then
-right`: of those, the share that ends with a right answer. `misjudged`: tries whose last value is the target and that say
-`no`, or the reverse. `wrong steps`: sums of two numbers that are wrong.
+`checks`: share of answers whose thinking has a try, a line that ends in `yes` or `no`; `tries`: how many an answer has.
+`rejects a try`: share of answers with a `no`; `then right`: of those, the share that ends with a right answer; `corrected`:
+share of all answers that reject a try and end right. `misjudged`: tries whose last value is the target and that say `no`, or
+the reverse. `wrong steps`: sums of two numbers that are wrong.
 
 ![accuracy, rewards and lengths](reasoning.png)
 

@@ -27,21 +27,7 @@ PLAIN = {"template": "User: {question}\\nAssistant: ", "stop": "\\n\\n"}  # how 
 CHAT = {"chat": True}
 # The same as a chat template: what the model has learned of conversations goes on to hold. Tokens of a usual template would
 # be new to it, and a small model forgets a lot when it has to learn them from little.
-TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-  {%- if message['role'] == 'user' -%}
-    {{- 'User: ' + message['content'] + '\\n' -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- 'Assistant: ' + message['content'] + eos_token -}}
-  {%- else -%}
-    {{- raise_exception('there is no place for a message of role ' + message['role']) -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- 'Assistant: ' -}}
-{%- endif -%}
-"""
+TEMPLATE = Path(__file__).with_name("plain_chat.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +82,7 @@ def write_problems(folder: Path, seed: int) -> None:
                 yield countdown_conversation(countdown_question(problem), *solution)
 
     write_lines(folder / "worked.jsonl", itertools.islice(worked(), FLAGS.worked))
-    write_text(folder / "template.jinja", TEMPLATE)
+    write_text(folder / "template.jinja", TEMPLATE.read_text(encoding="utf-8"))
     if FLAGS.distill:
         fields = dsv3.preset(FLAGS.preset).to_hf()
         fields |= {"hidden_size": fields["hidden_size"] * 2 // 3, "num_hidden_layers": fields["num_hidden_layers"] - 1}
