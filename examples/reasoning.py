@@ -63,7 +63,7 @@ from dsv3.train.progress import stop_on_signals
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
-MINUTES = {"pretrain": 11, "grpo": 7, "distill": 4}  # about, of the default settings; another program: 1
+MINUTES = {"pretrain": 12, "grpo": 8, "distill": 4}  # about, of the default settings; another program: 1
 
 flags.DEFINE_string("out", "runs/reasoning", "Folder of everything.")
 flags.DEFINE_bool("fresh", False, "Delete what is in --out and start anew.")
@@ -79,7 +79,7 @@ flags.DEFINE_integer("texts", 80_000, "Documents to pretrain on.", 100)
 flags.DEFINE_integer("pretrain_steps", 5000, "Steps of pretraining, of 8 sequences of 256 tokens.", 1)
 flags.DEFINE_integer("worked", 128, "Worked solutions of the cold start.", 8)
 flags.DEFINE_float("cold_epochs", 8.0, "How often they are learned.")
-flags.DEFINE_integer("explorations", 60, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
+flags.DEFINE_integer("explorations", 100, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
 flags.DEFINE_float("rl_lr", 3e-4, "Its learning rate.")
 flags.DEFINE_float("rl_lr_end", 3e-5, "Learning rate at the end of on-policy distillation.")
 flags.DEFINE_float("kl_weight", 0.01, "Weight of the divergence from where it began.", 0.0)
@@ -106,10 +106,12 @@ def main(argv: list[str]) -> int:
         path, students = plans(out)
         for seed in path:
             write_problems(out / f"seed-{seed}", seed)
-        run_all(path, out, "path")
-        run_all(students, out, "students")
+        run_all(path)
+        run_all(students)
         plan = {seed: [*path[seed], *students[seed]] for seed in path}
-        report(out, plan, {"cores": len(available_cores()), "preset": FLAGS.preset}, docs=FLAGS.write_docs)
+        cores = len(available_cores())
+        facts = {"cores": cores, "jobs": FLAGS.jobs or cores, "preset": FLAGS.preset}
+        report(out, plan, facts, docs=FLAGS.write_docs)
     except (ValueError, OSError) as error:
         return fail(f"{error}; once that is put right, {again}", 1)
     except KeyboardInterrupt:
@@ -124,13 +126,6 @@ def plans(out: Path) -> tuple[dict[int, list[Stage]], dict[int, list[Stage]]]:
     return path, {seed: make_student_stages(folder, seed) if FLAGS.distill else [] for seed, folder in folders.items()}
 
 
-def add_time(out: Path, name: str, seconds: float) -> None:
-    """Adds what this run took to what earlier ones did."""
-    file = out / "seconds.json"
-    took = json.loads(file.read_text()) if file.exists() else {"path": 0.0, "students": 0.0}
-    write_text(file, json.dumps(took | {name: took[name] + seconds}) + "\n")
-
-
 def claim(out: Path) -> None:
     """Makes and locks the folder, and checks that what is in it has the same settings; with --fresh it deletes that."""
     lock_folder(out)
@@ -142,8 +137,7 @@ def claim(out: Path) -> None:
     if FLAGS.fresh:
         for path in seeds:
             shutil.rmtree(path)
-        for path in (out / "seconds.json", there):  # the settings go last
-            path.unlink(missing_ok=True)
+        there.unlink(missing_ok=True)
     elif old is not None:
         for name in [name for name in settings if old.get(name) != settings[name]][:1]:
             raise ValueError(
@@ -176,12 +170,12 @@ class Running(NamedTuple):
     cores: tuple[int, ...]
 
 
-def run_all(plan: Mapping[int, Sequence[Stage]], out: Path, name: str) -> None:
+def run_all(plan: Mapping[int, Sequence[Stage]]) -> None:
     """Runs what is not done, --jobs stages at a time, each on its share of the cores, as soon as what it reads is there."""
     total = sum(map(len, plan.values()))
     every = [(f"[{i} of {total}]", seed, stage) for i, (seed, stage) in enumerate(in_turn(plan), 1)]
     todo = [entry for entry in every if not entry[2].done.exists()]
-    free, running, begin = shares(FLAGS.jobs or len(available_cores())), [], time.monotonic()
+    free, running = shares(FLAGS.jobs or len(available_cores())), []
     with stop_on_signals(endings()) as stopped:  # no stage is lost between its start and `running`
         try:
             while todo or running:
@@ -202,7 +196,7 @@ def run_all(plan: Mapping[int, Sequence[Stage]], out: Path, name: str) -> None:
                 each.process.terminate()
             for each in running:
                 each.process.wait()
-            add_time(out, name, time.monotonic() - begin)
+                write_text(each.stage.spent, f"{spent(each)}\n")
 
 
 def endings() -> tuple[signal.Signals, ...]:
@@ -250,9 +244,15 @@ def start(where: str, seed: int, stage: Stage, cores: tuple[int, ...]) -> Runnin
     return Running(stage, where, process, time.monotonic(), cores)
 
 
+def spent(each: Running) -> float:
+    """Seconds that a stage has run, those of earlier commands included."""
+    file = each.stage.spent
+    return time.monotonic() - each.begin + (float(file.read_text()) if file.exists() else 0.0)
+
+
 def finish(each: Running) -> None:
     """Marks a stage as done and says what came out, or raises `ValueError` with its last words."""
-    stage, code, seconds = each.stage, each.process.returncode, time.monotonic() - each.begin
+    stage, code, seconds = each.stage, each.process.returncode, spent(each)
     last = [line for line in stage.log.read_text(errors="replace").splitlines() if line.strip()][-1:]
     check(code == 0, f"{each.where} ended with {code}: {' '.join(last)[-200:]} (all of it: {stage.log})")
     write_text(stage.done, json.dumps({"command": stage.command, "seconds": seconds}) + "\n")

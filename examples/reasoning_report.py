@@ -35,7 +35,7 @@ COUNTS = ("tokens", "tries")  # the others are shares
 
 
 def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any], *, docs: bool) -> None:
-    """Writes and prints what came out. `plan`: each seed's stages; `facts`: cores and preset, for the page of the docs."""
+    """Writes and prints what came out. `plan`: each seed's stages; `facts`: for the page of the docs."""
     found = measurements(plan)
     rows = table(found)
     text = aligned(rows)
@@ -53,10 +53,17 @@ def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any
             ("Commands", [commands]),
         ],
     )
-    took = {name: round(seconds / 60) for name, seconds in json.loads((out / "seconds.json").read_text()).items()}
-    print(f"\n{text}\n\n{example}\n\nall stages {sum(took.values())} min\n{page}")
+    took = {"path": minutes(plan, students=False), "students": minutes(plan, students=True)}
+    print(f"\n{text}\n\n{example}\n\nthe stages' times add up to {sum(took.values())} minutes\n{page}")
     if docs:
         write_docs(plan, rows, plot, example, commands, took | facts | {"measured": found["sft2"][0]["problems"]})
+
+
+def minutes(plan: Mapping[int, Sequence[Any]], *, students: bool) -> int:
+    """Minutes of all stages of the path, or of the students, added up."""
+    every = [stage for stages in plan.values() for stage in stages]
+    wanted = [stage for stage in every if stage.name.startswith(("student", "teacher")) == students]
+    return round(sum(json.loads(stage.done.read_text())["seconds"] for stage in wanted) / 60)
 
 
 def measurements(plan: Mapping[int, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -128,8 +135,7 @@ def write_docs(
     target.write_bytes(plot.read_bytes())
     command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-    minutes = facts["students"]
-    more = f" The students took {minutes} minutes more." if minutes else ""
+    more = f" The students' add up to {facts['students']} minutes more." if facts["students"] else ""
     text = TEXT.format(
         **{**facts, "students": more}, minutes=facts["path"], table=table, example=example, command=command,
         commands=commands, seeds=len(plan),
@@ -147,7 +153,8 @@ numbers, each used once. This page was written by
 {command}
 ```
 
-whose stages took {minutes} minutes on {cores} cores, for {seeds} seeds: other models, data and samples each.{students}
+for {seeds} seeds: other models, data and samples each. The times of its stages add up to {minutes} minutes; {jobs} run at a
+time, on {cores} cores.{students}
 
 ## Held-out problems
 

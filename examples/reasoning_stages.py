@@ -58,6 +58,11 @@ class Stage:
         """What it prints."""
         return self.folder.with_name(f"{self.folder.name}.txt")
 
+    @property
+    def spent(self) -> Path:
+        """How many seconds it had run when it was interrupted."""
+        return self.folder.with_name(f"{self.folder.name}.seconds")
+
     def reads(self) -> set[Path]:
         """Folders of other stages that its flags name, which have to be done before."""
         named = [value for value in self.flags.values() if isinstance(value, Path)]
@@ -155,7 +160,7 @@ class Maker:
         self.cold = tune | {"data": folder / "worked.jsonl", "epochs": FLAGS.cold_epochs, "lr": 1e-3, "lr_end": 1e-4}
         self.traced = {"data": folder / "traces" / "rows.jsonl", "epochs": FLAGS.trace_epochs} | tune
         self.learn = {"problems": folder / "problems.jsonl", "explorations": FLAGS.explorations, "prompts": 16,
-                      "group_size": 16, "rows": 256, "lr": FLAGS.rl_lr, "kl_weight": FLAGS.kl_weight, "heldout": 0,
+                      "group_size": 16, "rows": 32, "lr": FLAGS.rl_lr, "kl_weight": FLAGS.kl_weight, "heldout": 0,
                       "save_every": 0, "measure_every": 10} | self.judged  # fmt: skip
         self.kept = {"problems": folder / "problems.jsonl", "limit": FLAGS.asked, "samples": 2 * FLAGS.traces,
                      "keep": FLAGS.traces}  # fmt: skip

@@ -18,6 +18,7 @@ from tests.programs import EXAMPLES, run_programs  # noqa: E402
 
 pytestmark = pytest.mark.parity
 QUESTIONS = ["Write apple backwards.", "Hi <｜User｜>?"]
+PLAIN_QUESTIONS = ["Write apple backwards.", "Make 12 from 4 7 9."]
 SYSTEM = "Be brief."
 NEW = 12
 TUNE = "--batch_size=2 --max_length=120 --lr=3e-3 --epochs=0.5 --samples=0".split()
@@ -50,13 +51,14 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["sft", "cold", "grpo", "student"])
 def test_transformers_answers_the_same(folder, name):
-    system = [SYSTEM] if name == "sft" else []  # the recipe's template has no place for it
+    # The recipe's template has no place for a system's message; transformers leaves control tokens out of a message there.
+    system, questions = ([SYSTEM], QUESTIONS) if name == "sft" else ([], PLAIN_QUESTIONS)
     how = [f"{name}/export", "--chat", "--dtype=float32", f"--max_new_tokens={NEW}", "--temperature=0"]
     how += [f"--system={text}" for text in system]
-    answers = run_programs(("generate", [[*how, f"--prompt={question}"] for question in QUESTIONS]), folder=folder)
+    answers = run_programs(("generate", [[*how, f"--prompt={question}"] for question in questions]), folder=folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / name / "export")
     model = AutoModelForCausalLM.from_pretrained(folder / name / "export")
-    for question, answer in zip(QUESTIONS, answers, strict=True):
+    for question, answer in zip(questions, answers, strict=True):
         assert answer.code == 0, answer.err
         messages = [*({"role": "system", "content": text} for text in system), {"role": "user", "content": question}]
         asked = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "sanitize_control_tokens": True}

@@ -57,7 +57,7 @@ reasoning.HERE = here = pathlib.Path.cwd()
 plan = {0: [Stage(name, here / name, name, {}) for name in sys.argv[1:]]}
 plan[0].append(Stage("later", here / "later", "later", {"model": here / "slow" / "export"}))
 try:
-    reasoning.run_all(plan, here, "path")
+    reasoning.run_all(plan)
 except ValueError as error:
     print(error)
 except KeyboardInterrupt:
@@ -164,6 +164,7 @@ def test_stages_that_run_are_told_once_to_save_and_none_is_left(tmp_path, ends):
     assert said.startswith(want), said
     assert (tmp_path / "slow" / "seen").read_text() == str(signal.SIGTERM.value)
     assert not (tmp_path / "later.txt").exists() and not list(tmp_path.glob("*/.done"))
+    assert 0.3 < float((tmp_path / "slow.seconds").read_text()) < 600
 
 
 @pytest.fixture(scope="module")
