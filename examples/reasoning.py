@@ -63,7 +63,7 @@ from dsv3.train.progress import stop_on_signals
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
-MINUTES = {"pretrain": 12, "grpo": 8, "distill": 4}  # about, of the default settings; another program: 1
+MINUTES = {"pretrain": 12, "grpo": 10, "distill": 4}  # about, of the default settings; another program: 1
 
 flags.DEFINE_string("out", "runs/reasoning", "Folder of everything.")
 flags.DEFINE_bool("fresh", False, "Delete what is in --out and start anew.")
@@ -79,7 +79,7 @@ flags.DEFINE_integer("texts", 80_000, "Documents to pretrain on.", 100)
 flags.DEFINE_integer("pretrain_steps", 5000, "Steps of pretraining, of 8 sequences of 256 tokens.", 1)
 flags.DEFINE_integer("worked", 128, "Worked solutions of the cold start.", 8)
 flags.DEFINE_float("cold_epochs", 8.0, "How often they are learned.")
-flags.DEFINE_integer("explorations", 100, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
+flags.DEFINE_integer("explorations", 140, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
 flags.DEFINE_float("rl_lr", 3e-4, "Its learning rate.")
 flags.DEFINE_float("rl_lr_end", 3e-5, "Learning rate at the end of on-policy distillation.")
 flags.DEFINE_float("kl_weight", 0.01, "Weight of the divergence from where it began.", 0.0)

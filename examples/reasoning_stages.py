@@ -176,5 +176,7 @@ class Maker:
 
     def measured(self, name: str, how: dict[str, Any] = CHAT) -> Stage:
         """The measurement of a stage's model on held-out problems."""
-        given = self.model(name) | {"problems": self.folder / "heldout.jsonl", "samples": 4, "limit": FLAGS.measured}
-        return Stage(f"{name}, measured", self.folder / f"{name}-measured", "solve", given | how | self.judged, name)
+        asked = {"problems": self.folder / "heldout.jsonl", "limit": FLAGS.measured}
+        drawn = {"samples": 4, "temperature": 0.6}  # as DeepSeek-R1 was evaluated
+        given = self.model(name) | asked | drawn | how | self.judged
+        return Stage(f"{name}, measured", self.folder / f"{name}-measured", "solve", given, name)
