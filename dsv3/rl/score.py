@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -36,12 +37,15 @@ def make_score(cfg: ModelConfig, *, temperature: float = 1.0, rows: int = 8, pol
     check(rows > 0, f"make_score: `rows` is {rows}, want > 0")
     policy = policy or default_policy()
 
-    @tf.function(jit_compile=policy.jit, autograph=False)
     def run(params, router, tokens, mask, experts):
         experts = None if isinstance(experts, tuple) else experts
         return token_logprobs(
             params, router, tokens, mask, cfg=cfg, temperature=temperature, experts=experts, policy=policy
         )
+
+    @functools.cache
+    def compiled(length: int, replayed: bool):  # a function for each, as TensorFlow warns of one with many shapes
+        return tf.function(run, jit_compile=policy.jit, autograph=False)
 
     def score(
         params: ModelParams, router: RouterState, tokens: np.ndarray, mask: np.ndarray | None = None,
@@ -61,7 +65,8 @@ def make_score(cfg: ModelConfig, *, temperature: float = 1.0, rows: int = 8, pol
                 return tf.constant(np.pad(x, [[0, spare if i == dim else 0] for i in range(x.ndim)]))
 
             chosen = () if experts is None else filled(experts[:, here, :size], 1)
-            found = run(params, router, filled(tokens[here, : size + 1], 0), filled(mask[here, :size], 0), chosen)
+            given = filled(tokens[here, : size + 1], 0), filled(mask[here, :size], 0), chosen
+            found = compiled(size, experts is not None)(params, router, *given)
             parts.append((len(here), tree.map_leaves(lambda x: x.numpy(), found)))
         return _joined(parts, np.argsort(order), mask.shape[1])
 
