@@ -11,7 +11,7 @@ Each stage is a program of its own, whose command is printed; any of them can be
   sft2        sft.py: a second fine-tuning, on those
   zero        grpo.py on the pretrained model without a cold start, as R1-Zero
 
-With --distill a smaller student follows, on the same text:
+With --students a smaller student follows, of as many of the seeds, on the same text:
 
   student         pretrain.py
   student_sft     sft.py: the worked solutions
@@ -27,7 +27,7 @@ and report.html. What is done is not done again: after an interruption the same 
 Examples:
 
   python examples/reasoning.py                                     # three seeds
-  python examples/reasoning.py --distill                           # the same folder, and the students
+  python examples/reasoning.py --students 3                        # the same folder, and a student of each
   python examples/reasoning.py --seeds 1 --out runs/one
   python examples/reasoning.py --level long --seeds 1 --out runs/long
   python examples/generate.py runs/reasoning/seed-0/sft2/export --chat --prompt 'Make 12 from 4 7 9.'
@@ -70,7 +70,7 @@ flags.DEFINE_bool("fresh", False, "Delete what is in --out and start anew.")
 flags.DEFINE_integer("seeds", 3, "How many times all is done.", 1)
 flags.DEFINE_enum("level", "easy", list(LEVELS), "Kind of problems.")
 flags.DEFINE_bool("zero", True, "Also learn by rewards without a cold start.")
-flags.DEFINE_bool("distill", False, "Also teach a smaller student.")
+flags.DEFINE_integer("students", 0, "Of how many of the seeds a smaller student is taught.", 0)
 flags.DEFINE_integer("jobs", None, "Stages that run at a time, on their share of the cores. Default: one on each core.", 1)
 flags.DEFINE_bool("write_docs", False, "Write docs/reasoning.md and its plot from the results.")
 
@@ -89,7 +89,7 @@ flags.DEFINE_integer("traces", 4, "Right answers to each of them that it learns,
 flags.DEFINE_float("trace_epochs", 1.0, "How often.")
 flags.DEFINE_float("student_epochs", 3.0, "How often a student learns the teacher's answers.")
 flags.DEFINE_integer("measured", 250, "Held-out problems that are measured, by four answers to each; 0: all.", 0)
-FREE = ("out", "fresh", "seeds", "distill", "jobs", "write_docs")  # what may change when a command goes on
+FREE = ("out", "fresh", "seeds", "students", "jobs", "write_docs")  # what may change when a command goes on
 
 
 def main(argv: list[str]) -> int:
@@ -120,10 +120,11 @@ def main(argv: list[str]) -> int:
 
 
 def plans(out: Path) -> tuple[dict[int, list[Stage]], dict[int, list[Stage]]]:
-    """The stages of each seed, and with --distill those of its student."""
+    """The stages of each seed, and those of its student."""
     folders = {seed: out / f"seed-{seed}" for seed in range(FLAGS.seeds)}
     path = {seed: make_stages(folder, seed) for seed, folder in folders.items()}
-    return path, {seed: make_student_stages(folder, seed) if FLAGS.distill else [] for seed, folder in folders.items()}
+    taught = {seed: make_student_stages(folder, seed) if seed < FLAGS.students else [] for seed, folder in folders.items()}
+    return path, taught
 
 
 def claim(out: Path) -> None:

@@ -92,7 +92,7 @@ def draw(plan: Mapping[int, Sequence[Any]], found: Mapping[str, Sequence[Mapping
     names = [name for name in SHOWN if name in found]
     for seed in range(len(plan)):
         (line,) = axes[0].plot([SHOWN[name] for name in PATH], [found[name][seed]["accuracy"] for name in PATH], "o-")
-        others = [name for name in names if name not in PATH]
+        others = [name for name in names if name not in PATH and seed < len(found[name])]
         heights = [found[name][seed]["accuracy"] for name in others]
         axes[0].plot([SHOWN[name] for name in others], heights, "s", color=line.get_color())
     axes[0].set(ylim=(0, 1), title="accuracy on held-out problems, a colour for each seed")
@@ -187,7 +187,7 @@ An answer that corrects itself:
 5. **A second fine-tuning** on those.
 6. **Without a cold start**: GRPO from the pretrained model, asked as conversations are written in its text (R1-Zero).
 
-With `--distill` a **student** of two thirds of the width and a layer less is pretrained on the same text. It learns from the
+With `--students` a **student** of two thirds of the width and a layer less is pretrained on the same text. It learns from the
 worked solutions (cold start) and then from rewards alone (GRPO), as the teacher did; or, from the pretrained student, the
 right answers of the teacher after its second fine-tuning as text (`sft.py`), or the teacher's distribution of each token of
 them (`distill.py`); and after that the teacher's distributions on its own answers (`distill.py --on_policy`). See

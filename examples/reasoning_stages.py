@@ -88,7 +88,7 @@ def write_problems(folder: Path, seed: int) -> None:
 
     write_lines(folder / "worked.jsonl", itertools.islice(worked(), FLAGS.worked))
     write_text(folder / "template.jinja", TEMPLATE.read_text(encoding="utf-8"))
-    if FLAGS.distill:
+    if FLAGS.students:
         fields = dsv3.preset(FLAGS.preset).to_hf()
         fields |= {"hidden_size": fields["hidden_size"] * 2 // 3, "num_hidden_layers": fields["num_hidden_layers"] - 1}
         write_text(folder / "student.json", json.dumps(dsv3.ModelConfig.from_hf(fields).to_hf(), indent=1) + "\n")

@@ -15,7 +15,7 @@ from tests.more import MORE
 
 ROOT = Path(__file__).parents[2]
 SHORT = [  # fewer steps of pretraining leave too few right answers to learn from
-    "--seeds=1", "--distill", "--texts=8000", "--pretrain_steps=900", "--worked=60", "--explorations=3",
+    "--seeds=1", "--students=1", "--texts=8000", "--pretrain_steps=900", "--worked=60", "--explorations=3",
     "--max_new_tokens=96", "--asked=400", "--traces=2", "--trace_epochs=8", "--student_epochs=8", "--measured=40",
     "--out=out",
 ]  # fmt: skip
@@ -66,7 +66,7 @@ except KeyboardInterrupt:
 PRINT = """
 import json, pathlib
 import hush, reasoning
-reasoning.FLAGS(["reasoning.py", "--distill", "--seeds=4"])
+reasoning.FLAGS(["reasoning.py", "--students=4", "--seeds=4"])
 path, students = reasoning.plans(pathlib.Path("here"))
 made = path[3] + students[3]
 print(json.dumps([[stage.name, stage.measures, stage.command] for stage in made]))
