@@ -187,10 +187,10 @@ An answer that corrects itself:
 5. **A second fine-tuning** on those.
 6. **Without a cold start**: GRPO from the pretrained model, asked as conversations are written in its text (R1-Zero).
 
-With `--students` a **student** of two thirds of the width and a layer less is pretrained on the same text. It learns from the
-worked solutions (cold start) and then from rewards alone (GRPO), as the teacher did; or, from the pretrained student, the
-right answers of the teacher after its second fine-tuning as text (`sft.py`), or the teacher's distribution of each token of
-them (`distill.py`); and after that the teacher's distributions on its own answers (`distill.py --on_policy`). See
+With `--students` a **student** of two thirds of the width and a layer less is pretrained on the same text. It learns from
+the worked solutions (cold start) and then from rewards alone (GRPO), as the teacher did; or, from the pretrained student,
+the right answers of the teacher after its second fine-tuning as text (`sft.py`), or the teacher's distribution of each token
+of them (`distill.py`); and after that the teacher's distributions on its own answers (`distill.py --on_policy`). See
 `docs/distillation.md`.
 
 The commands of the first seed:
