@@ -20,6 +20,8 @@ from dsv3.train.records import read_rows, row_scalars
 from tests.more import MORE
 from tests.small import model_config, random_params
 
+pytestmark = pytest.mark.skipif(not MORE, reason="long cases: each run compiles for some ten seconds")
+
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 # Flags are the process's own: so it is a process of its own, one for all runs. `@n` sends a signal when a run shows its
@@ -204,7 +206,6 @@ def test_a_conversation_of_several_turns(folder, results):
         assert row["loss"] == pytest.approx(row["policy"] + 0.04 * row["penalty"] + 0.1 * row["mtp"][0], abs=1e-6)
 
 
-@pytest.mark.skipif(not MORE, reason="a long case")
 @pytest.mark.parametrize("worker", WORKERS)
 def test_workers_elsewhere_give_the_same_run(folder, results, worker):
     if worker == "ray":
