@@ -62,7 +62,10 @@ flags.DEFINE_string("turn_template", "\\n{question}\\n", "The same for later tur
 flags.DEFINE_list("reward", None, "As accuracy:1,format:0.5; the first decides accuracy. Default: number:1 or accuracy:1.")
 flags.DEFINE_integer("reward_threads", 1, "Threads that compute rewards; for code and mathematics, which have processes.", 1)
 
-flags.DEFINE_enum("recipe", None, sorted(PUBLISHED), "Published settings, but --prompts, where flags do not say otherwise.")
+flags.DEFINE_enum(
+    "recipe", None, sorted(PUBLISHED),
+    "Published settings, but --prompts and --max_new_tokens, where flags do not say otherwise.",
+)  # fmt: skip
 flags.DEFINE_integer("explorations", 100, "How many.", 1)
 flags.DEFINE_integer("prompts", 8, "Problems of an exploration.", 1)
 flags.DEFINE_integer("group_size", 8, "Samples of each problem; with --recipe the published number.", 2)

@@ -44,6 +44,7 @@ from sft_train import run_program, start, train
 
 from dsv3.policy import ComputePolicy
 from dsv3.train.loop import LoopResult
+from dsv3.train.schedule_paper import PAPER_SFT
 from dsv3.train.state import TrainState
 
 FLAGS = flags.FLAGS
@@ -56,15 +57,15 @@ flags.DEFINE_string("out", "runs/sft", "Folder of the run.")
 flags.DEFINE_bool("resume", True, "Go on with the run that is in --out. --noresume refuses instead.")
 flags.DEFINE_bool("fresh", False, "Delete the run that is in --out and start anew.")
 
-flags.DEFINE_float("epochs", 2.0, "How many times the conversations are learned; 2: as in the paper.")
+flags.DEFINE_float("epochs", PAPER_SFT.epochs, "How many times the conversations are learned; 2: as in the paper.")
 flags.DEFINE_integer("batch_size", 8, "Packed rows of a step, all micro-batches together.", 1)
 flags.DEFINE_integer("accumulate", 1, "Micro-batches of --batch_size, which it must divide. Less memory, same result.", 1)
 flags.DEFINE_integer("max_length", 256, "Tokens of a packed row: a conversation must fit into one.", 1)
 flags.DEFINE_bool("skip_long", False, "Leave out conversations that are longer than --max_length, instead of refusing them.")
 flags.DEFINE_integer("seed", 0, "Decides the order of the data and what is held out.", 0)
 
-flags.DEFINE_float("lr", 5e-6, "Learning rate at the beginning, as in the paper; small models want more, such as 1e-3.")
-flags.DEFINE_float("lr_end", 1e-6, "Learning rate at the end of a cosine in tokens.")
+flags.DEFINE_float("lr", PAPER_SFT.first, "Learning rate at first, as in the paper; small models want more, such as 1e-3.")
+flags.DEFINE_float("lr_end", PAPER_SFT.last, "Learning rate at the end of a cosine in tokens.")
 flags.DEFINE_integer("warmup_steps", 0, "Steps of linear warm-up before --lr.", 0)
 flags.DEFINE_float("weight_decay", 0.1, "Decoupled weight decay; norms and biases have none.", 0.0)
 flags.DEFINE_float("clip", 1.0, "Largest norm of the gradient; 0: do not clip.", 0.0)

@@ -29,7 +29,8 @@ from dsv3.train.optim import Optimizer, adamw
 from dsv3.train.progress import Progress, stop_on_signals
 from dsv3.train.records import RunLog
 from dsv3.train.saving import BackgroundSaver
-from dsv3.train.schedule import Curve, Piece, curve_schedule
+from dsv3.train.schedule import Curve, curve_schedule
+from dsv3.train.schedule_paper import FineTuning
 from dsv3.train.state import TrainState
 from dsv3.train.step import make_train_step, train_specs, train_state
 from dsv3.train.trouble import Cursor
@@ -96,9 +97,8 @@ def make_score(cfg: ModelConfig, rows: int, policy: ComputePolicy) -> AnswerEval
 
 def learning_rate(setup: Any) -> Curve:
     """Linear warm-up, then a cosine down to --lr_end."""
-    warm = FLAGS.warmup_steps * setup.step_tokens
-    first = (Piece(warm, 0.0, FLAGS.lr, "linear"),) if warm else ()
-    return (*first, Piece(setup.steps * setup.step_tokens, FLAGS.lr, FLAGS.lr_end, "cosine"))
+    plan = FineTuning(FLAGS.epochs, FLAGS.lr, FLAGS.lr_end)
+    return plan.learning_rate(setup.steps * setup.step_tokens, FLAGS.warmup_steps * setup.step_tokens)
 
 
 def start(setup: Any) -> Begun:

@@ -28,7 +28,7 @@ class GrpoStats(NamedTuple):
     Attributes:
       clip_low, clip_high: share of tokens whose ratio is beyond the lower limit with a negative advantage, and beyond the
         upper one with a positive: those that give no gradient. dual_clip: share of those that the dual limit stops.
-      kl: the divergence from the reference by the chosen estimator; 0 without a reference.
+      kl: the divergence from the reference by the chosen estimator; `()` without a reference.
       drift: that of the policy that sampled from this one, `KL(π_old ‖ π_θ)` by k3: how far the policy has gone since.
       ratio_mean, ratio_max: of `π_θ / π_old`.
     """
@@ -36,18 +36,18 @@ class GrpoStats(NamedTuple):
     clip_low: tf.Tensor
     clip_high: tf.Tensor
     dual_clip: tf.Tensor
-    kl: tf.Tensor
+    kl: tf.Tensor | tuple
     drift: tf.Tensor
     ratio_mean: tf.Tensor
     ratio_max: tf.Tensor
 
 
 class GrpoLoss(NamedTuple):
-    """`loss = policy + kl_weight·penalty`, float32 scalars, and `GrpoStats`."""
+    """`loss = policy + kl_weight·penalty`, float32 scalars, and `GrpoStats`; without a reference `penalty` is `()`."""
 
     loss: tf.Tensor
     policy: tf.Tensor
-    penalty: tf.Tensor
+    penalty: tf.Tensor | tuple
     stats: GrpoStats
 
 
@@ -203,8 +203,8 @@ def grpo_loss(
     for name, value in given.items():
         dims(name, value, "N T")
     dims("advantages", advantages, "N")
-    apart = ref_logprobs is None and kl_weight > 0
-    check(not apart, f"grpo_loss: `kl_weight` is {kl_weight}, but there is no `ref_logprobs`")
+    none = ref_logprobs is None and kl_weight > 0
+    check(not none, f"grpo_loss: `kl_weight` is {kl_weight}, but there is no `ref_logprobs`")
     mask = tf.cast(mask, tf.float32)
     counted = mask > 0
     totals = grpo_totals(mask) if totals is None else totals
@@ -212,20 +212,21 @@ def grpo_loss(
     # Before anything is computed of them: a NaN times zero is one.
     logprobs = tf.where(counted, tf.cast(logprobs, tf.float32), 0.0)
     old = tf.stop_gradient(tf.where(counted, tf.cast(old_logprobs, tf.float32), 0.0))
-    ref = logprobs
-    if ref_logprobs is not None:
-        ref = tf.stop_gradient(tf.where(counted, tf.cast(ref_logprobs, tf.float32), 0.0))
     ratio = tf.exp(tf.clip_by_value(logprobs - old, -FARTHEST, FARTHEST))
     advantages = tf.where(counted, tf.expand_dims(tf.stop_gradient(tf.cast(advantages, tf.float32)), 1), 0.0)
     gain, limits = _clipped(ratio, advantages, clip_low, clip_high, dual_clip)
-    divergence = kl_estimate(logprobs, ref, estimator=kl)
-    policy, penalty = -tf.reduce_sum(weights * gain), tf.reduce_sum(weights * divergence)
+    policy = -tf.reduce_sum(weights * gain)
 
     def mean(x: tf.Tensor) -> tf.Tensor:
         return tf.stop_gradient(tf.reduce_sum(mask * tf.cast(x, tf.float32)) / totals.tokens)
 
+    penalty, apart = (), ()
+    if ref_logprobs is not None:
+        ref = tf.stop_gradient(tf.where(counted, tf.cast(ref_logprobs, tf.float32), 0.0))
+        divergence = kl_estimate(logprobs, ref, estimator=kl)
+        penalty, apart = tf.reduce_sum(weights * divergence), mean(divergence)
     stats = GrpoStats(
-        *map(mean, limits), kl=mean(divergence), drift=mean(kl_estimate(old, logprobs)), ratio_mean=mean(ratio),
+        *map(mean, limits), kl=apart, drift=mean(kl_estimate(old, logprobs)), ratio_mean=mean(ratio),
         ratio_max=tf.stop_gradient(tf.reduce_max(tf.where(counted, ratio, 0.0))),
     )  # fmt: skip
     loss = policy + kl_weight * penalty if kl_weight else policy

@@ -3,6 +3,8 @@
     {"kind": "grpo", "step": 3, "reward": 0.4, "parts": {"accuracy": 0.3}, "spread": 0.2, "kl": 0.01, "entropy": 1.2, ...}
     {"kind": "samples", "step": 3, "samples": [{"problem": 7, "sample": 2, "prompt": "...", "answer": "...", ...}, ...]}
     {"kind": "heldout", "step": 10, "accuracy": 0.35, "reward": 0.5, "parts": {...}, "length": 80.2, "truncated": 0.0}
+
+What was not measured is not in a row: a run without a reference has no `kl` and no `penalty`.
 """
 
 from __future__ import annotations
@@ -54,23 +56,25 @@ def learning_numbers(learnt: Sequence[GrpoMetrics]) -> dict[str, Any]:
 
     Returns:
       `taken` and `skipped` steps; `loss`, `policy`, `penalty`, `entropy`, `mtp` of each module; all of `GrpoStats`;
-      `grad_norm`, and the `learning_rate` of the last step.
+      `grad_norm`, and the `learning_rate` of the last step. Without a reference there is no `penalty` and no `kl`.
     """
     taken = [metrics for metrics in learnt if bool(metrics.taken)]
     counts = {"taken": len(taken), "skipped": len(learnt) - len(taken)}
     if not taken:
         return counts
-    rows = [
-        {name: float(getattr(m.parts, name)) for name in ("loss", "policy", "penalty", "entropy")}
-        | {name: float(value) for name, value in m.parts.stats._asdict().items()}
-        | {"grad_norm": float(m.optim.grad_norm)}
-        for m in taken
-    ]
+    rows = [_step_numbers(metrics) for metrics in taken]
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     means["ratio_max"] = max(row["ratio_max"] for row in rows)
     mtp = np.mean([np.asarray(m.parts.mtp) for m in taken], 0)
     means |= {"mtp": mtp.tolist()} if mtp.size else {}
     return counts | means | {"learning_rate": float(taken[-1].optim.learning_rate)}
+
+
+def _step_numbers(metrics: GrpoMetrics) -> dict[str, float]:
+    parts = metrics.parts
+    found = {name: getattr(parts, name) for name in ("loss", "policy", "penalty", "entropy")} | parts.stats._asdict()
+    found["grad_norm"] = metrics.optim.grad_norm
+    return {name: float(value) for name, value in found.items() if not isinstance(value, tuple)}
 
 
 def transcript(
@@ -105,7 +109,8 @@ def progress_line(row: dict[str, Any], total: int) -> str:
     head = f"exploration {row['step']}/{total}  reward {row['reward']:.4f}{parts}  length {row['length']:.1f}"
     if "loss" not in row:
         return f"{head}  no step was taken"
-    tail = f"kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  clipped {row['clip_low'] + row['clip_high']:.2%}"
+    kl = f"kl {row['kl']:.4f}  " if "kl" in row else ""
+    tail = f"{kl}entropy {row['entropy']:.3f}  clipped {row['clip_low'] + row['clip_high']:.2%}"
     drafts = f"  accepted {row['acceptance']:.0%}" if "acceptance" in row else ""
     agreed = row.get("router_agreement", math.nan)
     routed = "" if math.isnan(agreed) else f"  experts agree {agreed:.1%}"

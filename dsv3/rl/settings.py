@@ -81,6 +81,7 @@ class Published(NamedTuple):
       kl_weight: β. clip: ε, of both limits. group_size: G. learning_rate: of Adam.
       minibatches: optimiser steps of each epoch over an exploration. epochs: over the same samples.
       prompts: problems of an exploration. reference_every: explorations until the reference becomes the policy; 0: never.
+      batch: samples of an optimiser step. length: the longest answer, in tokens.
     """
 
     kl_weight: float
@@ -91,14 +92,19 @@ class Published(NamedTuple):
     epochs: int | None = None
     prompts: int | None = None
     reference_every: int | None = None
+    batch: int | None = None
+    length: int | None = None
 
 
 PUBLISHED = {
-    "deepseekmath": Published(kl_weight=0.04, clip=None, group_size=64, learning_rate=1e-6, minibatches=1, epochs=1),
-    # 8,192 outputs of an exploration in 16 mini-batches; the reference is replaced every 400 steps.
+    "deepseekmath": Published(
+        kl_weight=0.04, clip=None, group_size=64, learning_rate=1e-6, minibatches=1, epochs=1, batch=1024, length=1024
+    ),
+    # 8,192 outputs of an exploration in 16 mini-batches; the reference is replaced every 400 steps. Later in the training of
+    # R1-Zero answers had 65,536 tokens.
     "r1": Published(
         kl_weight=0.001, clip=10.0, group_size=16, learning_rate=3e-6, minibatches=16, epochs=1, prompts=512,
-        reference_every=25,
+        reference_every=25, batch=512, length=32_768,
     ),  # fmt: skip
 }
 """DeepSeekMath: arXiv:2402.03300 section 4.2. R1: Nature 645 (2025), arXiv:2501.12948v2. DeepSeek-V3 tells none of them."""

@@ -54,7 +54,7 @@ class GrpoParts(NamedTuple):
 
     loss: tf.Tensor
     policy: tf.Tensor
-    penalty: tf.Tensor
+    penalty: tf.Tensor | tuple
     stats: GrpoStats
     entropy: tf.Tensor
     balance: tf.Tensor

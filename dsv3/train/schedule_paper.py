@@ -1,4 +1,4 @@
-"""The paper's training plan as data, the same plan for less, and the architecture of its stages.
+"""The paper's training plan as data, the same plan for less, the architecture of its stages; and how it fine-tunes.
 
 What sections 4.2 and 4.3 of DeepSeek-V3 leave open is decided here, and said in `paper_schedule`.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from dsv3.checks import check
 from dsv3.config import ModelConfig, YarnConfig
@@ -75,6 +76,24 @@ def _with_warmup(function: str, schedule: TrainSchedule, steps: int) -> TrainSch
 PAPER_SCHEDULE = paper_schedule()
 PAPER_START = schedule_at(PAPER_SCHEDULE, 0)
 """What the paper begins with; λ, α and γ are the training step's defaults."""
+
+
+class FineTuning(NamedTuple):
+    """How often fine-tuning sees its data, `epochs`, and the learning rate at the beginning and at the end."""
+
+    epochs: float
+    first: float
+    last: float
+
+    def learning_rate(self, tokens: int, warmup_tokens: int = 0) -> Curve:
+        """Returns a cosine in tokens from `first` to `last`, behind a linear warm-up if there is to be one; both end within
+        the run's `tokens`."""
+        warm = (Piece(warmup_tokens, 0.0, self.first, "linear"),) if warmup_tokens else ()
+        return (*warm, Piece(tokens, self.first, self.last, "cosine"))
+
+
+PAPER_SFT = FineTuning(epochs=2.0, first=5e-6, last=1e-6)
+"""DeepSeek-V3 section 5.1. Documents of a row are kept apart; of a warm-up or a batch size nothing is said."""
 
 
 def scale_schedule(

@@ -51,16 +51,19 @@ def fake_state(step: int = 0, value: float = 1.0) -> TrainState:
 
 
 class FakeStep:
-    """Adds the advantages' size to the only parameter; notes its batches. Steps named in `bad` are not taken."""
+    """Adds the advantages' size to the only parameter; notes its batches. Steps named in `bad` are not taken; without a
+    `reference` they tell no divergence."""
 
-    def __init__(self, bad=(), idle=False):
-        self.batches, self._bad, self.idle = [], bad, idle
+    def __init__(self, bad=(), idle=False, reference=True):
+        self.batches, self._bad, self.idle, self._reference = [], bad, idle, reference
 
     def __call__(self, state, batch, limits=None):
         self.batches.append(batch)
         taken = len(self.batches) not in self._bad
         number = tf.constant(float(len(self.batches)))
         parts = GrpoParts(number, number, number, GrpoStats(*[number] * 7), number, number, tf.constant([0.5]), ())
+        if not self._reference:
+            parts = parts._replace(penalty=(), stats=parts.stats._replace(kl=()))
         moved = float(np.abs(np.asarray(batch.advantages)).sum()) if taken else 0.0
         state = state._replace(step=state.step + int(taken), params={"w": state.params["w"] + moved})
         return state, GrpoMetrics(parts, OptimStats(number, tf.constant(0.1)), tf.constant(taken), tf.zeros([1]))

@@ -165,6 +165,11 @@ def test_more_problems_than_there_are_is_an_error():
 
 
 def test_what_was_published():
-    r1 = PUBLISHED["r1"]
-    assert r1.prompts * r1.group_size == 8192 and r1.reference_every * r1.minibatches * r1.epochs == 400
-    assert PUBLISHED["r1"].kl_weight == 0.001 and PUBLISHED["r1"].clip == 10.0 and PUBLISHED["deepseekmath"].group_size == 64
+    maths, r1 = PUBLISHED["deepseekmath"], PUBLISHED["r1"]
+    assert (maths.kl_weight, maths.group_size, maths.learning_rate) == (0.04, 64, 1e-6)
+    assert (maths.length, maths.batch) == (1024, 1024)
+    assert maths.minibatches * maths.epochs == 1, "one update of the policy in an exploration"
+    assert maths.clip is maths.prompts is maths.reference_every is None, "not told"
+    assert (r1.kl_weight, r1.clip, r1.group_size, r1.learning_rate, r1.length) == (0.001, 10.0, 16, 3e-6, 32_768)
+    assert r1.prompts * r1.group_size == r1.minibatches * r1.batch == 8192 and r1.batch == 32 * 16 and r1.epochs == 1
+    assert r1.reference_every * r1.minibatches * r1.epochs == 400 and set(PUBLISHED) == {"deepseekmath", "r1"}

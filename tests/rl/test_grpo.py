@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv3 import tree
 from dsv3.rl.grpo import AVERAGES, KL_ESTIMATORS, grpo_loss, grpo_totals, kl_estimate, token_weights
-from tests.compare import SWEEP, assert_close, check_gradient, gradients, normal
+from tests.compare import SWEEP, assert_close, assert_trees_close, check_gradient, gradients, normal
 
 
 def oracle_kl(lp, ref, kind):
@@ -139,6 +139,15 @@ def test_statistics_by_hand():
     assert_close(stats.ratio_mean, (1.5 + 0.5 + 1.1 + 0.5 + 4 + 0.9 + 2) / 7)
     assert_close(stats.kl, (lp * mask).sum() / 7 - 0.5)
     assert_close(stats.drift, ((ratio - np.log(ratio) - 1) * mask).sum() / 7)  # of samples of the old one
+
+
+def test_without_a_reference_no_divergence_is_told():
+    lp, old, ref, advantages, mask = inputs(3, 5)
+    none, unweighted = (grpo_loss(lp, old, policy, advantages, mask) for policy in (None, ref))
+    assert none.penalty == none.stats.kl == ()
+    assert float(unweighted.penalty) > 0 and float(unweighted.stats.kl) > 0
+    assert_close(none.loss, unweighted.loss)
+    assert_trees_close(none.stats._replace(kl=unweighted.stats.kl), unweighted.stats)
 
 
 def test_zero_advantages_give_no_gradient_but_the_penalty_s():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from dsv3.rl import plots
 from dsv3.rl.explore import Task
 from dsv3.rl.loop import GrpoActions, GrpoCursor, GrpoState, Policy, grpo_loop
 from dsv3.rl.plots import plot_grpo
@@ -12,6 +13,7 @@ from dsv3.rl.report import progress_line
 from dsv3.rl.reward import make_reward
 from dsv3.rl.rollout import Prompt
 from dsv3.rl.settings import GrpoSettings
+from dsv3.train.plots import new_figure
 from dsv3.train.records import RunLog, read_rows, row_scalars
 from tests.rl.fakes import FakeScore, FakeStep, FakeWorker, fake_state
 
@@ -60,6 +62,20 @@ def test_what_is_called_when():
     assert len(worker.given) == 6 and worker.given[0] == 1.0 and worker.given == sorted(worker.given)
     assert worker.given[-1] == float(result.state.train.params["w"])
     assert [how["step"] for _, how in worker.asked if how["group_size"] == 3] == [0, 1, 2, 3, 4]
+
+
+def test_a_divergence_that_was_not_measured_is_nowhere():
+    step = FakeStep(reference=False)
+    _, (row, *_) = run(1, step=step)
+    _, (other, *_) = run(1)
+    assert set(other) - set(row) == {"kl", "penalty"}
+    assert progress_line(other, 1).replace("kl 1.0000  ", "", 1) == progress_line(row, 1)
+    drawn = []
+    for rows in ([row], [other]):
+        _, axes = new_figure((6, 4), 3)
+        plots._draw_policy(axes, rows, [])
+        drawn.append([line.get_label() for line in axes[0].get_lines()])
+    assert drawn[1] == ["from the reference", *drawn[0]] and len(drawn[0]) == 2
 
 
 def test_a_run_that_goes_on_gives_what_it_would_have_given():

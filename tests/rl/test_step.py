@@ -89,6 +89,14 @@ def test_micro_batches_add_up():
     assert_close(balanced.parts.loss, want.parts.loss + 0.1 * want.parts.balance, 1e-5)
 
 
+def test_micro_batches_add_up_without_a_reference():
+    batch = samples(ref=False)
+    _, _, want = updated(whole(batch), kl_weight=0.0)
+    _, _, got = updated(micro_batches(batch, np.arange(N), 2, N), kl_weight=0.0)
+    assert got.parts.penalty == got.parts.stats.kl == ()
+    assert_trees_close(got, want, 2e-4)  # as above
+
+
 def test_micro_batches_are_as_long_as_their_samples(monkeypatch):
     """Rows that end at 0 (none), 2, 3, 5, 6 and 7 of 12 columns, two a micro-batch, give the same at 3, 6 and 12 columns."""
     batch = samples()

@@ -26,11 +26,13 @@ from dsv3.data.default_template import DEFAULT_CHAT_TEMPLATE
 from dsv3.pretrained import load_pretrained, save_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.records import read_rows
+from dsv3.train.schedule_paper import PAPER_SFT
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 SMALL = "--model=model --data=rows.jsonl --batch_size=2 --max_length=120 --lr=3e-3 --lr_end=1e-3 --epochs=1".split()
 RUN = [*SMALL, "--eval_every=5", "--save_every=4"]
 SHORT = [*RUN, "--out=short", "--max_length=50", "--skip_long", "--samples=99"]
+PARTS = [*SMALL, "--batch_size=4", "--epochs=1.5", "--warmup_steps=3", "--eval_every=0", "--save_every=0", "--samples=0"]
 
 # Runs the program for each list of arguments; `@n` sends the signal that Ctrl-C sends when batch n is asked for, `!n` ends
 # the program there, `~file` deletes a file before, `^run` changes what a run says of its rows.
@@ -64,6 +66,7 @@ for arguments in json.loads(sys.argv[1]):
         except SystemExit as end:
             code = end.code
     print(json.dumps([code, out.getvalue(), err.getvalue().splitlines()]))
+print(json.dumps({name: sft.FLAGS[name].default for name in ("epochs", "lr", "lr_end", "warmup_steps")}))
 """
 
 USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
@@ -122,6 +125,8 @@ GOOD = {
     "again": [*RUN, "--out=broken", "--samples=3"],
     "ended": [*SHORT, "!2"],
     "begun again": [*SHORT, "~short/tokenizer/tokenizer.json"],
+    "at once": [*PARTS, "--out=once"],
+    "in parts": [*PARTS, "--out=parts", "--accumulate=2"],
 }
 
 
@@ -177,7 +182,7 @@ def results(folder):
         cwd=folder, env=os.environ | threads | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return dict(zip(calls, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip([*calls, "defaults"], map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -231,6 +236,29 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(folder, results):
     before, samples = ((folder / "broken" / name).read_text() for name in ("before.json", "samples.txt"))
     before = json.loads(before)
     assert "begun with 1 questions" in printed and len(before["questions"]) == samples.count(", after\n") == 1
+
+
+def test_micro_batches_give_the_losses_of_the_whole(folder, results):
+    for what in ("at once", "in parts"):
+        assert results[what][0] == 0, results[what]
+    want, got = (rows_of(folder / name, "train") for name in ("once", "parts"))
+    assert [row["step"] for row in got] == [row["step"] for row in want] and len(want) > 6
+    for name in ("loss", "nll", "balance", "grad_norm", "tokens"):
+        # Sums in another order; AdamW makes of the rounding of a gradient near zero a step of full size.
+        np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-3, err_msg=name)
+    assert want[-1]["nll"] < want[0]["nll"] - 0.3
+
+
+def test_the_rate_warms_up_and_falls_by_a_cosine(folder, results):
+    rates = [row["learning_rate"] for row in rows_of(folder / "parts", "train")]
+    falling = np.arange(len(rates) - 3) / (len(rates) - 3)
+    want = [0.0, 1e-3, 2e-3, *(1e-3 + 1e-3 * (1 + np.cos(np.pi * falling)))]
+    np.testing.assert_allclose(rates, want, rtol=1e-5)
+
+
+def test_the_defaults_are_the_paper_s(results):
+    paper = {"epochs": PAPER_SFT.epochs, "lr": PAPER_SFT.first, "lr_end": PAPER_SFT.last}
+    assert results["defaults"] == paper | {"warmup_steps": 0}
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(folder, results):
