@@ -35,6 +35,7 @@ import distill_train
 from absl import app, flags, logging
 from command import failure_line, flag_parser
 from distill_setup import KINDS
+from grpo_problems import define_language_flags
 from sft_train import run_program, start
 
 from dsv3.policy import ComputePolicy
@@ -71,6 +72,7 @@ flags.DEFINE_string("problems", None, "With --on_policy: a file of problems.")
 flags.DEFINE_enum("problems_format", "rows", ["rows", "gsm8k", "math", "code"], "What the file's rows are, see grpo.py.")
 flags.DEFINE_list("reward", None, "As countdown:1,format:0.5, measured on held-out problems; the first decides accuracy.")
 flags.DEFINE_integer("reward_threads", 1, "Threads that compute rewards; for code and mathematics, which have processes.", 1)
+define_language_flags()
 flags.DEFINE_integer("explorations", 100, "Steps; each draws answers from the student as it is.", 1)
 flags.DEFINE_integer("prompts", 8, "Problems of an exploration.", 1)
 flags.DEFINE_integer("group_size", 1, "Answers to each problem.", 1)

@@ -14,8 +14,8 @@ from absl import flags
 from command import write_text
 from distill_setup import LOSS, check_length, check_loss, check_source, check_teacher
 from distill_train import full_parts, load_teacher, make_divergence, make_step, micro
-from grpo_problems import Question, chat_tasks, check_references, read_questions, read_rewards
-from grpo_setup import digest as tasks_digest
+from grpo_problems import LANGUAGE, Question, chat_tasks, check_references, read_questions, read_rewards
+from grpo_problems import digest as tasks_digest
 from pretrain_setup import RUN_FILE, agree, checkpoint_digest, claim_folder, delete_run, say, write_run
 from sft_report import BEFORE, NAMES, finish, format_samples, score_rows
 from sft_setup import check_rates, describe_model, model_digest, read_codec, rows_settings, timed, write_tokenizer
@@ -29,7 +29,7 @@ from dsv3.parallel.mesh import whole
 from dsv3.policy import ComputePolicy
 from dsv3.rl.explore import Task, grade, task_number
 from dsv3.rl.reward import Reward
-from dsv3.rl.rollout import Prompt, Rollouts, check_prompts, fit_rollouts
+from dsv3.rl.rollout import Rollouts, check_prompts, fit_rollouts, prompt_room
 from dsv3.rl.workers import EngineOptions, LocalWorker
 from dsv3.train.distill import DistillBatch
 from dsv3.train.loop import LoopResult
@@ -39,7 +39,7 @@ FLAGS = flags.FLAGS
 DECIDING = (
     *"heldout accumulate seed lr lr_end warmup_steps weight_decay clip mtp_weight balance_weight bias_rate dtype on_policy "
     "problems_format reward explorations prompts group_size max_new_tokens sample_temperature".split(),
-    *LOSS,
+    *LOSS, *LANGUAGE,
 )  # fmt: skip
 INPUTS = ("model", "teacher", "problems", "chat_template")
 SHOWN = {
@@ -69,7 +69,7 @@ class PolicySetup(NamedTuple):
 
     @property
     def size(self) -> int:
-        """T of all rows: the longest problem with the longest answer."""
+        """T of all rows: the longest problem with the longest answers."""
         return self.run.step_tokens // (FLAGS.prompts * FLAGS.group_size)
 
 
@@ -109,9 +109,9 @@ def prepare(argv: Sequence[str]) -> PolicySetup:
     settings["time"] = datetime.now().isoformat() if saved is None else saved.get("time")
     codec = timed(codec, settings["time"], RUN_FILE)
     tasks, heldout = make_tasks(codec, questions, reward)
-    check_prompts([Prompt(task.ids, i) for i, task in enumerate([*tasks, *heldout])],
-                  max_new_tokens=FLAGS.max_new_tokens, max_length=cfg.max_length)  # fmt: skip
-    size = max(len(task.ids) for task in [*tasks, *heldout]) + FLAGS.max_new_tokens - 1
+    prompts = [task.prompt(i) for i, task in enumerate([*tasks, *heldout])]
+    check_prompts(prompts, max_new_tokens=FLAGS.max_new_tokens, max_length=cfg.max_length)
+    size = max(prompt_room(prompt, FLAGS.max_new_tokens) for prompt in prompts) - 1
     check_length(teacher_cfg, size)
     settings["data"] = tasks_digest([*tasks, *heldout])
     agree(saved, settings, Path(FLAGS.out))
@@ -142,7 +142,6 @@ def make_tasks(codec: ChatCodec, questions: Sequence[Question], reward: Any) -> 
         int.from_bytes(hashlib.blake2b(json.dumps([FLAGS.seed, *q.key]).encode(), digest_size=8).digest()) / 2**64
         for q in questions
     ]
-    check(all(len(q.turns) == 1 for q in questions), "--problems has a prompt of several turns, want one")
     tasks = chat_tasks(questions, codec)
     if reward is not None:
         check_references(tasks, reward)
@@ -179,7 +178,7 @@ def look_heldout(
 ) -> tuple[dict[str, Any], list[str]]:
     """Answers to held-out problems, with the best token each time: divergence, lengths, rewards; and their texts."""
     worker.update(*snapshot((state.params, state.router)))
-    prompts = [Prompt(task.ids, i) for i, task in enumerate(setup.heldout)]
+    prompts = [task.prompt(i) for i, task in enumerate(setup.heldout)]
     rollouts = worker.rollout(prompts, group_size=1, max_new_tokens=FLAGS.max_new_tokens, temperature=0.0)
     found = {"divergence": apart(state, parts_of(rows_of(rollouts, setup.size), min(8, len(prompts))))}
     found |= {"length": float(rollouts.lengths.mean()), "truncated": float(rollouts.truncated.mean())}
@@ -225,7 +224,7 @@ def train(setup: PolicySetup, begun: Begun, parts: PolicyParts, policy: ComputeP
         first = number * FLAGS.prompts
         asked = [task_number(first + i, len(setup.tasks), FLAGS.seed) for i in range(FLAGS.prompts)]
         rollouts = parts.worker.rollout(
-            [Prompt(setup.tasks[i].ids, first + place) for place, i in enumerate(asked)], group_size=FLAGS.group_size,
+            [setup.tasks[i].prompt(first + place) for place, i in enumerate(asked)], group_size=FLAGS.group_size,
             max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.sample_temperature, seed=FLAGS.seed, step=number,
         )  # fmt: skip
         return micro(rows_of(rollouts, setup.size)), None

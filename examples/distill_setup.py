@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sft_setup
 from absl import flags
+from grpo_problems import LANGUAGE
 from pretrain_setup import checkpoint_digest
 from sft_setup import Program, Rows, Setup, digest, rows_settings, say
 
@@ -27,9 +28,10 @@ DECIDING = (*sft_setup.DECIDING, *LOSS)
 # Flags of one form that the other does not read.
 OF_ROWS = "data stored epochs batch_size max_length skip_long".split()
 OF_PROBLEMS = (
-    "problems problems_format reward reward_threads explorations prompts group_size max_new_tokens sample_temperature "
-    "max_batch"
-).split()
+    *"problems problems_format reward reward_threads explorations prompts group_size max_new_tokens sample_temperature "
+    "max_batch".split(),
+    *LANGUAGE,
+)
 STORED = "temperature heldout seed max_length skip_long".split()  # flags with which a store is made
 
 

@@ -4,14 +4,16 @@ The model is one that dsv3.save_pretrained wrote or any DeepSeek-V3 checkpoint, 
 that are made up here, or those of --problems:
 
   --problems_format gsm8k   JSON lines with `question` and `answer`, which ends in #### and the number
-  --problems_format math    JSON lines with `problem` and `answer`, or a `solution` with its answer in a box
+  --problems_format math    JSON lines with `problem` and `answer`, or a `solution` with its answer in a box; or, as MATH is
+                            published, a folder with a file of each problem
   --problems_format code    those of HumanEval; reward code
   --problems_format rows    JSON lines with `prompt` and `reference`. A prompt that is a list has several turns: the model
                             answers each before it reads the next; its answers are judged together
 
 Rewards by name, each with its weight: accuracy (the answer in <answer>, in a box or behind ####), format (<think> and
-<answer>), language (English), repetition, overlong, code, countdown; number (accuracy of the last number) is for small
-models. With a weight of 0 a reward is measured only. docs/rewards.md describes them, docs/grpo.md the training.
+<answer>), language (see --language), repetition, overlong, code, countdown; number (accuracy of the last number) is for
+small models. With a weight of 0 a reward is measured only. docs/rewards.md describes them, docs/grpo.md the training. A
+problem that cannot be used is named by file and line before anything is drawn.
 
 In --out are log.jsonl (a row an exploration, with transcripts and held-out accuracy: how often the first reward is 1 or
 more), tensorboard/, checkpoints/ from which the same command goes on, and at the end plots/, report.html and export/, the
@@ -36,6 +38,7 @@ import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 from absl import app, flags, logging
 from command import failure_line, flag_parser
+from grpo_problems import define_language_flags
 from grpo_report import report
 from grpo_setup import prepare, say
 from grpo_train import train
@@ -56,11 +59,13 @@ flags.DEFINE_enum("problems_format", "rows", ["rows", "gsm8k", "math", "code"], 
 flags.DEFINE_integer("made", 1000, "How many sums are made up without --problems.", 2)
 flags.DEFINE_integer("digits", 1, "Digits of their numbers.", 1, 9)
 flags.DEFINE_integer("heldout", 64, "Problems that are never trained on and measured on; 0: none.", 0)
-flags.DEFINE_bool("chat", False, "Ask by the model's chat template, instead of --template; for prompts of one turn.")
+flags.DEFINE_bool("chat", False, "Ask by the model's chat template, instead of --template and --turn_template.")
 flags.DEFINE_string("template", "{question}\\n", "What the model reads; \\n and \\t are understood.")
 flags.DEFINE_string("turn_template", "\\n{question}\\n", "The same for later turns.")
 flags.DEFINE_list("reward", None, "As accuracy:1,format:0.5; the first decides accuracy. Default: number:1 or accuracy:1.")
 flags.DEFINE_integer("reward_threads", 1, "Threads that compute rewards; for code and mathematics, which have processes.", 1)
+
+define_language_flags()
 
 flags.DEFINE_enum(
     "recipe", None, sorted(PUBLISHED),

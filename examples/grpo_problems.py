@@ -1,17 +1,18 @@
-"""Problems and rewards of `grpo.py`: where they come from, what the model reads, what an answer is worth."""
+"""Problems and rewards of `grpo.py`, `solve.py` and `distill.py`: what the model reads, what an answer is worth."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import flags
 from tokenizers import Tokenizer
 
 from dsv3.checks import check
-from dsv3.data import ChatCodec, chat_codec, encode_prompt, find_chat_template
+from dsv3.data import ChatCodec, chat_codec, encode_next, encode_prompt, find_chat_template
 from dsv3.data.chat import THINK
 from dsv3.rl import problems as files
 from dsv3.rl.countdown import make_countdown_reward
@@ -26,12 +27,28 @@ from dsv3.rl.reward_text import (
     make_repetition_penalty,
 )
 
+FLAGS = flags.FLAGS
+LANGUAGE = ("language", "language_measure", "language_unit", "language_among", "language_empty")
+
+
+def define_language_flags() -> None:
+    """Defines the flags of the reward `language`, once in a program."""
+    flags.DEFINE_string("language", "en", "Language that the reward `language` is for, by its code of ISO 639.")
+    flags.DEFINE_enum(
+        "language_measure", "script", ["script", "identify"],
+        "Share of what is written in its script; or by sentences that py3langid takes for it (pip install 'dsv3[data]').",
+    )  # fmt: skip
+    flags.DEFINE_enum("language_unit", "words", ["words", "characters"], "What is counted.")
+    flags.DEFINE_list("language_among", ["en", "zh"], "With --language_measure identify: what the text may be in.")
+    flags.DEFINE_float("language_empty", 0.0, "What an answer without any word is worth.")
+
 
 class Question(NamedTuple):
-    """What is asked, turn by turn, what the answer is judged by, and what it has in common with questions like it."""
+    """What is asked, turn by turn, what the answer is judged by, what messages call it, and what questions like it share."""
 
     turns: tuple[str, ...]
     reference: Any
+    name: str
     alike: str | None = None
 
     @property
@@ -45,7 +62,9 @@ def made_up_sums(count: int, digits: int, seed: int) -> list[Question]:
     rng, highest = random.Random(seed), 10**digits - 1
     every = (highest + 1) ** 2
     pairs = (divmod(number, highest + 1) for number in rng.sample(range(every), min(count, every)))
-    return [Question((f"{a}+{b}=",), str(a + b), f"{min(a, b)}+{max(a, b)}=") for a, b in pairs]
+    return [
+        Question((f"{a}+{b}=",), str(a + b), f"the made-up sum {a}+{b}", f"{min(a, b)}+{max(a, b)}=") for a, b in pairs
+    ]
 
 
 def read_questions(path: str, kind: str) -> list[Question]:
@@ -54,29 +73,9 @@ def read_questions(path: str, kind: str) -> list[Question]:
     Raises:
       ValueError, OSError: a file or a row that cannot be used, by its line.
     """
-    if kind == "rows":
-        return _read_rows(Path(path))
-    read = {"gsm8k": files.read_gsm8k, "math": files.read_math, "code": files.read_humaneval}[kind]
-    return [Question((problem.question,), problem.reference) for problem in read(path)]
-
-
-def _read_rows(path: Path) -> list[Question]:
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"--problems {str(path)!r} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is no JSON ({error})") from None
-        check(isinstance(row, dict) and {"prompt", "reference"} <= set(row), f"{where} has no `prompt` and `reference`")
-        turns = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
-        good = bool(turns) and all(isinstance(turn, str) and turn for turn in turns)
-        check(good, f"{where}: `prompt` is {row['prompt']!r:.60}, want a text or a list of texts")
-        found.append(Question(tuple(turns), row["reference"]))
-    check(bool(found), f"--problems {str(path)!r} is empty, want rows")
-    return found
+    read = {"rows": files.read_rows, "gsm8k": files.read_gsm8k, "math": files.read_math, "code": files.read_humaneval}[kind]
+    found = read(path)
+    return [Question((problem.question, *problem.turns), problem.reference, problem.name) for problem in found]
 
 
 def make_tasks(
@@ -88,12 +87,9 @@ def make_tasks(
       questions: see `Question`.
       tokenizer: the model's. What it puts first, as the begin-of-sentence token, comes before the first turn alone.
       template, turn_template: text around the first turn and later ones, with `{question}`.
-      chat: a checkpoint directory, whose chat template asks instead; a question then has one turn.
+      chat: a checkpoint directory, whose chat template asks instead.
     """
     if chat is not None:
-        for number, question in enumerate(questions, 1):
-            one = len(question.turns) == 1
-            check(one, f"--chat: problem {number} has several turns, want --template and --turn_template for them")
         return chat_tasks(questions, chat_codec(tokenizer, find_chat_template(chat, tokenizer)))
     for name, value in (("template", template), ("turn_template", turn_template)):
         check("{question}" in value, f"--{name} is {value!r}, want a text with {{question}} in it")
@@ -102,18 +98,37 @@ def make_tasks(
         texts = [template.replace("{question}", question.turns[0])]
         texts += [turn_template.replace("{question}", turn) for turn in question.turns[1:]]
         first, *later = [tokenizer.encode(text, add_special_tokens=not i).ids for i, text in enumerate(texts)]
-        tasks.append(Task(first, "".join(texts), question.reference, tuple(later)))
+        tasks.append(Task(first, "".join(texts), question.reference, tuple(later), name=question.name))
     return tasks
 
 
 def chat_tasks(questions: Sequence[Question], codec: ChatCodec) -> list[Task]:
-    """Returns what the loop needs of questions of one turn, asked by a chat template."""
-    asked = [encode_prompt(codec, [{"role": "user", "content": question.turns[0]}]) for question in questions]
-    begun = [opening_of(text) for text in codec.tokenizer.decode_batch(asked, skip_special_tokens=False)]
-    return [
-        Task(ids, question.turns[0], question.reference, opening=opening)
-        for ids, question, opening in zip(asked, questions, begun)
-    ]
+    """Returns what the loop needs of questions that a chat template asks.
+
+    Raises:
+      ValueError: the template fails, or cannot put several turns into one sequence; by the question's name.
+    """
+    tasks = []
+    for question in questions:
+        try:
+            first, *later = chat_turns(question.turns, codec)
+        except ValueError as error:
+            raise ValueError(f"{question.name}: {error}") from None
+        opening = opening_of(codec.tokenizer.decode(first, skip_special_tokens=False))
+        one = not (opening and later)
+        check(one, f"{question.name}: {codec.template.where} begins answers with {THINK}, want questions of one turn for it")
+        tasks.append(Task(first, "\n".join(question.turns), question.reference, tuple(later), opening, question.name))
+    return tasks
+
+
+def chat_turns(turns: Sequence[str], codec: ChatCodec) -> list[list[int]]:
+    """The tokens of a chat template before the first answer, between that and the second, and so on."""
+    messages = [{"role": "user", "content": turns[0]}]
+    found = [encode_prompt(codec, messages)]
+    for turn in turns[1:]:
+        messages += [{"role": "assistant", "content": "An answer."}, {"role": "user", "content": turn}]
+        found.append(encode_next(codec, messages))
+    return found
 
 
 def opening_of(prompt: str) -> str:
@@ -132,7 +147,7 @@ def answer_ends(eos_ids: Sequence[int], tokenizer: Tokenizer, chat: str | None) 
 def read_rewards(
     named: Sequence[str], *, tokenizer: Tokenizer, max_new_tokens: int, threads: int = 1
 ) -> Callable[[str, str, Any], Reward]:
-    """Returns the weighted reward of names and weights, such as `["accuracy:1", "format:0.5"]`.
+    """Returns the weighted reward of names and weights, such as `["accuracy:1", "format:0.5"]`; of `language` see the flags.
 
     Args:
       named: see above.
@@ -147,7 +162,10 @@ def read_rewards(
         "code": lambda: make_code_reward(),
         "countdown": make_countdown_reward,
         "format": lambda: make_format_reward(),
-        "language": lambda: make_language_reward("en"),
+        "language": lambda: make_language_reward(
+            FLAGS.language, measure=FLAGS.language_measure, unit=FLAGS.language_unit, among=tuple(FLAGS.language_among),
+            empty=FLAGS.language_empty,
+        ),
         "number": lambda: make_math_reward(rules=("number",), workers=threads),
         "overlong": lambda: make_overlong_penalty(
             max_length=max_new_tokens, buffer=max(1, max_new_tokens // 4), count=lambda text: len(tokenizer.encode(text).ids)
@@ -168,11 +186,17 @@ def read_rewards(
 
 def check_references(tasks: Sequence[Task], reward: Callable[[str, str, Any], Reward]) -> None:
     """Raises `ValueError` for a problem whose reference the rewards cannot use: an empty answer asks them in no time."""
-    for number, task in enumerate(tasks):
+    for task in tasks:
         try:
             reward(task.text, "", task.reference)
         except ValueError as error:
-            raise ValueError(f"problem {number}, {task.text!r:.60}: {error}") from None
+            raise ValueError(f"{task.name}, {task.text!r:.60}: {error}") from None
+
+
+def digest(tasks: Sequence[Task]) -> str:
+    """A hash of problems, with the tokens that the model reads."""
+    rows = [[list(task.ids), [list(turn) for turn in task.turns], task.text, str(task.reference)] for task in tasks]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def unescaped(text: str) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from command import aligned
+from command import aligned, write_text
 from grpo_setup import Setup, say
 
 from dsv3.compiled import snapshot
+from dsv3.data import find_chat_template, load_chat_template
+from dsv3.data.chat_template import TEMPLATE_FILE
 from dsv3.page import Table, write_page
 from dsv3.pretrained import save_pretrained
 from dsv3.rl.loop import GrpoState
@@ -30,10 +33,7 @@ NUMBERS = (
 
 def report(setup: Setup, state: GrpoState) -> None:
     """Exports and plots; prints what came out and where it is."""
-    files = [Path(FLAGS.model) / name for name in TOKENIZER]
-    params, router = snapshot((state.train.params, state.train.router))
-    export = setup.out / "export"
-    save_pretrained(export, setup.cfg, params, router, extra_files=[file for file in files if file.exists()])
+    export = export_model(setup, state)
     rows = read_rows(setup.out / "log.jsonl")
     plots = plot_grpo(rows, setup.out / "plots")
     results = result_rows(rows)
@@ -45,6 +45,18 @@ def report(setup: Setup, state: GrpoState) -> None:
     )  # fmt: skip
     say("\n" + aligned(results))
     say(f"\nreport  {page}\nlog     {setup.out / 'log.jsonl'}, tensorboard --logdir {setup.out}\nexport  {export}")
+
+
+def export_model(setup: Setup, state: GrpoState) -> Path:
+    """Writes the model with its tokenizer and with the chat template that has asked, if one has."""
+    files = [file for name in TOKENIZER if (file := Path(FLAGS.model) / name).exists()]
+    params, router = snapshot((state.train.params, state.train.router))
+    with tempfile.TemporaryDirectory() as folder:
+        if FLAGS.chat and load_chat_template(FLAGS.model) is None:  # dsv3's has
+            files.append(Path(folder) / TEMPLATE_FILE)
+            write_text(files[-1], find_chat_template(FLAGS.model, setup.tokenizer).source)
+        save_pretrained(setup.out / "export", setup.cfg, params, router, extra_files=files)
+    return setup.out / "export"
 
 
 def result_rows(rows: Rows) -> list[tuple[str, str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
@@ -15,8 +14,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from command import check_fresh, lock_folder, say, write_text
 from grpo_problems import (
+    LANGUAGE,
     answer_ends,
     check_references,
+    digest,
     made_up_sums,
     make_tasks,
     read_questions,
@@ -31,7 +32,7 @@ from dsv3.data import check_tokenizer, load_tokenizer
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.rl.explore import Task
 from dsv3.rl.reward import Reward
-from dsv3.rl.rollout import Prompt, check_prompts
+from dsv3.rl.rollout import check_prompts
 from dsv3.rl.settings import PUBLISHED, GrpoSettings
 from dsv3.rl.workers import EngineOptions
 from dsv3.train.checkpoint import check_settings
@@ -103,11 +104,11 @@ def prepare(argv: Sequence[str]) -> Setup:
     tasks, heldout = split_tasks(*make_all_tasks(tokenizer), settings)
     ends = answer_ends(cfg.eos_ids, tokenizer, FLAGS.model if FLAGS.chat else None)
     settings = dataclasses.replace(settings, stop_tokens=ends)
-    prompts = [Prompt(task.ids, i, task.turns) for i, task in enumerate([*tasks, *heldout])]
+    prompts = [task.prompt(i) for i, task in enumerate([*tasks, *heldout])]
     check_prompts(prompts, max_new_tokens=settings.max_new_tokens, max_length=cfg.max_length)
     check_references([*tasks, *heldout], reward)
     loss = {name: FLAGS[name].value for name in LOSS} | {"length": loss_length(settings)}
-    agreed = {name: FLAGS[name].value for name in (*DECIDING, *EXPLORING, *LOSS, "stop")}
+    agreed = {name: FLAGS[name].value for name in (*DECIDING, *EXPLORING, *LOSS, *LANGUAGE, "stop")}
     agreed |= {"program": "grpo", "reward": named, "problems": digest([*tasks, *heldout])}
     out = claim_folder(Path(FLAGS.out), agreed)
     say(f"model {FLAGS.model}: {cfg.num_layers} layers, {cfg.moe.router.num_experts} experts, {cfg.num_mtp_layers} MTP")
@@ -163,12 +164,6 @@ def split_tasks(tasks: list[Task], keys: list[Any], settings: GrpoSettings) -> t
     if room:
         say(f"{FLAGS.heldout - room} instead of {FLAGS.heldout} problems are held out: the same ones stay together")
     return tuple([task for task, key in zip(tasks, keys) if (key in held) == side] for side in (False, True))
-
-
-def digest(tasks: Sequence[Task]) -> str:
-    """A hash of problems, with the tokens that the model reads."""
-    rows = [[list(task.ids), [list(turn) for turn in task.turns], task.text, str(task.reference)] for task in tasks]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def claim_folder(out: Path, agreed: dict[str, Any]) -> Path:

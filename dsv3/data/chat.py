@@ -197,6 +197,30 @@ def encode_prompt(
     return _encode(codec, text, [], mark).ids.tolist()
 
 
+def encode_next(codec: ChatCodec, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Encodes what a template writes from the end of the last answer to where the next one begins.
+
+    So a conversation can be drawn as one sequence: the prompt of `encode_prompt`, an answer with the token that ends it,
+    what this returns, another answer.
+
+    Args:
+      codec: from `chat_codec`.
+      messages: a conversation up to what is asked after an answer.
+
+    Raises:
+      ValueError: as `encode_turns`; or the template changes what came before once another question follows.
+    """
+    check_messages(messages, prompt=True)
+    mark, messages, _ = _guard(codec, messages, None)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    check(last >= 0, "encode_next: the messages hold no answer, want one before the last question")
+    held = "".join(_turn(codec, messages, last, None))
+    text = render_chat(codec.template, messages, add_generation_prompt=True)
+    changes = f"encode_next: {codec.template.where} changes what came before once another question follows"
+    check(text.startswith(held), f"{changes}, so that one sequence cannot hold the conversation")
+    return _encode(codec, text[len(held) :], [], mark).ids.tolist()
+
+
 def _turn(codec: ChatCodec, messages: Sequence[Mapping[str, Any]], index: int, tools: Sequence[Any] | None) -> _Turn:
     """The answer that is message `index`."""
     template, message, before = codec.template, messages[index], messages[:index]

@@ -27,6 +27,7 @@ class Task(NamedTuple):
       ids, turns: see `Prompt`.
       text, reference: what the reward gets beside the answer.
       opening: what the prompt has already said of the answer, as `<think>`: the reward gets it before what was drawn.
+      name: what messages call it, such as file and line; without one its number.
     """
 
     ids: Sequence[int]
@@ -34,6 +35,11 @@ class Task(NamedTuple):
     reference: Any = None
     turns: Sequence[Sequence[int]] = ()
     opening: str = ""
+    name: str = ""
+
+    def prompt(self, number: int) -> Prompt:
+        """Returns what is asked, as problem `number`."""
+        return Prompt(self.ids, number, self.turns, self.name)
 
 
 class Worker(Protocol):
@@ -124,7 +130,7 @@ def explore(
         asked, position = _next_numbers(seen, settings.prompts - len(kept), position, len(tasks), settings.seed)
         if not asked:
             break
-        rollouts = worker.rollout([Prompt(tasks[i].ids, i, tasks[i].turns) for i in asked], **sampling_of(settings, step))
+        rollouts = worker.rollout([tasks[i].prompt(i) for i in asked], **sampling_of(settings, step))
         graded = grade(rollouts, tasks, reward, threads=threads)
         dull = saturated_groups(graded.total.reshape(len(asked), -1)).numpy()
         if not settings.skip_saturated:
@@ -168,27 +174,48 @@ def grade(rollouts: Rollouts, tasks: Sequence[Task], reward: RewardOf, *, thread
       tasks, reward, threads: as of `explore`.
 
     Raises:
+      ValueError: as `grade_answers`.
+    """
+    numbers, samples = rollouts.numbers.tolist(), rollouts.samples.tolist()
+    answers = [rollouts.answer(row) for row in range(len(numbers))]
+    found = grade_answers(tasks, numbers, samples, answers, reward, threads=threads)
+    names = list(found[0].parts)
+    return Graded(np.array([total for total, _ in found]), {n: np.array([r.parts[n] for r in found]) for n in names})
+
+
+def grade_answers(
+    tasks: Sequence[Task], numbers: Sequence[int], samples: Sequence[int], answers: Sequence[str], reward: RewardOf, *,
+    threads: int = 1,
+) -> list[Reward]:  # fmt: skip
+    """Computes the rewards of answers, each with what its prompt has already said of it.
+
+    Args:
+      tasks, reward, threads: as of `explore`.
+      numbers, samples: of each answer which of the tasks it is to, and which of the samples to that it is.
+      answers: as they were drawn.
+
+    Raises:
       ValueError: a reward that is not a finite number, by problem, sample and part; parts that are not always the same.
     """
 
     def named(prompt: str, answer: str, row: int) -> Reward:
-        where = f"the reward of problem {rollouts.numbers[row]}, sample {rollouts.samples[row]}"
+        task, number = tasks[numbers[row]], numbers[row]
+        where = f"the reward of {task.name or f'problem {number}'}, sample {samples[row]}"
         try:
-            found = reward(prompt, answer, tasks[rollouts.numbers[row]].reference)
+            found = reward(prompt, answer, task.reference)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         check(isinstance(found, Reward), f"{where} is of type {type(found).__name__}, want a Reward, as of make_reward")
         check(math.isfinite(found.total), f"{where} is {found.total}, want a finite number")
         return found
 
-    rows = range(len(rollouts.finish))
-    asked = [tasks[number].text for number in rollouts.numbers]
-    said = [tasks[number].opening + rollouts.answer(row) for row, number in zip(rows, rollouts.numbers)]
+    asked, rows = [tasks[number].text for number in numbers], range(len(numbers))
+    said = [tasks[number].opening + answer for number, answer in zip(numbers, answers)]
     found = score_completions(named, asked, said, rows, workers=threads)
     names = list(found[0].parts)
     for row, (_, parts) in zip(rows, found):
         check(list(parts) == names, f"grade: sample {row} has the parts {list(parts)}, but the first has {names}")
-    return Graded(np.array([total for total, _ in found]), {n: np.array([r.parts[n] for r in found]) for n in names})
+    return found
 
 
 def _rows(graded: Graded, rows: Sequence[int]) -> Graded:
@@ -220,7 +247,7 @@ def evaluate(
     """
     names = ("max_new_tokens", "stop_tokens", "stop", "bucket")
     how = {name: getattr(settings, name) for name in names} | {"group_size": 1, "temperature": 0.0}
-    rollouts = worker.rollout([Prompt(task.ids, i, task.turns) for i, task in enumerate(tasks)], **how)
+    rollouts = worker.rollout([task.prompt(i) for i, task in enumerate(tasks)], **how)
     graded = grade(rollouts, tasks, reward, threads=threads)
     parts = {name: float(values.mean()) for name, values in graded.parts.items()}
     first, total = next(iter(graded.parts.values()), graded.total), float(graded.total.mean())

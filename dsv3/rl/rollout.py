@@ -26,11 +26,13 @@ class Prompt(NamedTuple):
       number: which problem it is; with the sample's it decides what is drawn, whatever else is in the batch.
       turns: of a prompt of several turns, the tokens that follow the model's first answer (the user's next words and
         whatever the template has around them), its second, and so on. An answer that has not ended by itself is the last.
+      name: what messages call it; without one its place in the batch and `number`.
     """
 
     ids: Sequence[int]
     number: int = 0
     turns: Sequence[Sequence[int]] = ()
+    name: str = ""
 
 
 class Rollouts(NamedTuple):
@@ -119,22 +121,43 @@ def rollout(
     """
     check(engine.record, "rollout: `engine` keeps no record, want Engine(..., record=True)")
     check(group_size > 0 and bucket > 0, f"rollout: group_size={group_size} and bucket={bucket}, want both > 0")
-    check_prompts(prompts, max_new_tokens=max_new_tokens, max_length=engine.max_length)
-    rows = [_Sample(prompt, sample) for prompt in prompts for sample in range(group_size)]
-    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stop_tokens": stop_tokens, "stop": stop}
+    rows = draw_samples(
+        engine, prompts, group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, step=step,
+        stop_tokens=stop_tokens, stop=stop,
+    )  # fmt: skip
+    longest = max(len(row.tokens) for row in rows) - 1
+    size = slot_bucket(longest, bucket, engine.max_length - 1)
+    return _padded(rows, size, engine.cfg.moe.router.num_experts)
+
+
+def draw_samples(
+    engine: Engine, prompts: Sequence[Prompt], *, group_size: int, seed: int = 0, step: int = 0, **how: Any
+) -> list[Sample]:
+    """Draws what `rollout` does, from any engine, for whoever wants the answers and no arrays to train on.
+
+    Args:
+      engine: one with a record has the samples keep experts.
+      prompts, group_size, seed, step: as of `rollout`. how: its other arguments, but for `bucket`.
+
+    Returns:
+      The samples, those of a prompt together.
+
+    Raises:
+      ValueError: as `rollout`.
+    """
+    check_prompts(prompts, max_new_tokens=how["max_new_tokens"], max_length=engine.max_length)
+    rows = [Sample(prompt, sample) for prompt in prompts for sample in range(group_size)]
     for turn in range(1 + max(len(prompt.turns) for prompt in prompts)):
         waiting = [row for row in rows if row.goes_on(turn)]
         seeds = [sample_seed(seed, step, row.prompt.number, row.sample, turn) for row in waiting]
         requests = [Request(row.tokens, seed=number, **how) for row, number in zip(waiting, seeds)]
         for row, done in zip(waiting, engine.generate(requests)):
             row.add(done)
-    longest = max(len(row.tokens) for row in rows) - 1
-    size = slot_bucket(longest, bucket, engine.max_length - 1)
-    return _padded(rows, size, engine.cfg.moe.router.num_experts)
+    return rows
 
 
 def check_prompts(prompts: Sequence[Prompt], *, max_new_tokens: int, max_length: int) -> None:
-    """Raises `ValueError` for a prompt that does not fit with its answers, which names the row; prompts are never cut off.
+    """Raises `ValueError` for a prompt that does not fit with its answers, which names it; prompts are never cut off.
 
     Args:
       prompts: see `Prompt`.
@@ -144,18 +167,34 @@ def check_prompts(prompts: Sequence[Prompt], *, max_new_tokens: int, max_length:
     check(len(prompts) > 0, "rollout: `prompts` is empty, want at least one prompt")
     check(max_new_tokens > 0, f"rollout: `max_new_tokens` is {max_new_tokens}, want > 0")
     for row, prompt in enumerate(prompts):
-        answers, asked = 1 + len(prompt.turns), len(prompt.ids) + sum(map(len, prompt.turns))
-        where = f"rollout: prompt {row} (problem {prompt.number})"
+        answers, room = 1 + len(prompt.turns), prompt_room(prompt, max_new_tokens)
+        size = room - answers * max_new_tokens
+        where = f"rollout: {prompt.name or f'prompt {row} (problem {prompt.number})'}"
         check(len(prompt.ids) > 0, f"{where} is empty, want at least one token")
         check(
-            asked + answers * max_new_tokens <= max_length,
-            f"{where} has {asked} tokens and wants room for {answers} answer{'s' * (answers > 1)} of {max_new_tokens}, that "
-            f"is {asked + answers * max_new_tokens}, want at most max_length, which is {max_length}: no prompt is cut off",
+            room <= max_length,
+            f"{where} has {size} tokens and wants room for {answers} answer{'s' * (answers > 1)} of {max_new_tokens}, that "
+            f"is {room}, want at most max_length, which is {max_length}: no prompt is cut off",
         )
 
 
-class _Sample:
-    """One sample as it grows."""
+def prompt_room(prompt: Prompt, max_new_tokens: int) -> int:
+    """Returns the tokens of a prompt and its turns with the longest answers to all of them.
+
+    >>> prompt_room(Prompt([1, 2], turns=([3],)), 10)
+    23
+    """
+    return len(prompt.ids) + sum(map(len, prompt.turns)) + (1 + len(prompt.turns)) * max_new_tokens
+
+
+class Sample:
+    """One sample as it grows.
+
+    Attributes:
+      prompt: see `Prompt`. sample: its number among the prompt's.
+      tokens: all so far. texts: the answers, one a turn; without a tokenizer ids with blanks between them.
+      finish: why the last one ended, see `Completion`. length: tokens that were drawn.
+    """
 
     def __init__(self, prompt: Prompt, sample: int):
         self.prompt, self.sample = prompt, sample
@@ -164,7 +203,7 @@ class _Sample:
         self.experts: np.ndarray | None = None
         self.texts: list[str] = []
         self.finish = ""
-        self.steps = self.drafted = self.accepted = 0
+        self.length = self.steps = self.drafted = self.accepted = 0
 
     def goes_on(self, turn: int) -> bool:
         """Appends what comes before the answer of a turn; returns whether there is one."""
@@ -179,15 +218,17 @@ class _Sample:
         """Appends an answer. What the sampling pass has chosen for earlier answers stays, though all is read again."""
         self.drawn.append((len(self.tokens), done.sampled_logprobs))
         self.tokens += done.tokens
-        old = done.experts[:, :0] if self.experts is None else self.experts
-        self.experts = np.concatenate([old, done.experts[:, old.shape[1] :]], 1)
+        self.length += len(done.tokens)
+        if done.experts is not None:
+            old = done.experts[:, :0] if self.experts is None else self.experts
+            self.experts = np.concatenate([old, done.experts[:, old.shape[1] :]], 1)
         self.texts.append(" ".join(map(str, done.tokens)) if done.text is None else done.text)
         self.finish = done.finish_reason
         self.steps, self.drafted = self.steps + done.steps, self.drafted + done.drafted
         self.accepted += done.accepted
 
 
-def _padded(rows: Sequence[_Sample], size: int, experts_total: int) -> Rollouts:
+def _padded(rows: Sequence[Sample], size: int, experts_total: int) -> Rollouts:
     layers, _, top_k = rows[0].experts.shape
     tokens = np.zeros([len(rows), size + 1], np.int32)
     mask, logprobs = (np.zeros([len(rows), size], np.float32) for _ in range(2))

@@ -12,6 +12,7 @@ from dsv3.data import (
     ChatTemplate,
     chat_codec,
     encode_chat,
+    encode_next,
     encode_prompt,
     encode_turns,
     load_chat_template,
@@ -219,6 +220,30 @@ def test_templates_that_cannot_be_learned_from():
         encode_turns(DEFAULT, talk("a") * 2)
     with pytest.raises(ValueError, match=r"hold all code points from U\+FDD0 to U\+FDEF"):
         encode_turns(DEFAULT, talk("".join(map(chr, range(0xFDD0, 0xFDF0))), "b"))
+
+
+@pytest.mark.parametrize("source", [None, STRIPS, PLAIN])
+def test_a_conversation_that_is_drawn_turn_by_turn_is_the_rendered_one(source):
+    """The prompt, an answer with its end, what comes before the next answer, and so on: as one sequence has it."""
+    one, said = codec(source), ["a b", "To be.", f"or {USER}not", "That", "is?", "So"]
+    ids = encode_prompt(one, talk(said[0]))
+    for place in (1, 3, 5):
+        ids += TOKENIZER.encode(said[place], add_special_tokens=False).ids + [TOKENIZER.token_to_id(EOS)]
+        if place < 5:
+            ids += encode_next(one, talk(*said[: place + 2]))
+    assert ids == encode_chat(one, talk(*said)).ids.tolist()[: len(ids)]
+
+
+def test_templates_that_change_what_came_before():
+    other = "{{ bos_token }}{{ messages | length }}" + TURN % ("{{ m.content + eos_token }}")
+    for source, message in [
+        (OPENS, "encode_next: mine changes what came before once another question follows, so that one sequence cannot"),
+        (other, "encode_turns: mine does not begin message 2 as its own prompt ends"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            encode_next(codec(source), talk("a", "b", "c"))
+    with pytest.raises(ValueError, match="encode_next: the messages hold no answer"):
+        encode_next(DEFAULT, talk("a"))
 
 
 def test_tokenizers_that_do_not_fit():

@@ -112,6 +112,17 @@ def test_a_bad_reward_is_one_clear_line(reward, message):
         assert "\n" not in str(caught.value)
 
 
+def test_a_bad_reward_is_named_by_its_problem():
+    """In training, where problems are numbered after the split, as in evaluation."""
+    tasks = [task._replace(name=f"p.jsonl:{2 * i}") for i, task in enumerate(TASKS)]
+    bad = plain(lambda prompt, answer, reference: float("nan") if reference == 3 else float(answer))
+    with pytest.raises(ValueError, match=r"the reward of p.jsonl:6, sample 0: reward: part 'all' is nan"):
+        evaluate(FakeWorker(), tasks, bad, settings=settings())
+    with pytest.raises(ValueError, match=r"the reward of p.jsonl:6, sample 0: reward: part 'all' is nan"):
+        explore(FakeWorker(), tasks, bad, settings=settings(prompts=10), step=0)
+    assert tasks[3].prompt(7) == Prompt([1, 2, 3], 7, (), "p.jsonl:6")
+
+
 def test_rewards_have_always_the_same_parts():
     rollouts = FakeWorker().rollout([Prompt([1], 4), Prompt([1], 5)], group_size=2)
     with pytest.raises(ValueError, match=r"grade: sample 1 has the parts \["):

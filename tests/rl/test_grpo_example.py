@@ -58,6 +58,7 @@ RUN = (
     "--measure_every=0 --eval_every=2 --reward=language:0.5,number:0 --rows=8 --samples=2"
 ).split()
 GOOD = {"ended": RUN, "stopped": RUN, "gone on": RUN}
+SPLIT = "--problems=split.jsonl --heldout=1 --prompts=1 --max_new_tokens=4".split()
 BAD = {
     "no reference": ([*RUN, "--reference_every=5"], "--reference_every 5, but with --kl_weight 0 there is no reference"),
     "a reward twice": (["--reward=number:1,number:2"], "--reward has 'number' twice, want each once"),
@@ -66,14 +67,26 @@ BAD = {
     "a reward": (["--reward=honesty:1"], "--reward has 'honesty', want some of accuracy, code, countdown"),
     "a weight": (["--reward=number:much"], "--reward 'number:much': could not convert"),
     "too many held out": (["--made=20", "--heldout=19"], "20 problems, of which --heldout 19 are not trained on"),
-    "no room": (["--max_new_tokens=40"], "wants room for 1 answer of 40, that is 4"),
+    "no room": (["--max_new_tokens=40"], "rollout: the made-up sum "),
     "a template": (["--template=what?"], "--template is 'what?', want a text with {question} in it"),
-    "chat of several turns": (["--problems=turns.jsonl", "--chat"], "--chat: problem 1 has several turns, want --template"),
-    "rows": (["--problems=rows.jsonl"], "--problems 'rows.jsonl' line 2 has no `prompt` and `reference`"),
-    "a reference": (["--problems=empty.jsonl", "--heldout=0", "--prompts=1", "--reward=accuracy", "--max_new_tokens=4"],
-                    "problem 0, '1+1=\\n': "),
+    "chat of several turns": (
+        ["--problems=turns.jsonl", "--chat"], "turns.jsonl:1: encode_turns: the chat template of 'model' does not end",
+    ),
+    "a template that fails": (
+        ["--problems=split.jsonl", "--chat", "--model=failing"],
+        "split.jsonl:4: render_chat: the chat template of 'failing' refuses the messages: no threes",
+    ),
+    "a template that breaks out": (
+        ["--chat", "--model=breaking"], ": render_chat: the chat template of 'breaking' tries what its sandbox forbids",
+    ),
+    "rows": (["--problems=rows.jsonl"], "read_rows: 'rows.jsonl' line 2: there is no 'prompt', want one among 'question'"),
+    "an empty reference": (["--problems=empty.jsonl"], "read_rows: 'empty.jsonl' line 1: 'reference' is '', want what"),
+    # Named by the file's row, though the split has put it among the held-out ones, which come last.
+    "a reference": ([*SPLIT, "--reward=countdown"], "split.jsonl:3, '2+2=\\n': countdown: the reference is '4', want"),
+    "a long problem": ([*SPLIT, "--reward=number", "--max_new_tokens=20"], "rollout: split.jsonl:4 has 15 tokens and wants"),
+    "a language": (["--reward=language", "--language=xx"], "--reward 'language': make_language_reward: `language` is 'xx'"),
     "a long turn": (["--problems=turns.jsonl", "--heldout=0", "--prompts=2", "--reward=number", "--max_new_tokens=12"],
-                    "prompt 0 (problem 0) has 12 tokens and wants room for 2 answers of 12, that is 36"),
+                    "turns.jsonl:1 has 12 tokens and wants room for 2 answers of 12, that is 36"),
     "temperature": (["--temperature=0"], "GrpoSettings: `temperature` is 0.0, want above 0"),
     "other settings": ([*RUN, "--lr=0.02"], "`lr` is 0.02 here, 0.01 there"),
     "no resuming": ([*RUN, "--noresume"], "--noresume, but --out 'run' holds a run"),
@@ -96,6 +109,15 @@ def results(tmp_path_factory):
     save_tokenizer(tokenizer, folder / "model")
     template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
     (folder / "model" / "chat_template.jinja").write_text(template)
+    for name, source in (
+        ("failing", "{% if '3' in messages[0].content %}{{ raise_exception('no threes') }}{% endif %}" + template),
+        ("breaking", "{{ messages.__class__ }}"),
+    ):
+        shutil.copytree(folder / "model", folder / name)
+        (folder / name / "chat_template.jinja").write_text(source)
+    numbers = {"numbers": [1, 1], "target": 2}
+    split = [json.dumps({"prompt": asked, "reference": numbers}) for asked in ("1+1=", "3" * 12 + "=")]
+    (folder / "split.jsonl").write_text("\n".join([split[0], "", '{"prompt": "2+2=", "reference": "4"}', split[1]]))
     (folder / "rows.jsonl").write_text('{"prompt": "1+1=", "reference": 2}\n{"question": "2+2="}\n')
     (folder / "empty.jsonl").write_text('{"prompt": "1+1=", "reference": ""}\n')
     turns = [["1+1=", "2+2="], ["3+3="] * 8]

@@ -13,7 +13,7 @@ DRIVER = r"""
 import json, pathlib, sys
 import grpo, grpo_setup
 from absl.testing import flagsaver
-from grpo_problems import made_up_sums, opening_of, read_questions
+from grpo_problems import made_up_sums, opening_of, read_questions, read_rewards
 from dsv3.rl.explore import Task
 from dsv3.rl.settings import GrpoSettings
 
@@ -37,7 +37,18 @@ def recipe(*flags):
         grpo_setup.take_recipe()
         return [getattr(grpo_setup.FLAGS, name) for name in names]
 
+def language(text, *flags):
+    with flagsaver.flagsaver():
+        grpo.parse_flags(["grpo.py", "--model=model", *flags])
+        return read_rewards(["language"], tokenizer=None, max_new_tokens=8)("", text, None).total
+
 print(json.dumps({
+    "languages": [
+        language("Wir wissen doch \u5f88"), language("Wir wissen doch \u5f88", "--language=zh"),
+        language("Wir wissen doch \u5f88", "--language=de", "--language_unit=characters"), language("12"),
+        language("12", "--language_empty=0.25"),
+    ],
+    "names": [question.name for question in (*sums[:1], *read_questions("rows.jsonl", "rows"))],
     "sums": [len(train), len(held), len(sides[0] & sides[1])],
     "twice": split(2, list("abcdcb")), "none": split(0, list("aab")),
     "rows": [question.turns[0] for question in read_questions("rows.jsonl", "rows")],
@@ -58,6 +69,8 @@ def test_problems(tmp_path):
     assert found["sums"] == [59, 41, 0], "a+b and b+a are on one side"
     assert found["twice"] == [[0, 2, 3, 4], [1, 5]] and found["none"] == [[0, 1, 2], []]
     assert found["rows"] == ["a\u2028b\x85c", "d"], "line separators in a text end no row"
+    assert found["languages"] == [3 / 4, 1 / 4, 13 / 14, 0, 0.25]
+    assert found["names"][0].startswith("the made-up sum ") and found["names"][1:] == ["rows.jsonl:1", "rows.jsonl:3"]
     assert found["digests"] == 3, "tokens of prompts and turns count"
     assert found["recipes"] == [[8, 16, 16, 1, 25, 0.001, 10.0], [8, 16, 4, 1, 0, 0.0, 10.0]]
     assert found["openings"] == ["<think>\n", "", "<think>"]

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from dsv3.rl.logprobs import token_logprobs
-from dsv3.rl.rollout import Prompt, fit_rollouts, join_rollouts, rollout, sample_seed, take_rollouts
+from dsv3.rl.rollout import (
+    Prompt,
+    draw_samples,
+    fit_rollouts,
+    join_rollouts,
+    rollout,
+    sample_seed,
+    take_rollouts,
+)
 from dsv3.serve import Request
 from tests.compare import PLAIN
 from tests.rl.model import engine, model, prompts
@@ -119,6 +127,7 @@ def test_an_answer_that_is_truncated_is_the_last():
          "which is 64: no prompt is cut off"),
         ([Prompt([3] * 20, 4, ([5] * 20, [2] * 10))], {},
          r"prompt 0 \(problem 4\) has 50 tokens and wants room for 3 answers of 6, that is 68"),
+        ([Prompt([3] * 59, 5, name="p.jsonl:7")], {}, "p.jsonl:7 has 59 tokens and wants room for 1 answer of 6"),
         ([Prompt([3])], {"max_new_tokens": 0}, "`max_new_tokens` is 0"),
         ([Prompt([3])], {"group_size": 0}, "group_size=0 and bucket=16, want both > 0"),
     ],
@@ -134,6 +143,16 @@ def test_what_does_not_fit_is_refused_by_its_number(given, how, message):
 def test_an_engine_must_keep_a_record():
     with pytest.raises(ValueError, match="rollout: `engine` keeps no record"):
         rollout(engine(record=False), asked(1), **HOW)
+
+
+def test_samples_are_drawn_without_a_record_too():
+    given = [Prompt(prompts(5)[0], 3, ([4, 5],)), Prompt(prompts(4)[0], 8)]
+    how = {name: value for name, value in HOW.items() if name != "bucket"}
+    want = rollout(engine(), given, **HOW)
+    rows = draw_samples(engine(record=False), given, **how)
+    assert [(row.prompt.number, row.sample) for row in rows] == list(zip(want.numbers.tolist(), want.samples.tolist()))
+    assert tuple(tuple(row.texts) for row in rows) == want.texts and tuple(row.finish for row in rows) == want.finish
+    assert [row.length for row in rows] == want.lengths.tolist()
 
 
 def test_the_longest_prompt_that_fits_is_whole():

@@ -83,9 +83,10 @@ for program, calls in json.loads(sys.argv[1]):
             except SystemExit as end:
                 code = end.code
         print(json.dumps([code, out.getvalue(), err.getvalue().splitlines()]), flush=True)
-        if "--out=policy" in arguments:
+        if "--out=policy" in arguments or "--out=turns" in arguments:
             names = ("tokens", "weights", "segments")
-            np.savez("drawn.npz", **{name: np.concatenate([getattr(batch, name) for batch in seen]) for name in names})
+            file = "turns.npz" if "--out=turns" in arguments else "drawn.npz"
+            np.savez(file, **{name: np.concatenate([getattr(batch, name) for batch in seen]) for name in names})
     for name in set(flags.FLAGS) - others:
         delattr(flags.FLAGS, name)
 """
@@ -133,6 +134,7 @@ LONG = {
     "policy stopped": [*EXPLORE, "--out=broken", "@0"],
     "policy again": [*EXPLORE, "--out=broken"],
     "few tokens": [*RUN, "--stored=few", "--out=few_run"],
+    "turns": [*POLICY, "--problems=turns.jsonl", "--explorations=1", "--reward=number:1", "--out=turns"],
 }
 BAD = {
     "no source": (RUN, "neither --teacher nor --stored is given, want one of them"),
@@ -186,8 +188,28 @@ BAD = {
         [*POLICY, "--heldout=0.999999"], "--problems has 0 problems to train on and 20 that are held out, want at least one",
     ),
     "none held out": ([*POLICY, "--heldout=0"], "--heldout is 0.0, want a share above 0 and below 1"),
-    "turns": ([*POLICY, "--problems=turns.jsonl"], "--problems has a prompt of several turns, want one"),
-    "a long answer": ([*POLICY, "--max_new_tokens=126"], "no prompt is cut off"),
+    "a long problem": (
+        [*POLICY, "--problems=long.jsonl"], r"rollout: long.jsonl:13 has \d+ tokens and wants room for 1 answer of 4, ",
+    ),
+    "no reference": ([*POLICY, "--problems=null.jsonl"], "read_rows: 'null.jsonl' line 4: 'reference' is None, want what"),
+    "a reference": (
+        [*POLICY, "--problems=wrong.jsonl", "--reward=countdown"],
+        "wrong.jsonl:5, '4\\+4=': countdown: the reference is '8', want a mapping",
+    ),
+    "a template that fails": (
+        [*POLICY, "--chat_template=failing.jinja"],
+        "problems.jsonl:8: render_chat: --chat_template 'failing.jinja' refuses the messages: no sevens",
+    ),
+    "a template that breaks out": (
+        [*POLICY, "--chat_template=breaking.jinja"],
+        "problems.jsonl:1: render_chat: --chat_template 'breaking.jinja' tries what its sandbox forbids",
+    ),
+    "turns that change": (
+        [*POLICY, "--problems=turns.jsonl", "--chat_template=opening.jinja"],
+        "turns.jsonl:1: encode_next: --chat_template 'opening.jinja' changes what came before once another question follows",
+    ),
+    "a language without problems": ([*TEACHER, "--language=de"], "--language is given, which is not read without --on_po"),
+    "a teacher of another template": ([*RUN, "--teacher=spoken"], "want at most the context of --teacher 'spoken', 64"),
     "a reward": ([*POLICY, "--reward=honesty"], "--reward has 'honesty', want some of accuracy, code, countdown"),
     "odd parts": (
         [*POLICY, "--accumulate=3"], "2 answers, --prompts times --group_size, are not divisible by --accumulate 3",
@@ -237,7 +259,19 @@ def folder(tmp_path_factory):
     write_rows(folder / "others.jsonl", [{"messages": row.messages} for row in conversations[1:24]])
     write_rows(folder / "other.jsonl", [{"text": "Hi"}])
     write_rows(folder / "problems.jsonl", [{"prompt": f"{a}+{a}=", "reference": str(2 * a)} for a in range(20)])
-    write_rows(folder / "turns.jsonl", [{"prompt": ["1+1=", "2+2="], "reference": "2"}] * 9)
+    write_rows(folder / "turns.jsonl", [{"prompt": [f"{a}+1=", "2+2="], "reference": "4"} for a in range(9)])
+    write_rows(folder / "long.jsonl", [{"prompt": "1" * (200 * (a == 12)) + f"{a}=", "reference": "2"} for a in range(20)])
+    write_rows(folder / "null.jsonl", [{"prompt": f"{a}=", "reference": None if a == 3 else "2"} for a in range(9)])
+    numbers = {"numbers": [1, 2], "target": 3}
+    write_rows(folder / "wrong.jsonl", [{"prompt": f"{a}+{a}=", "reference": "8" if a == 4 else numbers} for a in range(20)])
+    (folder / "failing.jinja").write_text(
+        "{% if '7' in messages[0].content %}{{ raise_exception('no sevens') }}{% endif %}" + DEFAULT_CHAT_TEMPLATE
+    )
+    (folder / "breaking.jinja").write_text("{{ messages.__class__ }}")
+    opened = DEFAULT_CHAT_TEMPLATE.replace("{{- '<｜Assistant｜>' -}}", "{{- '<｜Assistant｜><think>\\n' -}}")
+    (folder / "opening.jinja").write_text(opened)
+    shutil.copytree(folder / "short", folder / "spoken")
+    (folder / "spoken" / "chat_template.jinja").write_text("{# another one #}" + DEFAULT_CHAT_TEMPLATE)
     (folder / "other.jinja").write_text("{# another one #}" + DEFAULT_CHAT_TEMPLATE)
     shutil.copytree(folder / "teacher", folder / "own" / "export")
     (folder / "own" / "run.json").write_text('{"program": "distill"}')
@@ -276,6 +310,11 @@ def test_bad_input_is_one_line(results, what):
     code, _, lines = results[what]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("distill: "), lines
     assert re.search(BAD[what][1], lines[0]), lines[0]
+
+
+def test_a_teacher_of_another_template_is_told(results):
+    said = "the chat template is the student's; spoken has another one, and may not know this one's format"
+    assert said in results["a teacher of another template"][1] and "template" not in results["a short teacher"][1]
 
 
 def test_a_store_says_its_size_and_its_share_of_probability(folder, results):
@@ -368,6 +407,18 @@ def test_rows_are_problems_and_what_was_drawn_alone_counts(folder, results):
         assert end == first + 4 or tokens[end - 1] == tokenizer.token_to_id(codec.template.eos)
         seen.append(number)
     assert len(set(seen)) == 4
+
+
+@pytest.mark.skipif(not MORE, reason="a case of .ci/run")
+def test_answers_to_every_turn_are_learned_from(folder, results):
+    code, _, lines = results["turns"]
+    assert code == 0 and [row["step"] for row in rows_of(folder / "turns", "train")] == [1], lines
+    tokenizer, drawn = load_tokenizer(folder / "model"), np.load(folder / "turns.npz")
+    for tokens, weights, segments in zip(drawn["tokens"], drawn["weights"], drawn["segments"]):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], weights, [0]]))).reshape(-1, 2)
+        text = tokenizer.decode(tokens[: int(segments.sum())], skip_special_tokens=False)
+        assert text.count("<｜User｜>") == len(edges) in (1, 2), "each answer counts, and a truncated one is the last"
+        assert segments[: edges[-1, 1] + 1].all() and not segments[edges[-1, 1] + 1 :].any()
 
 
 @pytest.mark.skipif(not MORE, reason="a case of .ci/run")
