@@ -92,6 +92,10 @@ flags.DEFINE_integer("batch_size", 8, "Sequences of a step, all micro-batches to
 flags.DEFINE_integer("accumulate", 1, "Micro-batches of --batch_size, which it must divide. Less memory, same result.", 1)
 flags.DEFINE_integer("seq_len", 256, "Tokens of a sequence; with --plan=paper in the first stage.", 1)
 flags.DEFINE_integer("context_steps", None, "With --plan=paper or context: steps of each stage with longer contexts.", 1)
+flags.DEFINE_integer(
+    "batch_multiple", None, "With --plan=paper or context: so many devices can share each batch in equal parts, on whatever "
+    "--mesh the run goes on. Default: those on data and expert of the --mesh that it begins with.", 1,
+)  # fmt: skip
 flags.DEFINE_float("yarn_factor", 40.0, "With --plan=context: how much longer YaRN makes the context, at least 32.", 1.0)
 flags.DEFINE_float("context_lr", None, "With --plan=context: learning rate of its stages. Default: 0.0332 of --lr.")
 flags.DEFINE_integer("seed", 0, "Decides initial parameters, the order of the data and what is held out.", 0)

@@ -94,13 +94,14 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     check_flags(cfg)
     if FLAGS.data is None and given_tokenizer() is not None:
         check_tokenizer(load_tokenizer(given_tokenizer()), cfg.vocab_size)
-    out, schedule = Path(FLAGS.out), make_schedule()
+    out = Path(FLAGS.out)
+    schedule = make_schedule(begun_settings(out))
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
     settings["warmup_steps"] = FLAGS.warmup_steps if FLAGS.plan == "paper" else warmup_steps()
     settings |= {name: FLAGS[name].value for name, none in LATER.items() if FLAGS[name].value != none}
     if FLAGS.init is not None:
         settings["init"] = checkpoint_digest(FLAGS.init)
-    settings["batch_multiple"] = list(schedule.multiples)  # with --plan=paper it depends on the mesh
+    settings["batch_multiple"] = list(schedule.multiples)
     check_micro_batches(schedule)
     clients, mesh = start_mesh(settings)
     leads = clients.index == 0
@@ -303,6 +304,15 @@ def claim_folder(out: Path, settings: Mapping[str, Any], inputs: Mapping[str, st
     agree(saved, settings, out)
     check(FLAGS.resume, f"--noresume, but --out {str(out)!r} holds a run; --fresh starts anew")
     return saved
+
+
+def begun_settings(out: Path) -> dict[str, Any] | None:
+    """The settings of a run in the folder that may go on, `None` without one. `claim_folder` says what is wrong with them."""
+    try:
+        found = None if FLAGS.fresh else json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def agree(saved: Mapping[str, Any] | None, settings: Mapping[str, Any], out: Path) -> None:

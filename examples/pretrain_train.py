@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from pretrain_plan import cut_batch, stage_of
+from pretrain_plan import batch_cutter, stage_of
 from pretrain_setup import Setup, agreed, on_host, say
 
 import dsv3
@@ -194,7 +194,7 @@ def trouble_line(row: Row) -> str:
 
 def make_feed(setup: Setup) -> Feed:
     """Batches of the mixture, with --read_ahead read before they are wanted; every process reads whole ones, as steps do."""
-    mixture, schedule = setup.data.mixture, setup.schedule
+    mixture, schedule, cut = setup.data.mixture, setup.schedule, batch_cutter(setup.schedule)
     form = passkey_form(setup.data.tokenizer, FLAGS.passkey_keys) if FLAGS.passkey else None
 
     def shape(tokens: int) -> tuple[int, int]:
@@ -215,7 +215,7 @@ def make_feed(setup: Setup) -> Feed:
             batches = prefetch_batches(batches, FLAGS.read_ahead)
         with contextlib.closing(batches):
             for item in batches:
-                yield Fed(*cut_batch(*(np.asarray(part) for part in item.batch)), item.state._asdict())
+                yield Fed(*cut(*(np.asarray(part) for part in item.batch)), item.state._asdict())
 
     return feed
 
