@@ -96,8 +96,8 @@ def warmup_steps() -> int:
 
 
 def make_schedule(begun: Mapping[str, Any] | None = None) -> TrainSchedule:
-    """The run's schedule, from the flags; `begun`: settings of a run that may go on, whose batches are multiples of the same.
-    """
+    """The run's schedule, from the flags; a run that goes on has batches that are multiples of the same as in `begun`, its
+    settings."""
     tokens = FLAGS.tokens or FLAGS.steps * FLAGS.batch_size * FLAGS.seq_len
     if FLAGS.plan == "paper":
         lengths = [stage.seq_len * FLAGS.seq_len // PAPER_SCHEDULE.stages[0].seq_len for stage in PAPER_SCHEDULE.stages]
