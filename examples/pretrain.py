@@ -19,6 +19,7 @@ lines may be compressed (.gz, .bz2, .xz, .zst).
 Examples:
 
   python examples/pretrain.py
+  python examples/pretrain.py --steps 20 --out runs/short
   python examples/pretrain.py --corpus book.txt --out runs/book --steps 1000
   python examples/pretrain.py --corpus rows.jsonl --config model/config.json --tokenizer model --out runs/mine
   python examples/pretrain.py --corpus texts --preset small --out runs/small --steps 20000 --batch_size 32 \\
@@ -185,8 +186,8 @@ def run(setup: Setup, again: str, extension: Extension | None = None) -> int:
     dtype = compute_dtype()
     plain = default_policy().replace(dtype=None if dtype == "float32" else dtype, remat=FLAGS.remat, loop=FLAGS.loop)
     at_end = None if extension is None else functools.partial(extension.at_end, setup, plain)
-    setup = setup._replace(product_flops=summed(product_rate(dtype), setup.mesh))
     try:
+        setup = setup._replace(product_flops=summed(product_rate(dtype), setup.mesh))
         result, total = train(setup, plain, at_end), total_steps(setup)
         if result.step < total or (extension is not None and result.stopped is not None):
             say(f"{result.stopped.name}: saved at step {result.step} of {total}; to go on, {again}")
