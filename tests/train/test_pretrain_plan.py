@@ -165,11 +165,14 @@ def test_a_plan_keeps_its_batches_on_another_mesh(pretrain, data, tmp_path):  # 
     outs = [tmp_path / name for name in ("both", "mesh", "one")]
     both, mesh, one = ([f"--data={data}", *PLAN, f"--out={out}"] for out in outs)
     want, shapes = prepared(pretrain, *both, "--batch_multiple=2")
-    assert want.multiples == (4, 2, 2) and max(shapes[8]) == (8, 4) and shapes[256] == {(1, 2)}
-    for other in (["--mesh=data:2"], ["--batch_multiple=2", "--mesh=expert:2"], []):
-        assert prepared(pretrain, *both, *other) == (want, shapes), other
-    four = prepared(pretrain, *mesh, "--mesh=data:2,expert:2", "--batch_size=64")
-    assert four[0].multiples == (8, 4, 4) and four == prepared(pretrain, *mesh, "--mesh=data:2", "--batch_size=64")
+    assert want.multiples == (4, 2, 2) and max(shapes[8]) == (8, 4) and shapes[256] == {(2, 1)}
+    for other in (["--mesh=data:2"], ["--batch_multiple=2", "--mesh=expert:2"]):
+        assert prepared(pretrain, *both, *other) == (want, {**shapes, 64: {(2, 2)}, 256: {(1, 2)}}), "each device has a row"
+    assert prepared(pretrain, *both) == (want, shapes)
+    four, shapes = prepared(pretrain, *mesh, "--mesh=data:2,expert:2", "--batch_size=64")
+    assert four.multiples == (8, 4, 4) and shapes[64] == {(2, 4)} and shapes[256] == {(1, 4)}
+    two, shapes = prepared(pretrain, *mesh, "--mesh=data:2", "--batch_size=64")
+    assert two == four and shapes[64] == {(4, 2)} and shapes[256] == {(2, 2)}
     assert prepared(pretrain, *one)[0].multiples == (4, 1, 1)
     for arguments, message in [
         ([*both, "--mesh=data:4"], "'context 32x' are multiples of 2, want of 4, .* --mesh data:4; .* --batch_multiple=4"),
