@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command import aligned
+from command import aligned, write_text
 
 from dsv3.checks import check
 
@@ -27,8 +27,8 @@ def write_report(out: Path, order: Sequence[str]) -> str:
     for name in names:
         results[name]["heldout"] = float(np.mean([run["heldout"] for run in runs if run["variant"] == name]))
     table = format_table(results)
-    (out / "report.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / "report.txt").write_text(table + "\n", encoding="utf-8")
+    write_text(out / "report.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "report.txt", table + "\n")
     draw(losses, out / "curves.png")
     return table
 

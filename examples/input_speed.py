@@ -2,8 +2,8 @@
 
 The first table times the stream alone, on one core. Cold: the files are not in the page cache. M tokens/s: of the rows that
 are read, and of the whole step, which for one of several hosts is more. The second trains a model on the stream and on a
-batch that is always the same. Waiting: the time from the end of a step until the next batch is there. Late: every batch is
-held back for --late_ms, as by slow storage.
+batch that is always the same, which gives the step's own tokens/s. Waiting: the time from the end of a step until the next
+batch is there. Late: every batch is held back for --late_ms, as by slow storage.
 
 Without --prepared the shards are random tokens in a temporary folder.
 
@@ -11,6 +11,7 @@ Examples:
 
   python examples/input_speed.py
   python examples/input_speed.py --prepared=prepared --batch_size=32 --seq_len=4096
+  python examples/input_speed.py --write_docs=docs
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ import contextlib
 import itertools
 import math
 import os
+import re
+import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from command import aligned, flag_parser
+from command import aligned, flag_parser, write_text
 
 import dsv3
 from dsv3.checks import check
@@ -59,6 +62,7 @@ from dsv3.train.step import make_train_step, train_init
 FLAGS = flags.FLAGS
 LENGTHS = {"short": 100, "usual": 800, "books": 50_000}  # made-up sources, and the mean tokens of their documents
 SHARDS = 4  # of each of these
+DOCS = re.compile(r"(<!-- input speed -->\n).*?(<!-- end of input speed -->\n)", re.S)
 PAPER = 14.8e12 / (2.664e6 / 2048 * 3600)  # tokens/s of arXiv:2412.19437: 14.8T in 2.664M hours of 2,048 GPUs
 
 flags.DEFINE_string("prepared", None, "A prepared folder. Default: made-up shards.")
@@ -73,6 +77,7 @@ flags.DEFINE_integer("train_seq_len", 256, "Tokens of such a row.", 1)
 flags.DEFINE_integer("steps", 5, "Its steps that are timed, after two; 0: none, and no second table.", 0)
 flags.DEFINE_integer("late_ms", 100, "Time for which late batches are held back.", 0)
 flags.DEFINE_integer("depth", 2, "Batches that are read ahead.", 1)
+flags.DEFINE_string("write_docs", None, "Folder with a data.md, whose marked block gets the tables and their command.")
 
 
 def main(argv: list[str]) -> int:
@@ -86,22 +91,58 @@ def main(argv: list[str]) -> int:
             open_shards(FLAGS.prepared)
         longest = f"--train_seq_len is {FLAGS.train_seq_len}, the model's maximum is {cfg.max_length}"
         check(FLAGS.train_seq_len <= cfg.max_length, longest)
+        if FLAGS.write_docs is not None:
+            check(FLAGS.steps > 0, "--write_docs wants both tables, without --steps=0")
+            marked_page(Path(FLAGS.write_docs))
     except (OSError, ValueError) as error:
         print(f"input_speed: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if (load := os.getloadavg()[0]) > 1:
         print(f"input_speed: this machine is busy (load {load:.1f}); times mean little now", file=sys.stderr)
+    said = list(tables(cfg))
+    if FLAGS.write_docs is not None:
+        write_docs(Path(FLAGS.write_docs), said)
+    return 0
+
+
+def tables(cfg: dsv3.ModelConfig) -> Iterator[str]:
+    """Measures and prints, part by part; yields what was printed."""
+
+    def show(*lines: str) -> str:
+        print("\n".join(lines), flush=True)
+        return "\n".join(lines)
+
     with contextlib.ExitStack() as stack:
         folder = FLAGS.prepared or make_shards(stack.enter_context(tempfile.TemporaryDirectory()), cfg.vocab_size)
         sources = open_shards(folder)
         total = sum(source.tokens for source in sources.values())
         windows = sum(len(source.windows.tokens) for source in sources.values())
-        print(f"{total:,} tokens in {len(sources)} sources, {windows} windows; vocabulary {cfg.vocab_size:,}\n", flush=True)
-        print(aligned([("stream", "M tokens/s", "of the step", "ms a step"), *time_stream(Path(folder), total)]))
-        print(f"the paper's run on 2,048 GPUs: {PAPER / 1e6:.1f} M tokens/s\n", flush=True)
+        yield show(f"{total:,} tokens in {len(sources)} sources, {windows} windows; vocabulary {cfg.vocab_size:,}", "")
+        yield show(aligned([("stream", "M tokens/s", "of the step", "ms a step"), *time_stream(Path(folder), total)]))
+        yield show(f"the paper's run on 2,048 GPUs: {PAPER / 1e6:.1f} M tokens/s", "")
         if FLAGS.steps:
-            print(aligned([("training", "ms a step", "ms waiting", "share", "tokens/s"), *time_training(cfg, sources)]))
-    return 0
+            head = ("training", "ms a step", "ms waiting", "share", "tokens/s")
+            yield show(aligned([head, *time_training(cfg, sources)]))
+
+
+def marked_page(docs: Path) -> tuple[Path, str]:
+    """The page of --write_docs and its text, which has one marked block."""
+    page = docs / "data.md"
+    check(page.is_file(), f"--write_docs: there is no {str(page)!r}")
+    text = page.read_text(encoding="utf-8")
+    count = len(DOCS.findall(text))
+    check(count == 1, f"--write_docs: {str(page)!r} has {count} blocks marked <!-- input speed -->, want one")
+    return page, text
+
+
+def write_docs(docs: Path, said: Sequence[str]) -> None:
+    """Puts the tables and the command that made them where the page is marked."""
+    page, text = marked_page(docs)
+    key = FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    given = [flag.serialize() for flag in key if flag.present and flag.name != "write_docs"]
+    command = shlex.join(["python", "examples/input_speed.py", *given])
+    block = "\n".join([f"`{command}`, on {os.cpu_count()} cores:", "", "```text", *said, "```", ""])
+    write_text(page, DOCS.sub(lambda found: f"{found[1]}{block}{found[2]}", text))
 
 
 def make_shards(folder: str, vocab_size: int) -> str:

@@ -9,7 +9,7 @@ two cores, and leaves everything in runs/demo:
   trouble.jsonl   batches that were left out for a spike or a loss that is no number, and times that the run went back
   checkpoints/    the last ones; after an interruption the same command goes on from there, to the same losses
   report.html     all that came out on one page: results, plots, load of the experts, trouble, samples, settings
-  plots/          loss, learning rate, load of the experts, norms by component
+  plots/          loss, learning rate, speed, MTP guesses, load of the experts, norms by component
   results.json    held-out bits per byte beside gzip's and xz's, and more; samples.txt: completions of held-out text
   export/         opened by AutoModelForCausalLM.from_pretrained and by dsv3.load_pretrained
 
@@ -19,11 +19,12 @@ lines may be compressed (.gz, .bz2, .xz, .zst).
 Examples:
 
   python examples/pretrain.py
+  python examples/pretrain.py --steps 20 --out runs/short
   python examples/pretrain.py --corpus book.txt --out runs/book --steps 1000
   python examples/pretrain.py --corpus rows.jsonl --config model/config.json --tokenizer model --out runs/mine
   python examples/pretrain.py --corpus texts --preset small --out runs/small --steps 20000 --batch_size 32 \\
       --accumulate 8 --seq_len 1024 --lr 1e-3 --dtype bfloat16 --remat block
-  python examples/pretrain.py --data runs/prepared --mixture code:2,prose:1 --epochs prose:4 --out runs/mixed
+  python examples/pretrain.py --data runs/prepared --mixture code:2,english:1,prose:1 --epochs prose:4 --out runs/mixed
   python examples/pretrain.py --data runs/prepared --plan paper --batch_size 32 --seq_len 64 --accumulate 4 \\
       --context_steps 20 --out runs/plan
   python examples/pretrain.py --init runs/mine/export --plan context --seq_len 256 --context_steps 50 --out runs/long
@@ -50,7 +51,8 @@ from absl import app, flags, logging
 from command import flag_parser
 from pretrain_plan import stage_of
 from pretrain_report import report
-from pretrain_setup import Setup, compute_dtype, last_checkpoint, prepare, say
+from pretrain_setup import Setup, compute_dtype, last_checkpoint, prepare, say, summed
+from pretrain_speed import product_rate
 from pretrain_train import Stop, total_steps, train
 
 import dsv3
@@ -92,6 +94,10 @@ flags.DEFINE_integer("batch_size", 8, "Sequences of a step, all micro-batches to
 flags.DEFINE_integer("accumulate", 1, "Micro-batches of --batch_size, which it must divide. Less memory, same result.", 1)
 flags.DEFINE_integer("seq_len", 256, "Tokens of a sequence; with --plan=paper in the first stage.", 1)
 flags.DEFINE_integer("context_steps", None, "With --plan=paper or context: steps of each stage with longer contexts.", 1)
+flags.DEFINE_integer(
+    "batch_multiple", None, "With --plan=paper or context: so many devices can share each batch in equal parts, on whatever "
+    "--mesh the run goes on. Default: those on data and expert of the --mesh that it begins with.", 1,
+)  # fmt: skip
 flags.DEFINE_float("yarn_factor", 40.0, "With --plan=context: how much longer YaRN makes the context, at least 32.", 1.0)
 flags.DEFINE_float("context_lr", None, "With --plan=context: learning rate of its stages. Default: 0.0332 of --lr.")
 flags.DEFINE_integer("seed", 0, "Decides initial parameters, the order of the data and what is held out.", 0)
@@ -120,6 +126,10 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "fp8", "none", ["none", *RECIPES], "Recipe by which linear layers and experts compute in FP8; moments are then bfloat16."
 )
+flags.DEFINE_enum(
+    "moment_dtype", None, ["float32", "bfloat16"], "Storage of AdamW's moments; the paper: bfloat16, half the memory. "
+    "Default: float32, with --fp8 its recipe's."
+)  # fmt: skip
 flags.DEFINE_enum("remat", "none", ["none", "block"], "Recompute each block in the backward pass: less memory.")
 flags.DEFINE_string("mesh", None, "Devices by axis, as data:2,expert:4: rows over both, experts over expert. Default: one.")
 flags.DEFINE_enum(
@@ -177,6 +187,7 @@ def run(setup: Setup, again: str, extension: Extension | None = None) -> int:
     plain = default_policy().replace(dtype=None if dtype == "float32" else dtype, remat=FLAGS.remat, loop=FLAGS.loop)
     at_end = None if extension is None else functools.partial(extension.at_end, setup, plain)
     try:
+        setup = setup._replace(product_flops=summed(product_rate(dtype), setup.mesh))
         result, total = train(setup, plain, at_end), total_steps(setup)
         if result.step < total or (extension is not None and result.stopped is not None):
             say(f"{result.stopped.name}: saved at step {result.step} of {total}; to go on, {again}")

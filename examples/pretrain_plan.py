@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -22,6 +23,7 @@ from dsv3.train.schedule_steps import StageSteps, schedule_runs, schedule_steps
 FLAGS = flags.FLAGS
 FINAL_LR = 0.1  # the cosine ends at this share of the peak, as in the paper
 OWN = ("mtp_weight", "balance_weight", "bias_rate")  # what the paper's plan has curves for
+SHAPING = "plan steps tokens batch_size accumulate seq_len context_steps".split()  # what batches depend on
 
 
 def check_plan_flags(cfg: ModelConfig) -> None:
@@ -40,7 +42,8 @@ def check_plan_flags(cfg: ModelConfig) -> None:
         check(cfg.mla.rope.yarn is None, "--plan=paper extends the context itself, want a model without YaRN")
         check(FLAGS.init is None, "--plan=paper and --init are both given; want --plan=context, which goes on with a model")
         return
-    only = {"yarn_factor": ("context",), "context_lr": ("context",), "context_steps": ("paper", "context")}
+    only = {"yarn_factor": ("context",), "context_lr": ("context",)}
+    only |= {"context_steps": ("paper", "context"), "batch_multiple": ("paper", "context")}
     for name, plans in only.items():
         fits = FLAGS.plan in plans or not FLAGS[name].present
         check(fits, f"--{name} is given, but --plan={FLAGS.plan}, want --plan={' or '.join(plans)}")
@@ -92,21 +95,21 @@ def warmup_steps() -> int:
     return first_steps() // 20 if FLAGS.warmup_steps is None else FLAGS.warmup_steps
 
 
-def make_schedule() -> TrainSchedule:
-    """The run's schedule, from the flags."""
+def make_schedule(begun: Mapping[str, Any] | None = None) -> TrainSchedule:
+    """The run's schedule, from the flags; a run that goes on has batches that are multiples of the same as in `begun`, its
+    settings."""
     tokens = FLAGS.tokens or FLAGS.steps * FLAGS.batch_size * FLAGS.seq_len
     if FLAGS.plan == "paper":
-        first = micro_batch_rows(FLAGS.seq_len)
         lengths = [stage.seq_len * FLAGS.seq_len // PAPER_SCHEDULE.stages[0].seq_len for stage in PAPER_SCHEDULE.stages]
         return scale_schedule(
             PAPER_SCHEDULE, tokens=tokens, batch_size=FLAGS.batch_size, seq_len=FLAGS.seq_len, learning_rate=FLAGS.lr,
-            batch_multiple=[first, *map(micro_batch_rows, lengths[1:])], warmup_steps=FLAGS.warmup_steps,
-            context_steps=FLAGS.context_steps,
+            batch_multiple=batch_multiples([FLAGS.seq_len, *lengths[1:]], begun),
+            warmup_steps=FLAGS.warmup_steps, context_steps=FLAGS.context_steps,
         )  # fmt: skip
     before = None if only_context() else cosine_schedule(tokens)
     if FLAGS.plan == "cosine":
         return before
-    multiples = [micro_batch_rows(factor * FLAGS.seq_len) for factor in CONTEXT_FACTORS]
+    multiples = batch_multiples([factor * FLAGS.seq_len for factor in CONTEXT_FACTORS], begun)
     return context_schedule(
         before, seq_len=FLAGS.seq_len, batch_size=FLAGS.batch_size, steps=context_steps(),
         learning_rate=FLAGS.context_lr or CONTEXT_LR_SHARE * FLAGS.lr, warmup_steps=warmup_steps() if before is None else 0,
@@ -124,20 +127,62 @@ def cosine_schedule(tokens: int) -> TrainSchedule:
     return TrainSchedule(learning_rate=rate, batch_size=size, stages=(stage,), **constant)
 
 
-def micro_batch_rows(seq_len: int) -> int:
-    """Rows of a micro-batch: with longer sequences fewer, so that it has about as many tokens; devices get equal parts."""
+def mesh_shares() -> int:
+    """Devices of --mesh that share the rows of a micro-batch out."""
     sizes = parse_axes(FLAGS.mesh) if FLAGS.mesh else {}
-    shards = sizes.get("data", 1) * sizes.get("expert", 1)
-    rows = FLAGS.batch_size // FLAGS.accumulate * FLAGS.seq_len // seq_len
-    return max(1, rows // shards) * shards
+    return sizes.get("data", 1) * sizes.get("expert", 1)
 
 
-def cut_batch(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a batch into micro-batches `[A, B, ...]`; without --accumulate it stays whole, if it always has one size."""
-    if FLAGS.accumulate == 1 and FLAGS.plan == "cosine":
-        return tokens, weights
-    rows = micro_batch_rows(tokens.shape[1] - 1)
-    return tuple(part.reshape(-1, min(rows, len(part)), part.shape[-1]) for part in (tokens, weights))
+def wanted_rows(seq_len: int) -> int:
+    """Rows of a micro-batch as --accumulate has it: with longer sequences fewer, so that it has about as many tokens."""
+    return max(1, FLAGS.batch_size // FLAGS.accumulate * FLAGS.seq_len // seq_len)
+
+
+def batch_multiples(lengths: Sequence[int], begun: Mapping[str, Any] | None) -> list[int]:
+    """What the batches of stages with sequences of these lengths are multiples of: a micro-batch that --batch_multiple, or
+    the devices of --mesh, share in equal parts. A run that goes on keeps what it began with, whatever the mesh is now."""
+    if begun is not None and FLAGS.batch_multiple is None:
+        found = begun.get("batch_multiple")
+        whole = isinstance(found, list) and all(isinstance(number, int) and number >= 1 for number in found)
+        if whole and len(found) >= len(lengths) and all(begun.get(name) == FLAGS[name].value for name in SHAPING):
+            return found[-len(lengths) :]
+    shares = FLAGS.batch_multiple or mesh_shares()
+    return [max(1, wanted_rows(length) // shares) * shares for length in lengths]
+
+
+def micro_batch_rows(schedule: TrainSchedule) -> dict[int, int]:
+    """Rows of a micro-batch by length of the sequences: as many as --accumulate says or a little fewer, so that they divide
+    each batch of the stage and devices get equal parts.
+
+    Raises:
+      ValueError: the devices of --mesh cannot share some batch in equal parts.
+    """
+    shares, rows, sizes = mesh_shares(), {}, {}
+    for run in schedule_runs(schedule):
+        sizes[run.stage] = math.gcd(sizes.get(run.stage, 0), run.batch_size)
+    for number, size in sizes.items():
+        stage, both = schedule.stages[number], math.lcm(shares, math.gcd(*schedule.multiples[-len(CONTEXT_FACTORS) :]))
+        check(
+            size % shares == 0,
+            f"batches of stage {stage.name!r} are multiples of {size}, want of {shares}, the devices on data and expert of "
+            f"--mesh {FLAGS.mesh}; a run that fits these, too, begins with --batch_multiple={both}",
+        )
+        most = max(1, wanted_rows(stage.seq_len) // shares)
+        rows[stage.seq_len] = shares * max(n for n in range(1, most + 1) if size // shares % n == 0)
+    return rows
+
+
+def batch_cutter(schedule: TrainSchedule) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Returns what cuts tokens and weights of a batch into micro-batches `[A, B, ...]`; without --accumulate they stay
+    whole, if batches always have one size."""
+    rows = micro_batch_rows(schedule)
+
+    def cut(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if FLAGS.accumulate == 1 and FLAGS.plan == "cosine":
+            return tokens, weights
+        return tuple(part.reshape(-1, rows[tokens.shape[1] - 1], part.shape[-1]) for part in (tokens, weights))
+
+    return cut
 
 
 def stage_of(cfg: ModelConfig, schedule: TrainSchedule, stage: int) -> ModelConfig:
@@ -161,12 +206,11 @@ def drawn(schedule: TrainSchedule, mixture: Mixture) -> MixtureUse:
 
 
 def check_micro_batches(schedule: TrainSchedule) -> None:
-    """Refuses a pipeline's schedule that cannot order the micro-batches of some step."""
-    ranks = parse_axes(FLAGS.mesh).get("pipe", 1) if FLAGS.mesh else 1
+    """Refuses devices that cannot share a batch, and a pipeline's schedule that cannot order the micro-batches of a step."""
+    ranks, rows = parse_axes(FLAGS.mesh).get("pipe", 1) if FLAGS.mesh else 1, micro_batch_rows(schedule)
     for run in schedule_runs(schedule):
-        micro = None if FLAGS.plan == "cosine" else run.batch_size // min(run.batch_size, micro_batch_rows(run.seq_len))
-        if micro is not None and ranks > 1:
-            pipeline.SCHEDULES[FLAGS.schedule](ranks, micro)
+        if FLAGS.plan != "cosine" and ranks > 1:
+            pipeline.SCHEDULES[FLAGS.schedule](ranks, run.batch_size // rows[run.seq_len])
 
 
 def stage_table(schedule: TrainSchedule) -> str:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from absl import flags
-from command import aligned
-from pretrain_setup import Setup, compute_dtype, on_host, say, summed
+from command import aligned, write_text
+from pretrain_setup import Setup, on_host, say
+from pretrain_speed import training_flops
 
-import dsv3
 from dsv3.compiled import snapshot
 from dsv3.data import compression_bits_per_byte
 from dsv3.eval import make_evaluator
 from dsv3.page import Table, write_page
-from dsv3.plan.count import flops_by_part
 from dsv3.policy import ComputePolicy
 from dsv3.pretrained import save_pretrained
 from dsv3.serve import Completion, Engine, Request
 from dsv3.train.checkpoint import flat_settings
 from dsv3.train.plots import plot_run
 from dsv3.train.records import read_rows
-from dsv3.train.schedule import schedule_at
 from dsv3.train.state import TrainState
 
 FLAGS = flags.FLAGS
@@ -37,7 +33,6 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy, more: Sequenc
     """Evaluates, plots, samples and exports; prints what came out and where it is. `more`: sections of the page."""
     out, cfg = setup.out, setup.cfg
     params, router, averages = on_host(setup, (state.params, state.router, state.ema))
-    fastest = summed(product_rate(compute_dtype()), setup.mesh)
     if not setup.leads:
         return
     params, router, averages = snapshot((params, router, averages))
@@ -49,14 +44,14 @@ def report(setup: Setup, state: TrainState, policy: ComputePolicy, more: Sequenc
     if averages:
         score["ema_bits_per_byte"] = evaluate(averages, router, setup.data.heldout).bits_per_byte
     training = training_numbers(rows)
-    training |= {"product_flops": fastest, "mfu": training_flops(setup, rows) / fastest}
+    training |= {"product_flops": setup.product_flops, "mfu": training_flops(setup, rows) / setup.product_flops}
     results = {"heldout": score, "compressors": compression_bits_per_byte(text), "training": training}
 
     say("completing held-out text")
     samples = draw_samples(setup, params, router, policy)
     results["samples"] = {"mtp_accepted": accepted_share([done for _, pair in samples for done in pair])}
-    write(out / "samples.txt", format_samples(samples))
-    write(out / "results.json", json.dumps(_without_nan(results), indent=1) + "\n")
+    write_text(out / "samples.txt", format_samples(samples))
+    write_text(out / "results.json", json.dumps(_without_nan(results), indent=1) + "\n")
     plots = plot_run(rows, out / "plots", mtp_layers=cfg.num_mtp_layers)
     export = out / "export"
     tokenizer_files = [out / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
@@ -96,32 +91,6 @@ def sections(setup: Setup, results: dict[str, Any], rows, plots: Sequence[Path],
     ]
 
 
-def training_flops(setup: Setup, rows: Sequence[dict[str, Any]]) -> float:
-    """Products that the training needs, by formula, FLOP/s: of the median step, each at its length of sequences."""
-    train = [row for row in rows if row["kind"] == "train"]
-    before = [0, *(row["tokens"] for row in train)]
-    lengths = [schedule_at(setup.schedule, tokens).seq_len for tokens in before[:-1]]
-    specs = dsv3.model_specs(setup.cfg)
-    needed = {length: flops_by_part(setup.cfg, specs, length=length).model for length in set(lengths)}
-    return float(np.median([row["tokens_per_second"] * needed[length] for row, length in zip(train, lengths)]))
-
-
-def product_rate(dtype: str) -> float:
-    """The fastest product of this process, FLOP/s: 2048³ in the compute dtype, warm, the best of five.
-
-    It is the yardstick of model FLOPs utilisation: what this machine gives, not what its maker says. Several processes
-    measure at the same time, so that those of one machine share it as they do in the training.
-    """
-    a = tf.random.stateless_normal([2048, 2048], [0, 1], dtype=dtype)
-    product = tf.function(lambda x: tf.matmul(x, x), autograph=False)
-    times = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        product(a).numpy()
-        times.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / min(times[1:])
-
-
 def balance_table(rows: Sequence[dict[str, Any]], layers: int) -> list[tuple[object, ...]]:
     """How even the load was over the last window of steps, by layer."""
     last = rows[-1]
@@ -150,6 +119,7 @@ def training_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": float(np.median(speeds)),
         "step_seconds": sum(row["seconds"] for row in train),
         "waited": float(np.median([row["waited"] / row["seconds"] for row in train])),
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows if row["kind"] == "watch"), default=None),
     }
 
 
@@ -216,15 +186,12 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("  model FLOPs utilisation", f"{train['mfu']:.1%} of the {train['product_flops'] / 1e9:,.0f} GFLOP/s of a product"),
         ("  waiting for the data", f"{train['waited']:.2%} of a step"),
     ]
+    if train["peak_memory_bytes"] is not None:
+        rows.append(("  peak memory of the process", f"{train['peak_memory_bytes'] / 2**20:,.0f} MiB"))
     if train["load_violation"]:
         ratios = " ".join(f"{1 + v:.2f}" for v in train["load_violation"])
         rows.append(("  busiest expert / fair share", f"{ratios} (by layer)"))
     return rows
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a text file."""
-    path.write_text(text, encoding="utf-8")
 
 
 def _without_nan(value: Any) -> Any:

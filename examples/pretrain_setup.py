@@ -51,7 +51,9 @@ DECIDING = (
     "balance_weight bias_rate heldout dtype fp8 ema_decay patience"
 ).split()
 # These do, too; one that has the value here is no setting, as in runs that were made before it was there.
-LATER = {"passkey": 0.0, "passkey_keys": "digits", "yarn_factor": 40.0, "context_lr": None, "init": None}
+LATER = {
+    "passkey": 0.0, "passkey_keys": "digits", "yarn_factor": 40.0, "context_lr": None, "init": None, "moment_dtype": None,
+}  # fmt: skip
 PARTS = (
     *"checkpoints tensorboard tokenizer plots export export_ema passkey".split(),
     *"log.jsonl trouble.jsonl results.json before.json samples.txt report.html".split(),
@@ -65,6 +67,7 @@ class Setup(NamedTuple):
       cfg: the model's configuration. out: the run's folder. settings: what must be the same to go on with the run.
       data: what is trained on and what is held out. schedule: what changes as tokens are seen, and the stages.
       clients: who this process is among those of the run. mesh: their devices, `None`: one device.
+      product_flops: the fastest product of all processes, FLOP/s, the yardstick of model FLOPs utilisation.
     """
 
     cfg: dsv3.ModelConfig
@@ -74,6 +77,7 @@ class Setup(NamedTuple):
     schedule: TrainSchedule
     clients: Clients
     mesh: dtensor.Mesh | None
+    product_flops: float = math.nan
 
     @property
     def leads(self) -> bool:
@@ -94,13 +98,14 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     check_flags(cfg)
     if FLAGS.data is None and given_tokenizer() is not None:
         check_tokenizer(load_tokenizer(given_tokenizer()), cfg.vocab_size)
-    out, schedule = Path(FLAGS.out), make_schedule()
+    out = Path(FLAGS.out)
+    schedule = make_schedule(begun_settings(out))
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
     settings["warmup_steps"] = FLAGS.warmup_steps if FLAGS.plan == "paper" else warmup_steps()
     settings |= {name: FLAGS[name].value for name, none in LATER.items() if FLAGS[name].value != none}
     if FLAGS.init is not None:
         settings["init"] = checkpoint_digest(FLAGS.init)
-    settings["batch_multiple"] = list(schedule.multiples)  # with --plan=paper it depends on the mesh
+    settings["batch_multiple"] = list(schedule.multiples)
     check_micro_batches(schedule)
     clients, mesh = start_mesh(settings)
     leads = clients.index == 0
@@ -303,6 +308,15 @@ def claim_folder(out: Path, settings: Mapping[str, Any], inputs: Mapping[str, st
     agree(saved, settings, out)
     check(FLAGS.resume, f"--noresume, but --out {str(out)!r} holds a run; --fresh starts anew")
     return saved
+
+
+def begun_settings(out: Path) -> dict[str, Any] | None:
+    """The settings of a run that may go on in the folder; `None` without one, or where `claim_folder` will refuse them."""
+    try:
+        found = None if FLAGS.fresh else json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def agree(saved: Mapping[str, Any] | None, settings: Mapping[str, Any], out: Path) -> None:

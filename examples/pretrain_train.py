@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from pretrain_plan import cut_batch, stage_of
+from pretrain_plan import batch_cutter, stage_of
 from pretrain_setup import Setup, agreed, on_host, say
+from pretrain_speed import token_flops
 
 import dsv3
 from dsv3 import pipeline
@@ -126,7 +127,8 @@ def train_stage(setup: Setup, tools: Tools, number: int, held: list[LoopResult])
     evaluate = make_evaluate(setup, cfg, tools.plain, setup.schedule.stages[number].seq_len)
     trouble = Trouble(patience=FLAGS.patience) if FLAGS.patience else None
     cursor = entered(held[0].cursor, held[0].step, first)
-    actions = make_actions(setup, tools, cfg, first, watch, evaluate)
+    mfu = token_flops(setup)[setup.schedule.stages[number].seq_len] / setup.product_flops
+    actions = make_actions(setup, tools, cfg, first, mfu, watch, evaluate)
     return train_loop(step, held.pop().state, make_feed(setup), steps=end, cursor=cursor, trouble=trouble, actions=actions)
 
 
@@ -140,8 +142,8 @@ def entered(cursor: Cursor, step: int, first: int) -> Cursor:
     return cursor._replace(losses=(), norms=()) if step == first else cursor
 
 
-def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, watch, evaluate) -> Actions:
-    """What the loop calls in a stage, which begins at the step `first`, and how often."""
+def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, mfu: float, watch, evaluate) -> Actions:
+    """What the loop calls in a stage, which begins at the step `first`, and how often; `mfu`: utilisation by a token/s."""
     total, log, progress = tools.ends[-1], tools.log, tools.progress
     config = cfg.to_hf()
 
@@ -171,7 +173,7 @@ def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, watch
         return signal.Signals(caught) if caught else None
 
     def write(row: Row) -> None:
-        log.write(row)
+        log.write(row | {"mfu": round(row["tokens_per_second"] * mfu, 6)} if row["kind"] == "train" else row)
         if row["kind"] in TROUBLE:
             progress.say(trouble_line(row))
 
@@ -194,7 +196,7 @@ def trouble_line(row: Row) -> str:
 
 def make_feed(setup: Setup) -> Feed:
     """Batches of the mixture, with --read_ahead read before they are wanted; every process reads whole ones, as steps do."""
-    mixture, schedule = setup.data.mixture, setup.schedule
+    mixture, schedule, cut = setup.data.mixture, setup.schedule, batch_cutter(setup.schedule)
     form = passkey_form(setup.data.tokenizer, FLAGS.passkey_keys) if FLAGS.passkey else None
 
     def shape(tokens: int) -> tuple[int, int]:
@@ -215,7 +217,7 @@ def make_feed(setup: Setup) -> Feed:
             batches = prefetch_batches(batches, FLAGS.read_ahead)
         with contextlib.closing(batches):
             for item in batches:
-                yield Fed(*cut_batch(*(np.asarray(part) for part in item.batch)), item.state._asdict())
+                yield Fed(*cut(*(np.asarray(part) for part in item.batch)), item.state._asdict())
 
     return feed
 
@@ -288,7 +290,7 @@ def new_state(setup: Setup, optimizer: Optimizer, layouts) -> TrainState:
 def make_optimizer(setup: Setup) -> Optimizer:
     """AdamW with the paper's betas, clipping, and the schedule's learning rate."""
     rate = curve_schedule(setup.schedule.learning_rate)
-    moments = RECIPES[FLAGS.fp8].moments if FLAGS.fp8 in RECIPES else "float32"
+    moments = FLAGS.moment_dtype or (RECIPES[FLAGS.fp8].moments if FLAGS.fp8 in RECIPES else "float32")
     return adamw(rate, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip or None, moment_dtype=moments)
 
 

@@ -17,11 +17,12 @@ Rows = Sequence[Mapping[str, Any]]
 def plot_run(rows: Rows, directory: str | os.PathLike, *, mtp_layers: int = 0) -> list[Path]:
     """Draws what a log holds.
 
-    `loss.png`: training and held-out loss; `divergence.png`: of distillation, the same; `learning_rate.png`;
-    `expert_load.png`: each layer's share by expert at the end and over time; `load_violation.png`: max/mean − 1 over steps;
-    `balance.png`: the busiest and the idlest expert and the variance of the load over windows of steps; `norms.png`:
-    gradient norms and update ratios by component; `bias.png`: range of the selection biases. What the log has no rows for is
-    left out.
+    `loss.png`: training and held-out loss; `divergence.png`: of distillation, the same; `learning_rate.png`; `speed.png`:
+    tokens a second, and model FLOPs utilisation where rows have it; `mtp.png`: how often the MTP guess for a held-out token
+    is the model's own choice, by which greedy drafts are accepted; `expert_load.png`: each layer's share by expert at the
+    end and over time; `load_violation.png`: max/mean − 1 over steps; `balance.png`: the busiest and the idlest expert and
+    the variance of the load over windows of steps; `norms.png`: gradient norms and update ratios by component; `bias.png`:
+    range of the selection biases. What the log has no rows for is left out.
 
     Args:
       rows: see `dsv3.train.records`.
@@ -42,6 +43,10 @@ def plot_run(rows: Rows, directory: str | os.PathLike, *, mtp_layers: int = 0) -
         "loss": (_draw_loss, (7.5, 4.5), 1),
         "learning_rate": (_draw_rate, (7.5, 3.5), 1),
     }
+    if "tokens_per_second" in kinds["train"][-1]:
+        drawings["speed"] = (_draw_speed, (7.5, 3.5), 1)
+    if any("mtp_agreement" in row for row in kinds["heldout"]):
+        drawings["mtp"] = (_draw_agreement, (7.5, 3.5), 1)
     if "divergence" in kinds["train"][-1]:
         drawings["divergence"] = (_draw_divergence, (7.5, 4.5), 1)
     if kinds["load"]:
@@ -118,6 +123,28 @@ def _draw_rate(axes, kinds, mtp_layers):
     (axis,), train = axes, kinds["train"]
     axis.plot(_column(train, "step"), _column(train, "learning_rate"), color="tab:green")
     axis.set(xlabel="step", ylabel="learning rate", title="Learning rate", ylim=(0, None))
+    axis.grid(alpha=0.3)
+
+
+def _draw_speed(axes, kinds, mtp_layers):
+    (axis,), train = axes, kinds["train"]
+    steps, speed = _column(train, "step"), _column(train, "tokens_per_second")
+    axis.plot(steps, speed, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axis.plot(steps, _smooth(speed), color="tab:blue")
+    axis.set(xlabel="step", ylabel="tokens a second", title="Speed", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    found = [row for row in train if "mfu" in row]
+    if found:
+        used = axis.twinx()
+        used.plot(_column(found, "step"), 100 * _smooth(_column(found, "mfu")), color="tab:orange", linewidth=1)
+        used.set(ylim=(0, None))
+        used.set_ylabel("model FLOPs utilisation, %", color="tab:orange")
+
+
+def _draw_agreement(axes, kinds, mtp_layers):
+    (axis,), held = axes, [row for row in kinds["heldout"] if "mtp_agreement" in row]
+    axis.plot(_column(held, "step"), 100 * _column(held, "mtp_agreement"), "o-", color="tab:purple")
+    axis.set(xlabel="step", ylabel="% of tokens", title="MTP guess is the model's own choice (held out)", ylim=(0, 100))
     axis.grid(alpha=0.3)
 
 

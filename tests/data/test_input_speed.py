@@ -30,7 +30,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 SMALL = "--preset=tiny --batch_size=4 --seq_len=64 --hosts=2 --train_batch_size=2 --train_seq_len=16".split()
 CASES = {
-    "made up": ["--tokens=100000", "--late_ms=60", "--steps=2", *SMALL],
+    "made up": ["--tokens=100000", "--late_ms=60", "--steps=2", "--write_docs=docs", *SMALL],
     "prepared": ["--prepared=prepared", "--steps=0", *SMALL],
 }
 BAD = {
@@ -39,6 +39,9 @@ BAD = {
     "hosts": (["--hosts=3"], "host_rows: `batch_size` is 64, want a multiple of the 3 hosts"),
     "length": (["--train_seq_len=2000"], "--train_seq_len is 2000, the model's maximum is 1024"),
     "argument": (["prepared"], "unexpected argument ['prepared'], want flags only"),
+    "no page": (["--write_docs=nowhere"], "--write_docs: there is no 'nowhere/data.md'"),
+    "no mark": (["--write_docs=prepared"], "'prepared/data.md' has 0 blocks marked <!-- input speed -->, want one"),
+    "half of it": (["--write_docs=docs", "--steps=0"], "--write_docs wants both tables, without --steps=0"),
     "flag": (["--depth=0"], "flag --depth=0: 0 is not a positive integer"),
 }
 STREAM = ["cold, digests checked", "cold, digests not checked", "warm", "warm, the plan alone"]
@@ -61,6 +64,9 @@ def results(tmp_path_factory):
         prepare(folder / name)
     with (folder / "broken" / "train" / "a" / "00000.tokens.npy").open("ab") as file:
         file.write(b"more")
+    (folder / "docs").mkdir()
+    (folder / "docs" / "data.md").write_text("before\n<!-- input speed -->\nold\n<!-- end of input speed -->\nafter\n")
+    (folder / "prepared" / "data.md").write_text("no mark\n")
     before = sorted(folder.rglob("*"))
     cases = [*CASES.values(), *(arguments for arguments, _ in BAD.values())]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}", "TMPDIR": str(folder)}
@@ -70,7 +76,7 @@ def results(tmp_path_factory):
     assert done.returncode == 0, done.stderr.decode()
     found = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert sorted(folder.rglob("*")) == before  # made-up shards are gone
-    return dict(zip([*CASES, *BAD], found, strict=True))
+    return dict(zip([*CASES, *BAD], found, strict=True)) | {"page": (folder / "docs" / "data.md").read_text()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,6 +90,16 @@ def test_tables(results, case):
     rows = [line.split()[-4:] for line in out.splitlines() if line.startswith(tuple(TRAINING))]
     for step, waiting, share, _ in rows:
         assert float(share.rstrip("%")) == pytest.approx(100 * float(waiting) / float(step), rel=0.1, abs=0.2)
+
+
+def test_the_page_gets_what_was_printed_and_the_command(results):
+    page, printed = results["page"], results["made up"][1]
+    command = " ".join(sorted(["--tokens=100000", "--late_ms=60", "--steps=2", *SMALL]))
+    lines = page.splitlines()
+    assert lines[:2] == ["before", "<!-- input speed -->"] and lines[-3:] == ["```", "<!-- end of input speed -->", "after"]
+    said = lines[2].split("`")[1].split()
+    assert said[:2] == ["python", "examples/input_speed.py"] and " ".join(sorted(said[2:])) == command
+    assert page.partition("```text\n")[2].partition("```")[0] == printed and "\nold\n" not in page
 
 
 def test_late_batches_are_waited_for(results):

@@ -91,6 +91,32 @@ def test_it_reads_ahead_before_it_is_asked():
         next(found)
 
 
+def waits(make, step, count=9):
+    """Seconds that steps of `step` seconds wait for their batches, the first two left out: nothing is ahead of them yet."""
+    found = []
+    with contextlib.closing(make()) as source:
+        for _ in range(count + 2):
+            begin = time.perf_counter()
+            next(source)
+            found.append(time.perf_counter() - begin)
+            time.sleep(step)
+    return np.array(found[2:])
+
+
+def test_reading_ahead_takes_the_wait_away():
+    """Each batch takes a known time to read, less than a step: between the steps all of it is waited for, ahead none."""
+    delay, step = 0.06, 0.12
+
+    def slow():
+        for item in batches():
+            time.sleep(delay)
+            yield item
+
+    between, read_ahead = waits(slow, step), waits(lambda: prefetch_batches(slow(), 2), step)
+    assert between.min() >= delay
+    assert np.median(read_ahead) < delay / 6  # what is there is taken in a millisecond; other work may be in the way
+
+
 @pytest.mark.parametrize(
     "limits, message",
     [({"epochs": {"a": 1}}, "next_rows: source 'a' runs dry: it has 280 tokens"), ({"host": 3}, "host_rows: `host` is 3")],

@@ -40,35 +40,74 @@ def test_a_killed_save_costs_no_other_checkpoint(tmp_path):
     assert steps == sorted(steps) and steps[-1] > 0, "saves were ended between the kills"
 
 
-# How a training runs → (processes, flags, kills, steps). Each start on a mesh takes a while.
+# How a training runs → (processes, flags, when it is killed, steps). Each start on a mesh takes a while.
 TRAININGS = {
-    "on one device": (1, [], 6, 250),
-    "on a mesh": (1, [MESH], 3, 60),
-    "in two processes": (2, [MESH], 2, 60),
+    "on one device": (1, [], "step start step step step report".split(), 250),
+    "on a mesh": (1, [MESH], "step start step".split(), 60),
+    "in two processes": (2, [MESH], "step start".split(), 60),
 }
+REPORT = ("samples.txt", "results.json", "plots/norms.png", "export")  # in the order in which it makes them
 
 
-def rows_of(out):
-    return len(train_rows(out)) if (out / "log.jsonl").exists() else 0
+class Killing:
+    """A training that is killed again and again: processes of it, steps that it has, seconds until a start has its first."""
 
+    def __init__(self, processes, out, most):
+        self.processes, self.out, self.most, self.starting = processes, out, most, None
+        self.rng = random.Random()  # where a process is at a time of the clock is no other each time
 
-def kill_at_random(process, processes, out, rng):
-    """Waits for a few steps more than are there, kills a process at some moment of the next, and returns the steps done."""
-    begin = last = rows_of(out)
-    until, deadline = begin + rng.randrange(1, 40 if processes == 1 else 15), time.monotonic() + 300
-    while last < until and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(rng.uniform(0.001, 0.02))
-        last = rows_of(out)
-    assert process.poll() is None and last >= until, (out.parent / "printed").read_text()
-    if processes == 1:
-        process.kill()
-        process.wait()
-        return last
-    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
-    os.kill(int(rng.choice(children)), signal.SIGKILL)
-    assert process.wait(60) == 128 + signal.SIGKILL
-    assert not [child for child in children if os.path.exists(f"/proc/{child}")], "the launcher ends the others"
-    return last
+    def rows(self):
+        log = self.out / "log.jsonl"
+        return log.read_bytes().count(b'"train"') if log.exists() else 0
+
+    def wait(self, process, there):
+        deadline = time.monotonic() + 300
+        while not there():
+            assert process.poll() is None and time.monotonic() < deadline, (self.out.parent / "printed").read_text()
+            time.sleep(0.001)
+
+    def wait_steps(self, process):
+        """Some steps, and a part of the next one or of what comes before it, any moment of which is as likely as another."""
+        begin, launched = self.rows(), time.monotonic()
+        # A start cuts the rows after its checkpoint, at most those of two saves.
+        self.wait(process, lambda: self.rows() > begin)
+        self.starting = self.starting or time.monotonic() - launched
+        more = self.rng.randrange(4, self.most)
+        self.wait(process, lambda: self.rows() >= begin + more)
+        return self.rng.uniform(0, np.median([row["seconds"] for row in train_rows(self.out)[-3:]]))
+
+    def wait_start(self, process):
+        """Any moment until the first step: loading, restoring, compiling."""
+        end, begin = time.monotonic() + self.rng.uniform(0, self.starting), self.rows()
+        self.wait(process, lambda: time.monotonic() > end or self.rows() > begin)
+        return 0
+
+    def wait_report(self, process):
+        """Any file that it writes, or the scores before them."""
+        name = self.rng.choice([None, *REPORT])
+        if name is None:
+            self.wait(process, lambda: "scoring the held-out text" in (self.out.parent / "printed").read_text())
+            return self.rng.uniform(0, 1)
+        self.wait(process, lambda: (self.out / name).exists())
+        return self.rng.uniform(0, 0.1)
+
+    def kill(self, process, when):
+        """Kills a process, one of several, at a moment of what it does; returns the steps that are done."""
+        children = []
+        if self.processes > 1:
+            path = f"/proc/{process.pid}/task/{process.pid}/children"
+            self.wait(process, lambda: len(open(path).read().split()) == self.processes)
+            children = open(path).read().split()
+        time.sleep({"step": self.wait_steps, "start": self.wait_start, "report": self.wait_report}[when](process))
+        assert process.poll() is None, (when, (self.out.parent / "printed").read_text())
+        if not children:
+            process.kill()
+            process.wait()
+            return self.rows()
+        os.kill(int(self.rng.choice(children)), signal.SIGKILL)
+        assert process.wait(60) == 128 + signal.SIGKILL
+        assert not [child for child in children if os.path.exists(f"/proc/{child}")], "the launcher ends the others"
+        return self.rows()
 
 
 @pytest.mark.skipif(not MORE, reason="long")
@@ -76,7 +115,7 @@ def kill_at_random(process, processes, out, rng):
 def test_a_training_that_is_killed_many_times_has_the_losses_of_one_that_is_not(
     corpus, pretrain, tmp_path, monkeypatch, how
 ):
-    """A process is killed at a random moment, while it trains or saves; the same command goes on where a checkpoint is."""
+    """A process is killed at a random moment, while it starts, trains, saves or reports; the same command goes on."""
     straight, broken = tmp_path / "straight", tmp_path / "broken" / "run"
     broken.mkdir(parents=True)
     processes, flags, kills, count = TRAININGS[how]
@@ -84,18 +123,20 @@ def test_a_training_that_is_killed_many_times_has_the_losses_of_one_that_is_not(
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "report", lambda *arguments: None)
         assert call(pretrain, *same, f"--out={straight}") == 0
-    rng, steps = random.Random(1), []
-    for _ in range(kills):
+    killing, steps = Killing(processes, broken, most=(count - 20) // len(kills)), []
+    for when in kills:
         process = launched(broken.parent, processes, [*same, *flags, f"--out={broken}"])
-        last = kill_at_random(process, processes, broken, rng)
+        last = killing.kill(process, when)
         found = list_checkpoints(broken / "checkpoints")
-        steps.append((last, checkpoint_step(found[-1]) if found else 0))
+        steps.append((when, last, checkpoint_step(found[-1]) if found else 0))
     # One checkpoint in five steps, which is there a step after it was written.
-    assert all(rows - step <= 2 * 5 + 1 for rows, step in steps), steps
+    assert all(rows - step <= 2 * 5 + 1 for _, rows, step in steps), steps
     process = launched(broken.parent, processes, [*same, *flags, f"--out={broken}"])
     assert wait(process, 300) == 0, (broken.parent / "printed").read_text()
     want, got = train_rows(straight), train_rows(broken)
     assert [row["step"] for row in got] == list(range(1, count + 1))
     for name in ("loss", "grad_norm", "learning_rate", "tokens"):
+        print("DEV", how, name, max(abs(a[name] / max(b[name], 1e-30) - 1) for a, b in zip(got, want)), flush=True)
         np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-4, err_msg=name)
     assert not [name for name in os.listdir(broken / "checkpoints") if name.startswith(".")]
+    assert json.loads((broken / "results.json").read_text())["training"]["steps"] == count

@@ -255,16 +255,19 @@ def png_size(path):
 def test_plots(tmp_path):
     rows = []
     watched = {"grad_norms": {"head": 1.0}, "update_ratios": {"head": 0.1}, "bias_min": [-1.0, 0.0], "bias_max": [1.0, 2.0]}
+    held = {"nll": 3.0, "mtp_agreement": 0.5}
     actions = Actions(
-        write=rows.append, evaluate=lambda s: {"nll": 3.0}, eval_every=2, watch=lambda *_: watched, watch_every=2
+        write=rows.append, evaluate=lambda state: held, eval_every=2, watch=lambda *_: watched, watch_every=2
     )
     train_loop(toy_step, toy_state(), toy_feed, steps=5, actions=actions)
     paths = plot_run(rows, tmp_path / "plots", mtp_layers=1)
-    names = "loss learning_rate expert_load load_violation balance norms bias".split()
+    names = "loss learning_rate speed mtp expert_load load_violation balance norms bias".split()
     assert [path.name for path in paths] == [f"{name}.png" for name in names]
     assert all(min(png_size(path)) > 300 for path in paths)
     dense = [{**row, "load_violation": [], "mtp": []} for row in rows if row["kind"] == "train"]
-    assert [path.name for path in plot_run(dense[:1], tmp_path)] == ["loss.png", "learning_rate.png"]
+    assert [path.name for path in plot_run(dense[:1], tmp_path)] == ["loss.png", "learning_rate.png", "speed.png"]
+    used = [{**row, "mfu": 0.1} for row in dense]
+    assert plot_run(used, tmp_path / "used")[2].read_bytes() != plot_run(dense, tmp_path / "plain")[2].read_bytes()
     with pytest.raises(ValueError, match="plot_run: `rows` has no training row"):
         plot_run([], tmp_path)
 

@@ -121,12 +121,13 @@ def check_results(out, printed):
     assert [row["step"] for row in held] == [0, 20, 40, 60]
     assert results["heldout"]["nll"] < held[0]["nll"]
     assert 0 < results["heldout"]["bits_per_byte"] < 8 and set(results["compressors"]) >= {"gzip"}
-    for line in ("byte, this model", "byte, gzip", "MTP guess agrees", "busiest expert", "tokens a second"):
+    for line in ("byte, this model", "byte, gzip", "MTP guess agrees", "busiest expert", "tokens a second", "peak memory"):
         assert line in printed
-    for name in ("loss", "learning_rate", "expert_load", "load_violation", "balance", "norms", "bias"):
+    assert all(row["mfu"] > 0 for row in train_rows(out)) and results["training"]["peak_memory_bytes"] > 2**26
+    for name in ("loss", "learning_rate", "speed", "mtp", "expert_load", "load_violation", "balance", "norms", "bias"):
         assert (out / "plots" / f"{name}.png").stat().st_size > 5000
     page = (out / "report.html").read_text()
-    assert "bits per byte" in page and page.count("data:image/png;base64,") == 7 and "no step was left out" in page
+    assert "bits per byte" in page and page.count("data:image/png;base64,") == 9 and "no step was left out" in page
     assert "greedy" in (out / "samples.txt").read_text() and list((out / "tensorboard").glob("events.*"))
     assert [checkpoint_step(path) for path in list_checkpoints(out / "checkpoints")] == [55, 60]
     cfg, params, router = load_pretrained(out / "export", dtype="float32")
@@ -209,6 +210,8 @@ BAD = {
     "no tokenizer": (["--tokenizer={tmp}/none"], "load_tokenizer: .*none' is no folder"),
     "scales that a mesh does not have": (["--fp8=delayed", "--mesh=data:2"], "--fp8 delayed has delayed scales"),
     "unknown recipe": (["--fp8=e3m4"], "flag --fp8=e3m4"),
+    "shares of one size": (["--batch_multiple=2"], "--batch_multiple is given, but --plan=cosine, want --plan=paper or"),
+    "unknown moments": (["--moment_dtype=float16"], "flag --moment_dtype=float16"),
     "two wishes": (["--fresh", "--noresume"], "--fresh and --noresume are both given"),
 }
 
@@ -368,6 +371,17 @@ def test_a_folder_in_use_is_refused(pretrain, corpus, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, lines = refused(pretrain, [f"--corpus={corpus}", f"--out={tmp_path}", *SMALL])
     assert code == 2 and "is in use by another process" in lines[0]
+
+
+def test_a_second_process_on_a_folder_is_refused(pretrain, corpus, tmp_path):
+    """A real one, while this process has the run; what is there stays as it is."""
+    same = [f"--corpus={corpus}", f"--out={tmp_path}", *SMALL]
+    prepared(pretrain, *same)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = subprocess.run(command(*same, "--fresh"), env=environment(), capture_output=True, text=True, timeout=120)
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2 and line == f"pretrain: --out {str(tmp_path)!r} is in use by another process"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_bad_input_as_a_command(tmp_path):

@@ -76,9 +76,25 @@ def wait(process, seconds):
 
 
 @pytest.fixture(scope="module")
-def killed(same, tmp_path_factory):
-    """A run by two processes of which the second was killed after some steps."""
+def begun(pretrain, same, tmp_path_factory):
+    """A run by one process on a mesh, which a signal has stopped after a step."""
+    out, train_loop = tmp_path_factory.mktemp("begun") / "run", sys.modules["pretrain_train"].train_loop
+
+    def stopped(*args, actions, **options):
+        return train_loop(*args, actions=actions._replace(stop=lambda: signal.SIGTERM), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain_train.train_loop", stopped)
+        assert call(pretrain, *same, MESH, f"--out={out}") == 128 + signal.SIGTERM
+    assert len(train_rows(out)) == 1
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(same, begun, tmp_path_factory):
+    """The same run, gone on with by two processes of which the second was killed after some steps."""
     folder = tmp_path_factory.mktemp("killed")
+    shutil.copytree(begun, folder / "run")
     arguments = [*same, MESH, "--read_ahead=2", f"--out={folder / 'run'}"]  # how rows are read does not matter
     process, log = launched(folder, 2, arguments), folder / "run" / "log.jsonl"
     end = time.monotonic() + 200
@@ -91,11 +107,19 @@ def killed(same, tmp_path_factory):
     assert process.wait(60) == 128 + signal.SIGKILL
     seconds = time.monotonic() - begin
     text = (folder / "printed").read_text()
+    assert "going on from step 1 of" in text, "two processes took up what one had left"
     assert "client 1 has died; client 0 ends, too: start all again, from the last checkpoint" in text
     assert text.splitlines()[-1] == "launch: client 1 was killed by SIGKILL; all 2 have ended"
     assert seconds < 10, seconds
     assert len(train_rows(folder / "run")) < STEPS, "it was killed too late to show anything"
     return folder / "run"
+
+
+@pytest.mark.skipif(not MORE, reason="a long case")
+def test_begun_by_one_process_and_gone_on_with_by_two_on_the_same_mesh(straight, killed):
+    rows = train_rows(killed)
+    assert len(rows) >= 5
+    assert_same_curve(killed, straight, len(rows))
 
 
 @pytest.mark.skipif(not MORE, reason="a long case")

@@ -33,6 +33,7 @@ from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.checkpoint_tools import open_checkpoint
 from dsv3.train.records import read_rows
+from dsv3.train.schedule_steps import schedule_runs
 from tests.more import MORE, more
 from tests.train.test_loop import toy_step
 from tests.train.test_pretrain_example import CONFIG, call, pretrain, refused, train_rows
@@ -41,7 +42,7 @@ __all__ = ["pretrain"]
 
 PLAN = (
     f"{CONFIG} --plan=paper --batch_size=32 --seq_len=8 --accumulate=8 --steps=90 --context_steps=3 --warmup_steps=2 "
-    "--eval_every=0 --save_every=20 --keep=9 --watch_every=30 --ema_decay=0.9"
+    "--eval_every=0 --save_every=20 --keep=9 --watch_every=1 --ema_decay=0.9"
 ).split()
 SHORT = f"{CONFIG} --steps=20 --batch_size=4 --seq_len=8 --eval_every=0 --save_every=5 --patience=3".split()
 
@@ -93,8 +94,13 @@ def test_everything_changes_when_the_plan_says_so(whole, data):
         mtp = (row["loss"] - row["nll"] - 1e-4 * row["balance"]) / row["mtp"][0]
         assert mtp == pytest.approx(0.3 if i < switch else 0.1, rel=1e-3), "λ falls at 10T of 14.8T tokens"
     # γ is 0 for the last 0.5T of pretraining and in the context stages: the selection biases no longer move.
-    biases = [open_checkpoint(path).read("router.moe") for path in list_checkpoints(whole / "checkpoints")]
-    assert np.array_equal(*biases[-2:]) and np.abs(biases[-1]).max() > 0
+    seen = [[row[name] for name in ("bias_min", "bias_max", "bias_std")] for row in read_rows(whole / "log.jsonl")
+            if row["kind"] == "watch"]  # fmt: skip
+    assert len(seen) == len(rows)
+    moved = [seen[i] != seen[i - 1] for i in range(1, len(rows))]  # by step i, counted from 0
+    frozen = next(i for i in range(1, len(rows)) if rows[i - 1]["tokens"] >= total * 14.3 / 14.8)
+    assert all(moved[: frozen - 1]) and not any(moved[frozen - 1 :])
+    assert len(rows) - 6 - frozen >= 2, "some of these steps are of pretraining"
     cfg, *_ = load_pretrained(whole / "export", dtype="float32")
     yarn = cfg.mla.rope.yarn
     assert (yarn.factor, yarn.original_length, cfg.max_length) == (40.0, 8, 320)
@@ -140,6 +146,79 @@ def test_stopped_in_any_stage_it_goes_on_to_the_same_losses(whole, pretrain, dat
     want, got = train_rows(whole), train_rows(out)
     for name in ("loss", "nll", "grad_norm", "learning_rate", "tokens"):
         np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-5, err_msg=name)
+
+
+def prepared(pretrain, *arguments):  # noqa: F811
+    """The schedule of a command, and the shape that each of its batches is cut to by length of the sequences."""
+    plan, shapes = sys.modules["pretrain_plan"], {}
+    with flagsaver.flagsaver():
+        schedule = pretrain.prepare(pretrain.parse_flags(["pretrain.py", *map(str, arguments)])).schedule
+        cut = plan.batch_cutter(schedule)
+        for run in schedule_runs(schedule):
+            tokens = np.zeros([run.batch_size, run.seq_len + 1], np.int32)
+            shapes.setdefault(run.seq_len, set()).add(cut(tokens, tokens[:, 1:])[0].shape[:2])
+    return schedule, shapes
+
+
+def test_a_plan_keeps_its_batches_on_another_mesh(pretrain, data, tmp_path):  # noqa: F811
+    """It goes on on any mesh whose devices can share them, and is refused in one line on any other."""
+    outs = [tmp_path / name for name in ("both", "mesh", "one")]
+    both, mesh, one = ([f"--data={data}", *PLAN, f"--out={out}"] for out in outs)
+    want, shapes = prepared(pretrain, *both, "--batch_multiple=2")
+    assert want.multiples == (4, 2, 2) and max(shapes[8]) == (8, 4) and shapes[256] == {(2, 1)}
+    for other in (["--mesh=data:2"], ["--batch_multiple=2", "--mesh=expert:2"]):
+        assert prepared(pretrain, *both, *other) == (want, {**shapes, 64: {(2, 2)}, 256: {(1, 2)}}), "each device has a row"
+    assert prepared(pretrain, *both) == (want, shapes)
+    four, shapes = prepared(pretrain, *mesh, "--mesh=data:2,expert:2", "--batch_size=64")
+    assert four.multiples == (8, 4, 4) and shapes[64] == {(2, 4)} and shapes[256] == {(1, 4)}
+    two, shapes = prepared(pretrain, *mesh, "--mesh=data:2", "--batch_size=64")
+    assert two == four and shapes[64] == {(4, 2)} and shapes[256] == {(2, 2)}
+    assert prepared(pretrain, *one)[0].multiples == (4, 1, 1)
+    for arguments, message in [
+        ([*both, "--mesh=data:4"], "'context 32x' are multiples of 2, want of 4, .* --mesh data:4; .* --batch_multiple=4"),
+        ([*one, "--mesh=data:2"], "'context 32x' are multiples of 1, want of 2, .* --mesh data:2; .* --batch_multiple=2"),
+        ([*both, "--batch_multiple=4"], r"`batch_multiple` is \[4, 4, 4\] here, \[4, 2, 2\] there"),
+        ([*both, "--mesh=data:2", "--batch_size=64"], "`batch_size` is 64 here, 32 there"),
+    ]:
+        code, lines = refused(pretrain, arguments)
+        assert code == 2 and len(lines) == 1 and re.search(message, lines[0]), lines
+
+
+def test_contexts_behind_a_training_keep_their_batches_too(pretrain, data, tmp_path):  # noqa: F811
+    same = [f"--data={data}", *SHORT, "--plan=context", "--batch_size=32", "--context_steps=2", f"--out={tmp_path / 'run'}"]
+    want, _ = prepared(pretrain, *same, "--mesh=data:2")
+    assert want.multiples == (1, 4, 2)
+    assert prepared(pretrain, *same)[0] == want == prepared(pretrain, *same, "--mesh=expert:2")[0]
+    code, lines = refused(pretrain, [*same, "--mesh=data:4"])
+    assert code == 2 and "stage 'context 32x' are multiples of 2, want of 4" in lines[0]
+
+
+@pytest.mark.skipif(not MORE, reason="a long case")
+def test_a_plan_begun_without_a_mesh_goes_on_on_one(pretrain, data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(pretrain, "report", lambda *arguments: None)
+    same, straight, out = [f"--data={data}", *PLAN, "--batch_multiple=2"], tmp_path / "straight", tmp_path / "run"
+    assert call(pretrain, *same, f"--out={straight}") == 0
+    cut(straight, out, 80)
+    assert call(pretrain, *same, "--mesh=data:2", f"--out={out}") == 0
+    want, got = train_rows(straight), train_rows(out)
+    assert len(want) > 90 and not any("dispatch_bytes" in row for row in want)
+    assert [row["tokens"] for row in got] == [row["tokens"] for row in want], "the same batches"
+    for name in ("loss", "nll", "grad_norm", "learning_rate"):  # sums in another order, over some twenty steps of Adam
+        np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-5, err_msg=name)
+
+
+def test_another_folder_is_refused(pretrain, data, tmp_path):  # noqa: F811
+    """Data is named by the digest of its manifest: with other weights, or other shards, it is other data."""
+    same = [*PLAN, f"--out={tmp_path / 'run'}"]
+    with flagsaver.flagsaver():
+        pretrain.prepare(pretrain.parse_flags(["pretrain.py", f"--data={data}", *same]))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    other, manifest = shutil.copytree(data, tmp_path / "other"), read_manifest(data)
+    write_manifest(other, manifest._replace(sources={**manifest.sources, "code": {"licence": "MIT"}}))
+    code, lines = refused(pretrain, [f"--data={other}", *same])
+    there, here = (manifest_digest(read_manifest(folder)) for folder in (data, other))
+    assert code == 2 and len(lines) == 1 and f"`corpus` is {here!r} here, {there!r} there" in lines[0], lines
+    assert "--fresh starts anew" in lines[0] and (tmp_path / "run" / "run.json").read_bytes() == before
 
 
 def test_shares_are_those_of_the_folder_or_of_the_command(pretrain, data, tmp_path):  # noqa: F811
