@@ -11,7 +11,7 @@ Each stage is a program of its own, whose command is printed; any of them can be
   sft2        sft.py: a second fine-tuning, on those
   zero        grpo.py on the pretrained model without a cold start, as R1-Zero
 
-With --distill a smaller student follows, on the same text:
+With --students a smaller student follows, of as many of the seeds, on the same text:
 
   student         pretrain.py
   student_sft     sft.py: the worked solutions
@@ -27,7 +27,7 @@ and report.html. What is done is not done again: after an interruption the same 
 Examples:
 
   python examples/reasoning.py                                     # three seeds
-  python examples/reasoning.py --distill                           # the same folder, and the students
+  python examples/reasoning.py --students 3                        # the same folder, and a student of each
   python examples/reasoning.py --seeds 1 --out runs/one
   python examples/reasoning.py --level long --seeds 1 --out runs/long
   python examples/generate.py runs/reasoning/seed-0/sft2/export --chat --prompt 'Make 12 from 4 7 9.'
@@ -63,14 +63,14 @@ from dsv3.train.progress import stop_on_signals
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
-MINUTES = {"pretrain": 11, "grpo": 7, "distill": 4}  # about, of the default settings; another program: 1
+MINUTES = {"pretrain": 12, "grpo": 10, "distill": 4}  # about, of the default settings; another program: 1
 
 flags.DEFINE_string("out", "runs/reasoning", "Folder of everything.")
 flags.DEFINE_bool("fresh", False, "Delete what is in --out and start anew.")
 flags.DEFINE_integer("seeds", 3, "How many times all is done.", 1)
 flags.DEFINE_enum("level", "easy", list(LEVELS), "Kind of problems.")
 flags.DEFINE_bool("zero", True, "Also learn by rewards without a cold start.")
-flags.DEFINE_bool("distill", False, "Also teach a smaller student.")
+flags.DEFINE_integer("students", 0, "Of how many of the seeds a smaller student is taught.", 0)
 flags.DEFINE_integer("jobs", None, "Stages that run at a time, on their share of the cores. Default: one on each core.", 1)
 flags.DEFINE_bool("write_docs", False, "Write docs/reasoning.md and its plot from the results.")
 
@@ -79,7 +79,7 @@ flags.DEFINE_integer("texts", 80_000, "Documents to pretrain on.", 100)
 flags.DEFINE_integer("pretrain_steps", 5000, "Steps of pretraining, of 8 sequences of 256 tokens.", 1)
 flags.DEFINE_integer("worked", 128, "Worked solutions of the cold start.", 8)
 flags.DEFINE_float("cold_epochs", 8.0, "How often they are learned.")
-flags.DEFINE_integer("explorations", 60, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
+flags.DEFINE_integer("explorations", 140, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
 flags.DEFINE_float("rl_lr", 3e-4, "Its learning rate.")
 flags.DEFINE_float("rl_lr_end", 3e-5, "Learning rate at the end of on-policy distillation.")
 flags.DEFINE_float("kl_weight", 0.01, "Weight of the divergence from where it began.", 0.0)
@@ -89,7 +89,7 @@ flags.DEFINE_integer("traces", 4, "Right answers to each of them that it learns,
 flags.DEFINE_float("trace_epochs", 1.0, "How often.")
 flags.DEFINE_float("student_epochs", 3.0, "How often a student learns the teacher's answers.")
 flags.DEFINE_integer("measured", 250, "Held-out problems that are measured, by four answers to each; 0: all.", 0)
-FREE = ("out", "fresh", "seeds", "distill", "jobs", "write_docs")  # what may change when a command goes on
+FREE = ("out", "fresh", "seeds", "students", "jobs", "write_docs")  # what may change when a command goes on
 
 
 def main(argv: list[str]) -> int:
@@ -106,10 +106,12 @@ def main(argv: list[str]) -> int:
         path, students = plans(out)
         for seed in path:
             write_problems(out / f"seed-{seed}", seed)
-        run_all(path, out, "path")
-        run_all(students, out, "students")
+        run_all(path)
+        run_all(students)
         plan = {seed: [*path[seed], *students[seed]] for seed in path}
-        report(out, plan, {"cores": len(available_cores()), "preset": FLAGS.preset}, docs=FLAGS.write_docs)
+        cores = len(available_cores())
+        facts = {"cores": cores, "jobs": FLAGS.jobs or cores, "preset": FLAGS.preset}
+        report(out, plan, facts, docs=FLAGS.write_docs)
     except (ValueError, OSError) as error:
         return fail(f"{error}; once that is put right, {again}", 1)
     except KeyboardInterrupt:
@@ -118,17 +120,11 @@ def main(argv: list[str]) -> int:
 
 
 def plans(out: Path) -> tuple[dict[int, list[Stage]], dict[int, list[Stage]]]:
-    """The stages of each seed, and with --distill those of its student."""
+    """The stages of each seed, and those of its student."""
     folders = {seed: out / f"seed-{seed}" for seed in range(FLAGS.seeds)}
     path = {seed: make_stages(folder, seed) for seed, folder in folders.items()}
-    return path, {seed: make_student_stages(folder, seed) if FLAGS.distill else [] for seed, folder in folders.items()}
-
-
-def add_time(out: Path, name: str, seconds: float) -> None:
-    """Adds what this run took to what earlier ones did."""
-    file = out / "seconds.json"
-    took = json.loads(file.read_text()) if file.exists() else {"path": 0.0, "students": 0.0}
-    write_text(file, json.dumps(took | {name: took[name] + seconds}) + "\n")
+    taught = {seed: make_student_stages(folder, seed) if seed < FLAGS.students else [] for seed, folder in folders.items()}
+    return path, taught
 
 
 def claim(out: Path) -> None:
@@ -142,8 +138,7 @@ def claim(out: Path) -> None:
     if FLAGS.fresh:
         for path in seeds:
             shutil.rmtree(path)
-        for path in (out / "seconds.json", there):  # the settings go last
-            path.unlink(missing_ok=True)
+        there.unlink(missing_ok=True)
     elif old is not None:
         for name in [name for name in settings if old.get(name) != settings[name]][:1]:
             raise ValueError(
@@ -176,12 +171,12 @@ class Running(NamedTuple):
     cores: tuple[int, ...]
 
 
-def run_all(plan: Mapping[int, Sequence[Stage]], out: Path, name: str) -> None:
+def run_all(plan: Mapping[int, Sequence[Stage]]) -> None:
     """Runs what is not done, --jobs stages at a time, each on its share of the cores, as soon as what it reads is there."""
     total = sum(map(len, plan.values()))
     every = [(f"[{i} of {total}]", seed, stage) for i, (seed, stage) in enumerate(in_turn(plan), 1)]
     todo = [entry for entry in every if not entry[2].done.exists()]
-    free, running, begin = shares(FLAGS.jobs or len(available_cores())), [], time.monotonic()
+    free, running = shares(FLAGS.jobs or len(available_cores())), []
     with stop_on_signals(endings()) as stopped:  # no stage is lost between its start and `running`
         try:
             while todo or running:
@@ -202,7 +197,7 @@ def run_all(plan: Mapping[int, Sequence[Stage]], out: Path, name: str) -> None:
                 each.process.terminate()
             for each in running:
                 each.process.wait()
-            add_time(out, name, time.monotonic() - begin)
+                write_text(each.stage.spent, f"{spent(each)}\n")
 
 
 def endings() -> tuple[signal.Signals, ...]:
@@ -250,9 +245,15 @@ def start(where: str, seed: int, stage: Stage, cores: tuple[int, ...]) -> Runnin
     return Running(stage, where, process, time.monotonic(), cores)
 
 
+def spent(each: Running) -> float:
+    """Seconds that a stage has run, those of earlier commands included."""
+    file = each.stage.spent
+    return time.monotonic() - each.begin + (float(file.read_text()) if file.exists() else 0.0)
+
+
 def finish(each: Running) -> None:
     """Marks a stage as done and says what came out, or raises `ValueError` with its last words."""
-    stage, code, seconds = each.stage, each.process.returncode, time.monotonic() - each.begin
+    stage, code, seconds = each.stage, each.process.returncode, spent(each)
     last = [line for line in stage.log.read_text(errors="replace").splitlines() if line.strip()][-1:]
     check(code == 0, f"{each.where} ended with {code}: {' '.join(last)[-200:]} (all of it: {stage.log})")
     write_text(stage.done, json.dumps({"command": stage.command, "seconds": seconds}) + "\n")

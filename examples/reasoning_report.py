@@ -28,14 +28,14 @@ SHOWN = {
 }  # fmt: skip
 PATH = ("pretrain", "sft", "grpo", "sft2")
 COLUMNS = {
-    "accuracy": "accuracy", "tokens": "tokens", "tries": "tries", "tried_again": "rejects a try",
-    "right_after_rejecting": "then right", "misjudged": "misjudged", "wrong_steps": "wrong steps",
+    "accuracy": "accuracy", "tokens": "tokens", "checked": "checks", "tries": "tries", "tried_again": "rejects a try",
+    "right_after_rejecting": "then right", "corrected": "corrected", "misjudged": "misjudged", "wrong_steps": "wrong steps",
 }  # fmt: skip
 COUNTS = ("tokens", "tries")  # the others are shares
 
 
 def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any], *, docs: bool) -> None:
-    """Writes and prints what came out. `plan`: each seed's stages; `facts`: cores and preset, for the page of the docs."""
+    """Writes and prints what came out. `plan`: each seed's stages; `facts`: for the page of the docs."""
     found = measurements(plan)
     rows = table(found)
     text = aligned(rows)
@@ -53,10 +53,17 @@ def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any
             ("Commands", [commands]),
         ],
     )
-    took = {name: round(seconds / 60) for name, seconds in json.loads((out / "seconds.json").read_text()).items()}
-    print(f"\n{text}\n\n{example}\n\nall stages {sum(took.values())} min\n{page}")
+    took = {"path": minutes(plan, students=False), "students": minutes(plan, students=True)}
+    print(f"\n{text}\n\n{example}\n\nthe stages' times add up to {sum(took.values())} minutes\n{page}")
     if docs:
         write_docs(plan, rows, plot, example, commands, took | facts | {"measured": found["sft2"][0]["problems"]})
+
+
+def minutes(plan: Mapping[int, Sequence[Any]], *, students: bool) -> int:
+    """Minutes of all stages of the path, or of the students, added up."""
+    every = [stage for stages in plan.values() for stage in stages]
+    wanted = [stage for stage in every if stage.name.startswith(("student", "teacher")) == students]
+    return round(sum(json.loads(stage.done.read_text())["seconds"] for stage in wanted) / 60)
 
 
 def measurements(plan: Mapping[int, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -85,7 +92,7 @@ def draw(plan: Mapping[int, Sequence[Any]], found: Mapping[str, Sequence[Mapping
     names = [name for name in SHOWN if name in found]
     for seed in range(len(plan)):
         (line,) = axes[0].plot([SHOWN[name] for name in PATH], [found[name][seed]["accuracy"] for name in PATH], "o-")
-        others = [name for name in names if name not in PATH]
+        others = [name for name in names if name not in PATH and seed < len(found[name])]
         heights = [found[name][seed]["accuracy"] for name in others]
         axes[0].plot([SHOWN[name] for name in others], heights, "s", color=line.get_color())
     axes[0].set(ylim=(0, 1), title="accuracy on held-out problems, a colour for each seed")
@@ -128,8 +135,7 @@ def write_docs(
     target.write_bytes(plot.read_bytes())
     command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-    minutes = facts["students"]
-    more = f" The students took {minutes} minutes more." if minutes else ""
+    more = f" The students' add up to {facts['students']} minutes more." if facts["students"] else ""
     text = TEXT.format(
         **{**facts, "students": more}, minutes=facts["path"], table=table, example=example, command=command,
         commands=commands, seeds=len(plan),
@@ -147,18 +153,21 @@ numbers, each used once. This page was written by
 {command}
 ```
 
-whose stages took {minutes} minutes on {cores} cores, for {seeds} seeds: other models, data and samples each.{students}
+for {seeds} seeds: other models, data and samples each. The times of its stages add up to {minutes} minutes; {jobs} run at a
+time, on {cores} cores.{students}
 
 ## Held-out problems
 
-Which problems are held out is decided by their numbers: no worked solution, no text and no problem to learn from has one of
-these sets of numbers. Four answers to each of {measured} held-out problems are drawn at temperature 1.
+Which problems are held out is decided by a hash of their numbers: no worked solution, no text and no problem to learn from
+has one of these sets of numbers, all of which are from the same range. Four answers to each of {measured} held-out problems
+are drawn at temperature 0.6, as DeepSeek-R1 was evaluated; those to learn from are drawn at temperature 1.
 
 {table}
 
-`tries` are lines of an answer's thinking that end in `yes` or `no`. `rejects a try`: share of answers with a `no`; `then
-right`: of those, the share that ends with a right answer. `misjudged`: tries whose last value is the target and that say
-`no`, or the reverse. `wrong steps`: sums of two numbers that are wrong.
+`checks`: share of answers whose thinking has a try, a line that ends in `yes` or `no`; `tries`: how many an answer has.
+`rejects a try`: share of answers with a `no`; `then right`: of those, the share that ends with a right answer; `corrected`:
+share of all answers that reject a try and end right. `misjudged`: tries whose last value is the target and that say `no`, or
+the reverse. `wrong steps`: sums of two numbers that are wrong.
 
 ![accuracy, rewards and lengths](reasoning.png)
 
@@ -178,10 +187,10 @@ An answer that corrects itself:
 5. **A second fine-tuning** on those.
 6. **Without a cold start**: GRPO from the pretrained model, asked as conversations are written in its text (R1-Zero).
 
-With `--distill` a **student** of two thirds of the width and a layer less is pretrained on the same text. It learns from the
-worked solutions (cold start) and then from rewards alone (GRPO), as the teacher did; or, from the pretrained student, the
-right answers of the teacher after its second fine-tuning as text (`sft.py`), or the teacher's distribution of each token of
-them (`distill.py`); and after that the teacher's distributions on its own answers (`distill.py --on_policy`). See
+With `--students` a **student** of two thirds of the width and a layer less is pretrained on the same text. It learns from
+the worked solutions (cold start) and then from rewards alone (GRPO), as the teacher did; or, from the pretrained student,
+the right answers of the teacher after its second fine-tuning as text (`sft.py`), or the teacher's distribution of each token
+of them (`distill.py`); and after that the teacher's distributions on its own answers (`distill.py --on_policy`). See
 `docs/distillation.md`.
 
 The commands of the first seed:

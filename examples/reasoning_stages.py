@@ -27,21 +27,7 @@ PLAIN = {"template": "User: {question}\\nAssistant: ", "stop": "\\n\\n"}  # how 
 CHAT = {"chat": True}
 # The same as a chat template: what the model has learned of conversations goes on to hold. Tokens of a usual template would
 # be new to it, and a small model forgets a lot when it has to learn them from little.
-TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-  {%- if message['role'] == 'user' -%}
-    {{- 'User: ' + message['content'] + '\\n' -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- 'Assistant: ' + message['content'] + eos_token -}}
-  {%- else -%}
-    {{- raise_exception('there is no place for a message of role ' + message['role']) -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- 'Assistant: ' -}}
-{%- endif -%}
-"""
+TEMPLATE = Path(__file__).with_name("plain_chat.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +58,11 @@ class Stage:
         """What it prints."""
         return self.folder.with_name(f"{self.folder.name}.txt")
 
+    @property
+    def spent(self) -> Path:
+        """How many seconds it had run when it was interrupted."""
+        return self.folder.with_name(f"{self.folder.name}.seconds")
+
     def reads(self) -> set[Path]:
         """Folders of other stages that its flags name, which have to be done before."""
         named = [value for value in self.flags.values() if isinstance(value, Path)]
@@ -96,8 +87,8 @@ def write_problems(folder: Path, seed: int) -> None:
                 yield countdown_conversation(countdown_question(problem), *solution)
 
     write_lines(folder / "worked.jsonl", itertools.islice(worked(), FLAGS.worked))
-    write_text(folder / "template.jinja", TEMPLATE)
-    if FLAGS.distill:
+    write_text(folder / "template.jinja", TEMPLATE.read_text(encoding="utf-8"))
+    if FLAGS.students:
         fields = dsv3.preset(FLAGS.preset).to_hf()
         fields |= {"hidden_size": fields["hidden_size"] * 2 // 3, "num_hidden_layers": fields["num_hidden_layers"] - 1}
         write_text(folder / "student.json", json.dumps(dsv3.ModelConfig.from_hf(fields).to_hf(), indent=1) + "\n")
@@ -169,7 +160,7 @@ class Maker:
         self.cold = tune | {"data": folder / "worked.jsonl", "epochs": FLAGS.cold_epochs, "lr": 1e-3, "lr_end": 1e-4}
         self.traced = {"data": folder / "traces" / "rows.jsonl", "epochs": FLAGS.trace_epochs} | tune
         self.learn = {"problems": folder / "problems.jsonl", "explorations": FLAGS.explorations, "prompts": 16,
-                      "group_size": 16, "rows": 256, "lr": FLAGS.rl_lr, "kl_weight": FLAGS.kl_weight, "heldout": 0,
+                      "group_size": 16, "rows": 32, "lr": FLAGS.rl_lr, "kl_weight": FLAGS.kl_weight, "heldout": 0,
                       "save_every": 0, "measure_every": 10} | self.judged  # fmt: skip
         self.kept = {"problems": folder / "problems.jsonl", "limit": FLAGS.asked, "samples": 2 * FLAGS.traces,
                      "keep": FLAGS.traces}  # fmt: skip
@@ -185,5 +176,7 @@ class Maker:
 
     def measured(self, name: str, how: dict[str, Any] = CHAT) -> Stage:
         """The measurement of a stage's model on held-out problems."""
-        given = self.model(name) | {"problems": self.folder / "heldout.jsonl", "samples": 4, "limit": FLAGS.measured}
-        return Stage(f"{name}, measured", self.folder / f"{name}-measured", "solve", given | how | self.judged, name)
+        asked = {"problems": self.folder / "heldout.jsonl", "limit": FLAGS.measured}
+        drawn = {"samples": 4, "temperature": 0.6}  # as DeepSeek-R1 was evaluated
+        given = self.model(name) | asked | drawn | how | self.judged
+        return Stage(f"{name}, measured", self.folder / f"{name}-measured", "solve", given, name)

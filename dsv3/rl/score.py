@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from dsv3.config import ModelConfig
 from dsv3.nn.model import ModelParams, RouterState
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.rl.logprobs import TokenLogprobs, token_logprobs
+from dsv3.rl.step import trimmed_lengths
 
 Score = Callable[..., TokenLogprobs]
 """`score(params, router, tokens, mask=None, experts=None)`, as of `make_score`."""
@@ -24,7 +26,8 @@ def make_score(cfg: ModelConfig, *, temperature: float = 1.0, rows: int = 8, pol
     Args:
       cfg: the model's configuration.
       temperature: that the samples were drawn at.
-      rows: samples that are computed at a time.
+      rows: samples that are computed at a time, about as long as each other: columns that are padding in all of them are
+        not, and are 0 in what is returned.
       policy: how to compute; default: the device's.
 
     Returns:
@@ -34,12 +37,15 @@ def make_score(cfg: ModelConfig, *, temperature: float = 1.0, rows: int = 8, pol
     check(rows > 0, f"make_score: `rows` is {rows}, want > 0")
     policy = policy or default_policy()
 
-    @tf.function(jit_compile=policy.jit, autograph=False)
     def run(params, router, tokens, mask, experts):
         experts = None if isinstance(experts, tuple) else experts
         return token_logprobs(
             params, router, tokens, mask, cfg=cfg, temperature=temperature, experts=experts, policy=policy
         )
+
+    @functools.cache
+    def compiled(length: int, replayed: bool):  # a function for each, as TensorFlow warns of one with many shapes
+        return tf.function(run, jit_compile=policy.jit, autograph=False)
 
     def score(
         params: ModelParams, router: RouterState, tokens: np.ndarray, mask: np.ndarray | None = None,
@@ -47,30 +53,37 @@ def make_score(cfg: ModelConfig, *, temperature: float = 1.0, rows: int = 8, pol
     ) -> TokenLogprobs:  # fmt: skip
         params, router = (tree.map_leaves(tf.convert_to_tensor, part) for part in (params, router))
         mask = np.ones([tokens.shape[0], tokens.shape[1] - 1], np.float32) if mask is None else mask
+        ends = np.where(mask > 0, np.arange(mask.shape[1]), -1).max(-1)
+        order = np.argsort(ends, kind="stable")  # rows that are about as long as each other go together
         parts = []
         for at in range(0, len(tokens), rows):
-            here = slice(at, at + rows)
-            spare = rows - len(tokens[here])
+            here = order[at : at + rows]
+            size = next(size for size in trimmed_lengths(mask.shape[1]) if size > ends[here[-1]])
+            spare = rows - len(here)
 
             def filled(x: np.ndarray, dim: int, spare: int = spare) -> tf.Tensor:
                 return tf.constant(np.pad(x, [[0, spare if i == dim else 0] for i in range(x.ndim)]))
 
-            chosen = () if experts is None else filled(experts[:, here], 1)
-            found = run(params, router, filled(tokens[here], 0), filled(mask[here], 0), chosen)
-            parts.append((len(tokens[here]), tree.map_leaves(lambda x: x.numpy(), found)))
-        return _joined(parts)
+            chosen = () if experts is None else filled(experts[:, here, :size], 1)
+            given = filled(tokens[here, : size + 1], 0), filled(mask[here, :size], 0), chosen
+            found = compiled(size, experts is not None)(params, router, *given)
+            parts.append((len(here), tree.map_leaves(lambda x: x.numpy(), found)))
+        return _joined(parts, np.argsort(order), mask.shape[1])
 
     return score
 
 
-def _joined(parts: list[tuple[int, TokenLogprobs]]) -> TokenLogprobs:
-    """The samples of several passes one after the other; loads are added up."""
-    counts, found = zip(*parts)
+def _joined(parts: list[tuple[int, TokenLogprobs]], order: np.ndarray, length: int) -> TokenLogprobs:
+    """The samples of several passes in their order and at one length; loads are added up."""
+    found = [part for _, part in parts]
+
+    def rows(name: str, dim: int = 0) -> np.ndarray:
+        cut = [np.take(getattr(part, name), range(n), dim) for n, part in parts]
+        wide = [np.pad(x, [[0, length - x.shape[i] if i == dim + 1 else 0] for i in range(x.ndim)]) for x in cut]
+        return np.take(np.concatenate(wide, dim), order, dim)
+
     return TokenLogprobs(
-        np.concatenate([part.logprobs[:n] for n, part in zip(counts, found)]),
-        np.concatenate([part.entropy[:n] for n, part in zip(counts, found)]),
-        np.concatenate([part.experts[:, :n] for n, part in zip(counts, found)], 1),
-        np.mean([part.balance for part in found]), found[0].mtp,
+        rows("logprobs"), rows("entropy"), rows("experts", 1), np.mean([part.balance for part in found]), found[0].mtp,
         tree.map_leaves(lambda *loads: sum(loads), *(part.load for part in found)),
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -160,21 +161,18 @@ def _accumulate(
     known = batch.tokens.shape[0]
     count = tf.shape(batch.tokens)[0] if known is None else known
 
-    def part(i):
-        mask = tf.cast(batch.mask[i], tf.float32)
+    def computed(batch: GrpoBatch) -> tuple[GrpoParts, Tree]:
+        mask = tf.cast(batch.mask, tf.float32)
         # The balance is a mean over sequences, of which a micro-batch that is filled up has fewer.
         share = tf.reduce_sum(tf.cast(tf.reduce_any(mask > 0, -1), tf.float32)) / totals.sequences
-        experts = None if isinstance(batch.experts, tuple) else batch.experts[i]
-        ref = None if isinstance(batch.ref_logprobs, tuple) else batch.ref_logprobs[i]
+        experts, ref = (None if isinstance(x, tuple) else x for x in (batch.experts, batch.ref_logprobs))
         leaves = tree.flatten(params)
         with tf.GradientTape() as tape:
             tape.watch(leaves)
             got = token_logprobs(
-                params, router, batch.tokens[i], mask, experts=experts, mtp=mtp_weight > 0, mtp_tokens=totals.tokens, **how
+                params, router, batch.tokens, mask, experts=experts, mtp=mtp_weight > 0, mtp_tokens=totals.tokens, **how
             )
-            found = grpo_loss(
-                got.logprobs, batch.old_logprobs[i], ref, batch.advantages[i], mask, totals=totals, **settings
-            )
+            found = grpo_loss(got.logprobs, batch.old_logprobs, ref, batch.advantages, mask, totals=totals, **settings)
             loss = found.loss + balance_weight * share * got.balance
             if mtp_weight > 0:
                 loss += mtp_weight * tf.reduce_mean(got.mtp)
@@ -183,7 +181,54 @@ def _accumulate(
         parts = GrpoParts(loss, found.policy, found.penalty, found.stats, entropy, share * got.balance, got.mtp, got.load)
         return parts, tree.unflatten_as(params, [tf.convert_to_tensor(g) for g in grads])
 
+    def part(i):
+        return _at_its_length(computed, tree.map_leaves(lambda x: x[i], batch))
+
     return accumulate_parts(part, count, largest=lambda path: path.endswith(".ratio_max"))
+
+
+def _at_its_length(computed: Callable[[GrpoBatch], Tree], batch: GrpoBatch) -> Tree:
+    """`computed` of a micro-batch without the columns that are padding in all rows: at the shortest of a few lengths."""
+    sizes = trimmed_lengths(batch.mask.shape[-1])
+    if len(sizes) == 1:
+        return computed(batch)
+    structure: list[Tree] = []
+
+    def at(size: int) -> list[tf.Tensor]:
+        found = computed(trim_batch(batch, size))
+        structure.append(found)
+        return tree.flatten(found)
+
+    used = tf.reduce_max(tf.where(batch.mask > 0, tf.range(1, sizes[-1] + 1), 0))
+    shortest = tf.reduce_sum(tf.cast(used > sizes[:-1], tf.int32))
+    leaves = tf.switch_case(shortest, [functools.partial(at, size) for size in sizes])
+    return tree.unflatten_as(structure[-1], leaves)
+
+
+def trimmed_lengths(length: int | None, smallest: int = 64, count: int = 3) -> tuple[int, ...]:
+    """Returns the lengths at which micro-batches of so many columns are computed: this one, its half and quarter, of those
+    that are not below `smallest`; the shortest first.
+
+    >>> trimmed_lengths(256), trimmed_lengths(100)
+    ((64, 128, 256), (100,))
+    """
+    halves = (length // 2**k for k in reversed(range(1, count))) if length is not None else ()
+    return (*(half for half in halves if half >= smallest), length)
+
+
+def trim_batch(batch: GrpoBatch, size: int) -> GrpoBatch:
+    """Returns a batch without its columns from `size` on, which no row has to have tokens in.
+
+    Args:
+      batch: see `GrpoBatch`, with or without the first dim.
+      size: columns of its mask that are left.
+    """
+    cut = {name: getattr(batch, name)[..., :size] for name in ("mask", "old_logprobs")}
+    if not isinstance(batch.ref_logprobs, tuple):
+        cut["ref_logprobs"] = batch.ref_logprobs[..., :size]
+    if not isinstance(batch.experts, tuple):
+        cut["experts"] = batch.experts[..., :size, :]
+    return batch._replace(tokens=batch.tokens[..., : size + 1], **cut)
 
 
 def make_grpo_step(
@@ -255,9 +300,12 @@ def micro_batches(batch: GrpoBatch, rows: np.ndarray, size: int, total: int) -> 
     Args:
       batch: all samples, `[N, ...]` (experts `[X, N, ...]`).
       rows: which of them.
-      size: rows of a micro-batch. total: rows of a mini-batch; what is missing is filled with rows that count nowhere.
+      size: rows of a micro-batch, which has those that are about as long as each other: columns that are padding in all its
+        rows are not computed. total: rows of a mini-batch; what is missing is filled with rows that count nowhere.
     """
-    size = min(size, total)
+    size, length = min(size, total), batch.mask.shape[-1]
+    ends = np.where(batch.mask > 0, np.arange(length), -1).max(-1)
+    rows = np.asarray(rows)[np.argsort(ends[rows], kind="stable")]
     count = math.ceil(total / size)
 
     def cut(name: str, values: Any) -> Any:

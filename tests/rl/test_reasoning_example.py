@@ -15,7 +15,7 @@ from tests.more import MORE
 
 ROOT = Path(__file__).parents[2]
 SHORT = [  # fewer steps of pretraining leave too few right answers to learn from
-    "--seeds=1", "--distill", "--texts=8000", "--pretrain_steps=900", "--worked=60", "--explorations=3",
+    "--seeds=1", "--students=1", "--texts=8000", "--pretrain_steps=900", "--worked=60", "--explorations=3",
     "--max_new_tokens=96", "--asked=400", "--traces=2", "--trace_epochs=8", "--student_epochs=8", "--measured=40",
     "--out=out",
 ]  # fmt: skip
@@ -57,7 +57,7 @@ reasoning.HERE = here = pathlib.Path.cwd()
 plan = {0: [Stage(name, here / name, name, {}) for name in sys.argv[1:]]}
 plan[0].append(Stage("later", here / "later", "later", {"model": here / "slow" / "export"}))
 try:
-    reasoning.run_all(plan, here, "path")
+    reasoning.run_all(plan)
 except ValueError as error:
     print(error)
 except KeyboardInterrupt:
@@ -66,7 +66,7 @@ except KeyboardInterrupt:
 PRINT = """
 import json, pathlib
 import hush, reasoning
-reasoning.FLAGS(["reasoning.py", "--distill", "--seeds=4"])
+reasoning.FLAGS(["reasoning.py", "--students=4", "--seeds=4"])
 path, students = reasoning.plans(pathlib.Path("here"))
 made = path[3] + students[3]
 print(json.dumps([[stage.name, stage.measures, stage.command] for stage in made]))
@@ -164,6 +164,7 @@ def test_stages_that_run_are_told_once_to_save_and_none_is_left(tmp_path, ends):
     assert said.startswith(want), said
     assert (tmp_path / "slow" / "seen").read_text() == str(signal.SIGTERM.value)
     assert not (tmp_path / "later.txt").exists() and not list(tmp_path.glob("*/.done"))
+    assert 0.3 < float((tmp_path / "slow.seconds").read_text()) < 600
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from dsv3 import adamw, train_state, tree
+from dsv3.rl import score, step
 from dsv3.rl.grpo import grpo_loss
 from dsv3.rl.logprobs import token_logprobs
 from dsv3.rl.score import make_score, mismatch_numbers, router_agreement
@@ -96,6 +97,24 @@ def test_micro_batches_add_up_without_a_reference():
     assert_trees_close(got, want, 2e-4)  # as above
 
 
+def test_micro_batches_are_as_long_as_their_samples(monkeypatch):
+    """Rows that end at 0 (none), 2, 3, 5, 6 and 7 of 12 columns, two a micro-batch, give the same at 3, 6 and 12 columns."""
+    batch = samples()
+    mask = batch.mask * (np.arange(T) < np.array([5, 0, 2, 6, 3, 7])[:, None])
+    mask[[0, 2, 3, 4, 5], [4, 1, 5, 2, 6]] = 1
+    wide = [[0, 0], [0, 12 - T]]
+    padded = {name: np.pad(getattr(batch, name), wide) for name in ("tokens", "old_logprobs", "ref_logprobs")}
+    batch = batch._replace(**padded, mask=np.pad(mask, wide), experts=np.pad(batch.experts, [[0, 0], *wide, [0, 0]]))
+    cut, sizes = micro_batches(batch, np.arange(N), 2, N), []
+    _, _, want = updated(cut, mtp_weight=0.3, balance_weight=0.1)
+    trim = step.trim_batch
+    monkeypatch.setattr(step, "trimmed_lengths", lambda length: (3, 6, length))
+    monkeypatch.setattr(step, "trim_batch", lambda batch, size: sizes.append(size) or trim(batch, size))
+    _, _, got = updated(cut, mtp_weight=0.3, balance_weight=0.1)
+    assert sizes == [3, 6, 12]
+    assert_trees_close(got, want, 2e-4)  # sums in another order, squared
+
+
 def test_bias_moves_only_when_asked():
     _, frozen, _ = updated(whole(samples()))
     state, moved, metrics = updated(whole(samples()), bias_rate=0.25)
@@ -155,6 +174,23 @@ def test_score_is_token_logprobs_whatever_the_number_of_rows():
         for name in ("logprobs", "entropy", "experts"):
             assert_close(getattr(got, name), getattr(want, name), 1e-5, name)
         assert_close(got.load.moe, want.load.moe)
+
+
+def test_score_computes_short_samples_at_their_length(monkeypatch):
+    cfg, params, router = model()
+    batch = samples()
+    mask = batch.mask * (np.arange(T) < np.array([2, 7, 2, 6, 3, 1])[:, None])
+    look = make_score(cfg, rows=3, policy=PLAIN)
+    want = look(params, router, batch.tokens, mask, batch.experts)
+    monkeypatch.setattr(score, "trimmed_lengths", lambda length: (3, length))
+    got = look(params, router, batch.tokens, mask, batch.experts)
+    assert_close(got.logprobs * mask, want.logprobs * mask, 1e-5)
+    assert_close(got.entropy * mask, want.entropy * mask, 1e-5)
+    assert_trees_close(got.load, want.load)
+    at = np.cumsum(mask[:, ::-1], 1)[:, ::-1] > 0
+    short = np.argsort(at.sum(1), kind="stable")[:3]
+    assert (got.logprobs[short, 3:] == 0).all() and (want.logprobs[short, 3:] != 0).all()
+    np.testing.assert_array_equal(got.experts[:, at], want.experts[:, at])
 
 
 def test_how_far_passes_are_apart_by_hand():
