@@ -177,7 +177,8 @@ def test_a_plan_keeps_its_batches_on_another_mesh(pretrain, data, tmp_path):  # 
     for arguments, message in [
         ([*both, "--mesh=data:4"], "'context 32x' are multiples of 2, want of 4, .* --mesh data:4; .* --batch_multiple=4"),
         ([*one, "--mesh=data:2"], "'context 32x' are multiples of 1, want of 2, .* --mesh data:2; .* --batch_multiple=2"),
-        ([*both, "--batch_multiple=4"], r"`batch_multiple` is \[4, 4, 4\] here, \[4, 2, 2\] there"),
+        ([*both, "--batch_multiple=1"], r"`batch_multiple` is \[4, 1, 1\] here, \[4, 2, 2\] there"),
+        ([*both, "--batch_multiple=4"], "`batch_size` is 1 sequences at its least, .* to batch_multiple=4; want at least 2"),
         ([*both, "--mesh=data:2", "--batch_size=64"], "`batch_size` is 64 here, 32 there"),
     ]:
         code, lines = refused(pretrain, arguments)
@@ -214,6 +215,7 @@ def test_another_folder_is_refused(pretrain, data, tmp_path):  # noqa: F811
         pretrain.prepare(pretrain.parse_flags(["pretrain.py", f"--data={data}", *same]))
     before = (tmp_path / "run" / "run.json").read_bytes()
     other, manifest = shutil.copytree(data, tmp_path / "other"), read_manifest(data)
+    (other / "manifest.json").unlink()
     write_manifest(other, manifest._replace(sources={**manifest.sources, "code": {"licence": "MIT"}}))
     code, lines = refused(pretrain, [f"--data={other}", *same])
     there, here = (manifest_digest(read_manifest(folder)) for folder in (data, other))
