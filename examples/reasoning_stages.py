@@ -155,7 +155,7 @@ class Maker:
                        "seed": seed}  # fmt: skip
         self.pretrain = {"corpus": folder / "texts.jsonl", "vocab_size": 384, "steps": FLAGS.pretrain_steps,
                          "batch_size": 8, "seq_len": 256, "lr": 3e-3, "save_every": 0, "seed": seed}  # fmt: skip
-        tune = {"lr": 5e-4, "lr_end": 5e-5, "warmup_steps": 8, "batch_size": 4, "max_length": 256, "heldout": 0.1,
+        tune = {"lr": 2e-4, "lr_end": 1e-5, "warmup_steps": 8, "batch_size": 4, "max_length": 256, "heldout": 0.1,
                 "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
         self.cold = tune | {"data": folder / "worked.jsonl", "epochs": FLAGS.cold_epochs, "lr": 1e-3, "lr_end": 1e-4}
         self.traced = {"data": folder / "traces" / "rows.jsonl", "epochs": FLAGS.trace_epochs} | tune
