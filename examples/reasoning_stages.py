@@ -125,6 +125,7 @@ def make_student_stages(folder: Path, seed: int) -> list[Stage]:
     teacher = {"teacher": folder / "sft2" / "export"}
     small = {"config": folder / "student.json", "tokenizer": folder / "pretrain" / "tokenizer"}
     copied = make.traced | make.template | {"data": folder / "teacher_traces" / "rows.jsonl", "epochs": FLAGS.student_epochs}
+    copied |= {"lr": 5e-4, "lr_end": 5e-5}
     own = {"on_policy": True, "problems": folder / "problems.jsonl", "explorations": FLAGS.explorations, "prompts": 256,
            "max_batch": 256, "max_new_tokens": FLAGS.max_new_tokens, "lr": FLAGS.rl_lr, "lr_end": FLAGS.rl_lr_end,
            "heldout": 0.1, "eval_every": 0, "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
