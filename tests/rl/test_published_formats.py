@@ -12,11 +12,12 @@ from dsv3.data import find_chat_template, load_chat_template, load_tokenizer, sa
 from dsv3.data.default_template import DEFAULT_CHAT_TEMPLATE
 from dsv3.pretrained import load_pretrained, save_pretrained
 from dsv3.train.records import read_rows
-from tests.more import more
+from tests.more import MORE
 from tests.programs import run_programs
 from tests.rl import isolations
 from tests.small import model_config, random_params
 
+pytestmark = pytest.mark.skipif(not MORE, reason="long cases: a dozen runs of programs")
 # Another one than dsv3's own: a line break behind each turn, and a system prompt of its own.
 TEMPLATE = """{{ bos_token }}Solve it.{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}\
 <｜Assistant｜>{{ m.content + eos_token }}
@@ -37,7 +38,7 @@ CODE = [
 FILES = {"gsm8k": "gsm8k/train.jsonl", "math": "math/train", "code": "code.jsonl"}
 # A random model is never right: it is the language by which its answers differ.
 REWARDS = {"gsm8k": "accuracy:1,language:0.1", "math": "accuracy:1,format:0.2,language:0.1", "code": "code:1,language:0.1"}
-SOLVED, EXPLORED = ("math", *more("gsm8k", "code")), more("math", "code")  # beside the exploration of GSM8K
+SOLVED, EXPLORED = ("math", "gsm8k", "code"), ("math", "code")  # beside the exploration of GSM8K
 TRAIN = "--lr=0.01 --max_new_tokens=4 --model=model".split()
 
 
@@ -58,15 +59,14 @@ def calls():
     bare = {"grpo_bare": [*problems("gsm8k"), *grpo, "--model=bare", "--speculative=0"]}
     policy = {
         f"policy_{kind}": [*problems(kind), *explore, "--on_policy", "--teacher=model", "--heldout=0.4", "--lr_end=0.001"]
-        for kind in more("gsm8k", "math")
+        for kind in ("gsm8k", "math")
     }
     return {"sft": {"sft": tune}, "solve": solve, "grpo": grpos | bare, "distill": policy}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    if "code" in SOLVED:
-        isolations.need(*isolations.KINDS)
+    isolations.need(*isolations.KINDS)
     folder = tmp_path_factory.mktemp("published")
     rows = [
         {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}

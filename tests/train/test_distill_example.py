@@ -28,6 +28,7 @@ from dsv3.train.records import read_rows
 from tests.more import MORE
 from tests.small import model_config, random_params
 
+pytestmark = pytest.mark.skipif(not MORE, reason="long cases: the runs that most of them look at take more than a minute")
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 VOCAB = 330
 
@@ -129,8 +130,6 @@ GOOD = {
     "interrupted": [*STORED, "--out=stored_run", "@1"],
     "again": [*STORED, "--out=stored_run"],
     "policy": [*EXPLORE, "--out=policy"],
-}
-LONG = {
     "policy stopped": [*EXPLORE, "--out=broken", "@0"],
     "policy again": [*EXPLORE, "--out=broken"],
     "few tokens": [*RUN, "--stored=few", "--out=few_run"],
@@ -282,9 +281,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    good = GOOD | (LONG if MORE else {})
     stores = STORES | {f"store: {what}": arguments for what, (arguments, _) in BAD_STORES.items()}
-    runs = good | {what: arguments for what, (arguments, _) in BAD.items()}
+    runs = GOOD | {what: arguments for what, (arguments, _) in BAD.items()}
     calls = [("distill_store", list(stores.values())), ("distill", list(runs.values()))]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(calls)], capture_output=True, text=True, timeout=600, cwd=folder,
@@ -409,7 +407,6 @@ def test_rows_are_problems_and_what_was_drawn_alone_counts(folder, results):
     assert len(set(seen)) == 4
 
 
-@pytest.mark.skipif(not MORE, reason="a case of .ci/run")
 def test_answers_to_every_turn_are_learned_from(folder, results):
     code, _, lines = results["turns"]
     assert code == 0 and [row["step"] for row in rows_of(folder / "turns", "train")] == [1], lines
@@ -421,7 +418,6 @@ def test_answers_to_every_turn_are_learned_from(folder, results):
         assert segments[: edges[-1, 1] + 1].all() and not segments[edges[-1, 1] + 1 :].any()
 
 
-@pytest.mark.skipif(not MORE, reason="a case of .ci/run")
 def test_explorations_go_on_to_the_same_numbers(folder, results):
     """The second exploration is drawn from the student as the first has made it."""
     assert results["policy stopped"][0] == 130 and results["policy again"][0] == 0
@@ -431,7 +427,6 @@ def test_explorations_go_on_to_the_same_numbers(folder, results):
         np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.skipif(not MORE, reason="a case of .ci/run")
 def test_few_stored_tokens_bound_the_divergence_from_below(folder, results):
     code, printed, lines = results["few tokens"]
     assert code == 0 and "stored: 8 tokens of each place" in printed, lines
