@@ -38,7 +38,8 @@ CODE = [
 FILES = {"gsm8k": "gsm8k/train.jsonl", "math": "math/train", "code": "code.jsonl"}
 # A random model is never right: it is the language by which its answers differ.
 REWARDS = {"gsm8k": "accuracy:1,language:0.1", "math": "accuracy:1,format:0.2,language:0.1", "code": "code:1,language:0.1"}
-SOLVED, EXPLORED = ("math", "gsm8k", "code"), ("math", "code")  # beside the exploration of GSM8K
+RUN = ("code",) if MORE and any(isolations.trouble(kind) is None for kind in isolations.KINDS) else ()  # in a sandbox
+SOLVED, EXPLORED = ("math", "gsm8k", *RUN), ("math", *RUN)  # beside the exploration of GSM8K
 TRAIN = "--lr=0.01 --max_new_tokens=4 --model=model".split()
 
 
@@ -66,7 +67,6 @@ def calls():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    isolations.need(*isolations.KINDS)
     folder = tmp_path_factory.mktemp("published")
     rows = [
         {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
