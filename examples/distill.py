@@ -32,6 +32,7 @@ from typing import Any
 import distill_policy
 import distill_setup
 import distill_train
+import grpo_problems
 from absl import app, flags, logging
 from command import failure_line, flag_parser
 from distill_setup import KINDS
@@ -73,6 +74,7 @@ flags.DEFINE_enum("problems_format", "rows", ["rows", "gsm8k", "math", "code"], 
 flags.DEFINE_list("reward", None, "As countdown:1,format:0.5, measured on held-out problems; the first decides accuracy.")
 flags.DEFINE_integer("reward_threads", 1, "Threads that compute rewards; for code and mathematics, which have processes.", 1)
 define_language_flags()
+flags.adopt_module_key_flags(grpo_problems)
 flags.DEFINE_integer("explorations", 100, "Steps; each draws answers from the student as it is.", 1)
 flags.DEFINE_integer("prompts", 8, "Problems of an exploration.", 1)
 flags.DEFINE_integer("group_size", 1, "Answers to each problem.", 1)

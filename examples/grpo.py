@@ -36,6 +36,7 @@ import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
 
+import grpo_problems
 from absl import app, flags, logging
 from command import failure_line, flag_parser
 from grpo_problems import define_language_flags
@@ -66,6 +67,7 @@ flags.DEFINE_list("reward", None, "As accuracy:1,format:0.5; the first decides a
 flags.DEFINE_integer("reward_threads", 1, "Threads that compute rewards; for code and mathematics, which have processes.", 1)
 
 define_language_flags()
+flags.adopt_module_key_flags(grpo_problems)
 
 flags.DEFINE_enum(
     "recipe", None, sorted(PUBLISHED),

@@ -112,6 +112,8 @@ def chat_tasks(questions: Sequence[Question], codec: ChatCodec) -> list[Task]:
     for question in questions:
         try:
             first, *later = chat_turns(question.turns, codec)
+            stops = later and "stop" in FLAGS and FLAGS.stop
+            check(not stops, "--stop leaves out what the template ends an answer with, want questions of one turn for it")
         except ValueError as error:
             raise ValueError(f"{question.name}: {error}") from None
         opening = opening_of(codec.tokenizer.decode(first, skip_special_tokens=False))
@@ -181,6 +183,8 @@ def read_rewards(
             parts[name] = makers[name](), float(weight or 1)
         except ValueError as error:
             raise ValueError(f"--reward {item!r}: {error}") from None
+    for flag in LANGUAGE:
+        check("language" in parts or not FLAGS[flag].present, f"--{flag} is given, but --reward has no `language`")
     return make_reward(parts)
 
 
@@ -188,9 +192,11 @@ def check_references(tasks: Sequence[Task], reward: Callable[[str, str, Any], Re
     """Raises `ValueError` for a problem whose reference the rewards cannot use: an empty answer asks them in no time."""
     for task in tasks:
         try:
-            reward(task.text, "", task.reference)
+            found = reward(task.text, "", task.reference)
         except ValueError as error:
             raise ValueError(f"{task.name}, {task.text!r:.60}: {error}") from None
+        one = not (task.turns and "overlong" in found.parts)
+        check(one, f"{task.name}: the reward `overlong` counts the tokens of one answer, want problems of one turn for it")
 
 
 def digest(tasks: Sequence[Task]) -> str:

@@ -173,7 +173,7 @@ def make_actions(setup: Setup, tools: Tools, cfg: ModelConfig, first: int, mfu: 
         return signal.Signals(caught) if caught else None
 
     def write(row: Row) -> None:
-        log.write(row | {"mfu": round(row["tokens_per_second"] * mfu, 6)} if row["kind"] == "train" else row)
+        log.write(row | {"mfu": float(f"{row['tokens_per_second'] * mfu:.4g}")} if row["kind"] == "train" else row)
         if row["kind"] in TROUBLE:
             progress.say(trouble_line(row))
 

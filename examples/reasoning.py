@@ -96,6 +96,8 @@ def main(argv: list[str]) -> int:
     """Runs everything; returns the exit code: 2 for bad input, 1 for a stage that fails."""
     try:
         check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
+        few = FLAGS.students <= FLAGS.seeds
+        check(few, f"--students is {FLAGS.students}, want at most --seeds, which is {FLAGS.seeds}")
         out = Path(FLAGS.out)
         claim(out)
     except (ValueError, OSError) as error:
@@ -254,6 +256,7 @@ def spent(each: Running) -> float:
 def finish(each: Running) -> None:
     """Marks a stage as done and says what came out, or raises `ValueError` with its last words."""
     stage, code, seconds = each.stage, each.process.returncode, spent(each)
+    write_text(stage.spent, f"{seconds}\n")
     last = [line for line in stage.log.read_text(errors="replace").splitlines() if line.strip()][-1:]
     check(code == 0, f"{each.where} ended with {code}: {' '.join(last)[-200:]} (all of it: {stage.log})")
     write_text(stage.done, json.dumps({"command": stage.command, "seconds": seconds}) + "\n")

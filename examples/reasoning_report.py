@@ -14,7 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from command import aligned
+from command import aligned, write_text
 
 from dsv3.page import Table, write_page
 from dsv3.train.records import read_rows
@@ -39,8 +39,8 @@ def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any
     found = measurements(plan)
     rows = table(found)
     text = aligned(rows)
-    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "table.txt", text + "\n")
+    write_text(out / "results.json", json.dumps(found, indent=1) + "\n")
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
     plot = draw(plan, found, plots / "reasoning.png")
@@ -140,7 +140,7 @@ def write_docs(
         **{**facts, "students": more}, minutes=facts["path"], table=table, example=example, command=command,
         commands=commands, seeds=len(plan),
     )  # fmt: skip
-    (DOCS / "reasoning.md").write_text(text, encoding="utf-8")
+    write_text(DOCS / "reasoning.md", text)
 
 
 TEXT = """# Reasoning that improves, on one machine
@@ -160,7 +160,7 @@ time, on {cores} cores.{students}
 
 Which problems are held out is decided by a hash of their numbers: no worked solution, no text and no problem to learn from
 has one of these sets of numbers, all of which are from the same range. Four answers to each of {measured} held-out problems
-are drawn at temperature 0.6, as DeepSeek-R1 was evaluated; those to learn from are drawn at temperature 1.
+are drawn at temperature 0.6, that of DeepSeek-R1's evaluation; those to learn from are drawn at temperature 1.
 
 {table}
 

@@ -178,6 +178,6 @@ class Maker:
     def measured(self, name: str, how: dict[str, Any] = CHAT) -> Stage:
         """The measurement of a stage's model on held-out problems."""
         asked = {"problems": self.folder / "heldout.jsonl", "limit": FLAGS.measured}
-        drawn = {"samples": 4, "temperature": 0.6}  # as DeepSeek-R1 was evaluated
+        drawn = {"samples": 4, "temperature": 0.6}  # that of DeepSeek-R1's evaluation
         given = self.model(name) | asked | drawn | how | self.judged
         return Stage(f"{name}, measured", self.folder / f"{name}-measured", "solve", given, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from command import aligned
+from command import aligned, write_text
 from sft_setup import Setup, say
 from sft_train import Begun, make_score
 
@@ -43,7 +43,7 @@ def show_before(setup: Setup, begun: Begun, policy: ComputePolicy, look: Look = 
     count = min(FLAGS.samples, len(setup.questions))
     asked = [i * len(setup.questions) // count for i in range(count)]  # spread evenly
     found = measure(setup, asked, begun.state, policy, look) | {"questions": asked}
-    (setup.out / BEFORE).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(setup.out / BEFORE, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
 
 
 def measure(setup: Setup, asked: Sequence[int], state: TrainState, policy: ComputePolicy, look: Look) -> dict[str, Any]:
@@ -102,8 +102,8 @@ def finish(
     last = [row for row in rows if row["kind"] == "train"][-1]
     training = {name: last[name] for name in ("step", "tokens", "loss")}
     results = {"before": before, "after": after, "training": training}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / "samples.txt").write_text(samples, encoding="utf-8")
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "samples.txt", samples)
     plots = plot_run(rows, out / "plots", mtp_layers=setup.cfg.num_mtp_layers)
     params, router = snapshot((state.params, state.router))
     files = [out / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]

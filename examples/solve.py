@@ -36,6 +36,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grpo_problems
 from absl import app, flags, logging
 from command import aligned, failure_line, flag_parser, lock_folder, say, write_text
 from grpo_problems import (
@@ -77,6 +78,7 @@ flags.DEFINE_string("turn_template", "\\n{question}\\n", "The same for later tur
 flags.DEFINE_list("reward", ["accuracy:1"], "As accuracy:1,format:0.5. The first one says which answers are right.")
 flags.DEFINE_integer("reward_threads", 1, "Threads that compute rewards; for code and mathematics, which have processes.", 1)
 define_language_flags()
+flags.adopt_module_key_flags(grpo_problems)
 flags.DEFINE_integer("samples", 1, "Answers to each problem.", 1)
 flags.DEFINE_float("temperature", 1.0, "Of the sampling; 0: the best token each time.", 0.0)
 flags.DEFINE_integer("max_new_tokens", 64, "Tokens of an answer at most.", 1)

@@ -117,10 +117,10 @@ def rollout(
       `Rollouts` of N = prompts·G samples.
 
     Raises:
-      ValueError: no prompt, a prompt that does not fit, by its number; an engine without a record; as `Engine.generate`.
+      ValueError: no prompt, a prompt that does not fit, by its name; an engine without a record; as `Engine.generate`.
     """
     check(engine.record, "rollout: `engine` keeps no record, want Engine(..., record=True)")
-    check(group_size > 0 and bucket > 0, f"rollout: group_size={group_size} and bucket={bucket}, want both > 0")
+    check(bucket > 0, f"rollout: `bucket` is {bucket}, want > 0")
     rows = draw_samples(
         engine, prompts, group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, step=step,
         stop_tokens=stop_tokens, stop=stop,
@@ -131,13 +131,22 @@ def rollout(
 
 
 def draw_samples(
-    engine: Engine, prompts: Sequence[Prompt], *, group_size: int, seed: int = 0, step: int = 0, **how: Any
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    step: int = 0,
+    stop_tokens: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
 ) -> list[Sample]:
     """Draws what `rollout` does, from any engine, for whoever wants the answers and no arrays to train on.
 
     Args:
       engine: one with a record has the samples keep experts.
-      prompts, group_size, seed, step: as of `rollout`. how: its other arguments, but for `bucket`.
+      prompts, group_size, max_new_tokens, temperature, seed, step, stop_tokens, stop: as of `rollout`.
 
     Returns:
       The samples, those of a prompt together.
@@ -145,7 +154,9 @@ def draw_samples(
     Raises:
       ValueError: as `rollout`.
     """
-    check_prompts(prompts, max_new_tokens=how["max_new_tokens"], max_length=engine.max_length)
+    check(group_size > 0, f"rollout: `group_size` is {group_size}, want > 0")
+    check_prompts(prompts, max_new_tokens=max_new_tokens, max_length=engine.max_length)
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stop_tokens": stop_tokens, "stop": stop}
     rows = [Sample(prompt, sample) for prompt in prompts for sample in range(group_size)]
     for turn in range(1 + max(len(prompt.turns) for prompt in prompts)):
         waiting = [row for row in rows if row.goes_on(turn)]

@@ -206,13 +206,13 @@ def _at_its_length(computed: Callable[[GrpoBatch], Tree], batch: GrpoBatch) -> T
 
 
 def trimmed_lengths(length: int | None, smallest: int = 64, count: int = 3) -> tuple[int, ...]:
-    """Returns the lengths at which micro-batches of so many columns are computed: this one, its half and quarter, of those
-    that are not below `smallest`; the shortest first.
+    """Returns the lengths at which micro-batches of so many columns are computed: this one, its half and its quarter,
+    rounded up, of those that are not below `smallest`; the shortest first.
 
     >>> trimmed_lengths(256), trimmed_lengths(100)
     ((64, 128, 256), (100,))
     """
-    halves = (length // 2**k for k in reversed(range(1, count))) if length is not None else ()
+    halves = (-(-length // 2**k) for k in reversed(range(1, count))) if length is not None else ()
     return (*(half for half in halves if half >= smallest), length)
 
 

@@ -21,6 +21,7 @@ QUESTIONS = ["Write apple backwards.", "Hi <｜User｜>?"]
 PLAIN_QUESTIONS = ["Write apple backwards.", "Make 12 from 4 7 9."]
 SYSTEM = "Be brief."
 NEW = 12
+ASK = ["--chat", "--dtype=float32", f"--max_new_tokens={NEW}", "--temperature=0"]
 TUNE = "--batch_size=2 --max_length=120 --lr=3e-3 --epochs=0.5 --samples=0".split()
 GRPO = "--explorations=2 --prompts=4 --group_size=4 --max_new_tokens=8 --chat --lr=1e-3 --made=20 --heldout=4".split()
 RECIPE = [f"--chat_template={EXAMPLES / 'plain_chat.jinja'}", "--data=plain.jsonl"]  # as `examples/reasoning.py` has it
@@ -34,8 +35,12 @@ RUNS = {  # in the order of the recipe
 }
 
 
+# The recipe's template has no place for a system's message; transformers leaves control tokens out of a message there.
+ASKED = {"sft": ([f"--system={SYSTEM}"], QUESTIONS)} | {name: ([], PLAIN_QUESTIONS) for name in ("cold", "grpo", "student")}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     rows = embedded_conversations(60)
     tokenizer = train_tokenizer([m["content"] for row in rows for m in row.messages], 330)
@@ -44,18 +49,17 @@ def folder(tmp_path_factory):
     save_tokenizer(tokenizer, folder / "model")
     for name, some in (("rows", rows), ("plain", [row for row in rows if row.messages[0]["role"] == "user"])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in some))
-    made = run_programs(*RUNS.items(), folder=folder)
+    made = run_programs(*RUNS.items(), folder=folder, seconds=300)
     assert [done.code for done in made] == [0] * 4, [done.err for done in made]
-    return folder
+    asked = [[*ASK, f"{name}/export", *more, f"--prompt={text}"] for name, (more, texts) in ASKED.items() for text in texts]
+    answers = iter(run_programs(("generate", asked), folder=folder, seconds=300))
+    return folder, {name: [next(answers) for _ in texts] for name, (_, texts) in ASKED.items()}
 
 
-@pytest.mark.parametrize("name", ["sft", "cold", "grpo", "student"])
-def test_transformers_answers_the_same(folder, name):
-    # The recipe's template has no place for a system's message; transformers leaves control tokens out of a message there.
-    system, questions = ([SYSTEM], QUESTIONS) if name == "sft" else ([], PLAIN_QUESTIONS)
-    how = [f"{name}/export", "--chat", "--dtype=float32", f"--max_new_tokens={NEW}", "--temperature=0"]
-    how += [f"--system={text}" for text in system]
-    answers = run_programs(("generate", [[*how, f"--prompt={question}"] for question in questions]), folder=folder)
+@pytest.mark.parametrize("name", ASKED)
+def test_transformers_answers_the_same(made, name):
+    folder, answers = made[0], made[1][name]
+    system, questions = [more.partition("=")[2] for more in ASKED[name][0]], ASKED[name][1]
     tokenizer = AutoTokenizer.from_pretrained(folder / name / "export")
     model = AutoModelForCausalLM.from_pretrained(folder / name / "export")
     for question, answer in zip(questions, answers, strict=True):

@@ -139,7 +139,7 @@ def results(tmp_path_factory):
     }  # fmt: skip
     cases = [*good.values(), *([*RUN, *flags, "--out=bad"] for flags, _ in BAD.values())]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, text=True, timeout=200, cwd=folder,
+        [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, text=True, timeout=400, cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -113,6 +113,14 @@ def test_micro_batches_are_as_long_as_their_samples(monkeypatch):
     _, _, got = updated(cut, mtp_weight=0.3, balance_weight=0.1)
     assert sizes == [3, 6, 12]
     assert_trees_close(got, want, 2e-4)  # sums in another order, squared
+    cfg, params, router = model()
+    for policy in (PLAIN, PLAIN.replace(jit=True)):  # a graph has the branches of all lengths
+        sizes.clear()
+        how = HOW | {"mtp_weight": 0.3, "balance_weight": 0.1, "policy": policy}
+        compiled = make_grpo_step(cfg, SGD, **how)
+        _, got = compiled(train_state(params, router, SGD), cut)
+        assert_trees_close(got, want, 2e-4)
+        assert compiled.traces() == 1 and set(sizes) == {3, 6, 12}
 
 
 def test_bias_moves_only_when_asked():
