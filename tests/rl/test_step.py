@@ -12,6 +12,7 @@ from dsv3.rl.score import make_score, mismatch_numbers, router_agreement
 from dsv3.rl.step import GrpoBatch, grpo_update, make_grpo_step, micro_batches
 from dsv3.train.state import Limits
 from tests.compare import PLAIN, assert_close, assert_trees_close, normal
+from tests.more import more
 from tests.rl.model import model
 from tests.small import random_tokens
 
@@ -114,7 +115,7 @@ def test_micro_batches_are_as_long_as_their_samples(monkeypatch):
     assert sizes == [3, 6, 12]
     assert_trees_close(got, want, 2e-4)  # sums in another order, squared
     cfg, params, router = model()
-    for policy in (PLAIN, PLAIN.replace(jit=True)):  # a graph has the branches of all lengths
+    for policy in (PLAIN, *more(PLAIN.replace(jit=True, experts="blocks"))):  # a graph has the branches of all lengths
         sizes.clear()
         how = HOW | {"mtp_weight": 0.3, "balance_weight": 0.1, "policy": policy}
         compiled = make_grpo_step(cfg, SGD, **how)
