@@ -95,7 +95,7 @@ def draw(plan: Mapping[int, Sequence[Any]], found: Mapping[str, Sequence[Mapping
         others = [name for name in names if name not in PATH and seed < len(found[name])]
         heights = [found[name][seed]["accuracy"] for name in others]
         axes[0].plot([SHOWN[name] for name in others], heights, "s", color=line.get_color())
-    axes[0].set(ylim=(0, 1), title="accuracy on held-out problems, a colour for each seed")
+    axes[0].set(ylim=(0, 1), title="held-out accuracy, a colour a seed")
     axes[0].set_xticks(range(len(names)), [SHOWN[name] for name in names], rotation=30, ha="right", fontsize=8)
     for stages in plan.values():
         for stage in stages:
@@ -134,7 +134,7 @@ def write_docs(
     target = DOCS / "reasoning.png"
     target.write_bytes(plot.read_bytes())
     command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]))
     more = f" The students' add up to {facts['students']} minutes more." if facts["students"] else ""
     text = TEXT.format(
         **{**facts, "students": more}, minutes=facts["path"], table=table, example=example, command=command,
