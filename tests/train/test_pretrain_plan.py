@@ -197,14 +197,15 @@ def test_contexts_behind_a_training_keep_their_batches_too(pretrain, data, tmp_p
 @pytest.mark.skipif(not MORE, reason="a long case")
 def test_a_plan_begun_without_a_mesh_goes_on_on_one(pretrain, data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(pretrain, "report", lambda *arguments: None)
-    same, straight, out = [f"--data={data}", *PLAN, "--batch_multiple=2"], tmp_path / "straight", tmp_path / "run"
+    same = [f"--data={data}", *PLAN, "--batch_multiple=2", "--watch_every=0"]
+    straight, out = tmp_path / "straight", tmp_path / "run"
     assert call(pretrain, *same, f"--out={straight}") == 0
-    cut(straight, out, 80)
+    cut(straight, out, len(train_rows(straight)) - 6)  # the stages with longer contexts are left: two steps to compile
     assert call(pretrain, *same, "--mesh=data:2", f"--out={out}") == 0
     want, got = train_rows(straight), train_rows(out)
     assert len(want) > 90 and not any("dispatch_bytes" in row for row in want)
     assert [row["tokens"] for row in got] == [row["tokens"] for row in want], "the same batches"
-    for name in ("loss", "nll", "grad_norm", "learning_rate"):  # sums in another order, over some twenty steps of Adam
+    for name in ("loss", "nll", "grad_norm", "learning_rate"):  # sums in another order, over some steps of Adam
         np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-5, err_msg=name)
 
 
