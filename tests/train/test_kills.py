@@ -139,8 +139,9 @@ def test_a_training_that_is_killed_many_times_has_the_losses_of_one_that_is_not(
     assert wait(process, 300) == 0, (broken.parent / "printed").read_text()
     want, got = train_rows(straight), train_rows(broken)
     assert [row["step"] for row in got] == list(range(1, count + 1))
+    # On one device it is the same to the bit. Devices add up in another order, 6e-8 a sum, of which Adam's steps make more:
+    # after 60 of them 1.6e-7 of a loss and 1.2e-6 of a gradient's norm, measured.
     for name in ("loss", "grad_norm", "learning_rate", "tokens"):
-        # Kernels of several threads add up in another order each time: float32's 1e-7, grown over the steps.
-        np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose([row[name] for row in got], [row[name] for row in want], rtol=1e-5, err_msg=name)
     assert not [name for name in os.listdir(broken / "checkpoints") if name.startswith(".")]
     assert json.loads((broken / "results.json").read_text())["training"]["steps"] == count
