@@ -129,7 +129,7 @@ def test_an_answer_that_is_truncated_is_the_last():
          r"prompt 0 \(problem 4\) has 50 tokens and wants room for 3 answers of 6, that is 68"),
         ([Prompt([3] * 59, 5, name="p.jsonl:7")], {}, "p.jsonl:7 has 59 tokens and wants room for 1 answer of 6"),
         ([Prompt([3])], {"max_new_tokens": 0}, "`max_new_tokens` is 0"),
-        ([Prompt([3])], {"group_size": 0}, "rollout: `group_size` is 0, want > 0"),
+        ([Prompt([3])], {"group_size": 0}, "`group_size` is 0, want > 0"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_its_number(given, how, message):

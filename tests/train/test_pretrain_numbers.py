@@ -56,8 +56,8 @@ def test_utilisation_is_what_a_count_by_hand_gives(pretrain, corpus, tmp_path, m
     assert call(pretrain, *same) == 0
     rows, (setup,) = train_rows(tmp_path), done
     assert len(rows) == 5
-    for row in rows:  # rounded to six places
-        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * hand_flops(16) / 1e9, rel=1e-6, abs=1e-6)
+    for row in rows:  # four digits
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * hand_flops(16) / 1e9, rel=5e-4)
         assert row_scalars(row)["train/mfu"] == row["mfu"], "TensorBoard has it"
     speed = sys.modules["pretrain_speed"]
     at = [{"kind": "train", "tokens": 64 * (i + 1), "tokens_per_second": float(i)} for i in range(5)]
