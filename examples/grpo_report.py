@@ -60,7 +60,7 @@ def export_model(setup: Setup, state: GrpoState) -> Path:
 
 
 def result_rows(rows: Rows) -> list[tuple[str, str, str]]:
-    """Numbers at the beginning and at the end: means of a tenth of the explorations each."""
+    """Numbers at the beginning and at the end: means of a tenth of the explorations each, of those that have them."""
     found = [row for row in rows if row["kind"] == "grpo"]
     part = max(1, len(found) // 10)
     table = [("", f"first {part}", f"last {part}")]
@@ -69,9 +69,9 @@ def result_rows(rows: Rows) -> list[tuple[str, str, str]]:
         table.append(("accuracy, held-out problems", *(f"{row['accuracy']:.4f}" for row in (held[0], held[-1]))))
     flat = [row | {f"reward: {name}": value for name, value in row["parts"].items()} for row in found]
     for name in (*NUMBERS, *(name for name in flat[-1] if name.startswith("reward: "))):
-        ends = [[row[name] for row in rows if name in row] for rows in (flat[:part], flat[-part:])]
-        if all(ends):
-            table.append((name, *(f"{statistics.fmean(end):.4f}" for end in ends)))
+        found = [row[name] for row in flat if name in row]  # some are not measured each time
+        if found:
+            table.append((name, *(f"{statistics.fmean(end):.4f}" for end in (found[:part], found[-part:]))))
     return table
 
 

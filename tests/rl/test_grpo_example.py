@@ -163,7 +163,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(results):
     assert all(name not in row for row in rows for name in ("kl", "penalty")), "without a reference nothing is measured"
     page = (folder / "run" / "report.html").read_text()
     assert "accuracy, held-out problems" in page and "--- exploration 1, problem" in page and "group_size" in page
-    assert "spread</" in page and "kl</" not in page.replace("<td class=left>kl</td><td class=left>k3", "")
+    assert "entropy</" in page and "kl</" not in page.replace("<td class=left>kl</td><td class=left>k3", "")
     cfg, params, _ = load_pretrained(folder / "run" / "export", dtype="float32")
     _, before, _ = load_pretrained(folder / "model", dtype="float32")
     moved = float(abs(params.moe.ffn.router - before.moe.ffn.router).numpy().max())
