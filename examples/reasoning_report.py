@@ -153,8 +153,8 @@ numbers, each used once. This page was written by
 {command}
 ```
 
-for {seeds} seeds: other models, data and samples each. The times of its stages add up to {minutes} minutes; {jobs} run at a
-time, on {cores} cores.{students}
+for {seeds} seeds: other models, data and samples each. The times of its stages add up to {minutes} minutes, with whatever
+else the machine did; {jobs} run at a time, on {cores} cores.{students}
 
 ## Held-out problems
 
