@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 
 import numpy as np
 
 import dsv3
+from dsv3.data import save_tokenizer, special_ids, train_tokenizer
+from dsv3.pretrained import save_pretrained
 from dsv3.serve import Engine
 from tests import small
 from tests.compare import PLAIN
@@ -27,6 +30,18 @@ def engine(modules: int = 1, **options) -> Engine:
     """Returns a recording engine of that model; tests share it, as each shape is traced once."""
     options = {"policy": PLAIN, "chunk_sizes": (8,), "smallest_cache": 64, "max_batch": 4, "record": True} | options
     return Engine(*model(modules), **options)
+
+
+def save_sums_model(folder: pathlib.Path, template: str, *, modules: int, length: int):
+    """Writes a model of one mixture, with a chat template and a tokenizer that knows sums."""
+    tokenizer = train_tokenizer([f"{a}+{b}={a + b}\n" for a in range(10) for b in range(10)], 270)
+    ids = special_ids(tokenizer)
+    cfg = small.model_config(vocab_size=270, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=modules,
+                             max_position_embeddings=length)  # fmt: skip
+    cfg = cfg.replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)
+    save_pretrained(folder, cfg, small.random_params(dsv3.model_specs(cfg), std=0.1), dsv3.router_init(cfg))
+    save_tokenizer(tokenizer, folder)
+    (folder / "chat_template.jinja").write_text(template)
 
 
 def prompts(*lengths: int, vocab: int = 16) -> list[list[int]]:

@@ -9,12 +9,10 @@ import sys
 
 import pytest
 
-import dsv3
-from dsv3.data import save_tokenizer, special_ids, train_tokenizer
-from dsv3.pretrained import load_pretrained, save_pretrained
+from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.records import read_rows
-from tests.small import model_config, random_params
+from tests.rl.model import save_sums_model
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
@@ -101,14 +99,8 @@ BAD = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grpo")
-    tokenizer = train_tokenizer([f"{a}+{b}={a + b}\n" for a in range(10) for b in range(10)], 270)
-    ids = special_ids(tokenizer)
-    cfg = model_config(vocab_size=270, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0,
-                       max_position_embeddings=32).replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)  # fmt: skip
-    save_pretrained(folder / "model", cfg, random_params(dsv3.model_specs(cfg), std=0.1), dsv3.router_init(cfg))
-    save_tokenizer(tokenizer, folder / "model")
     template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
-    (folder / "model" / "chat_template.jinja").write_text(template)
+    save_sums_model(folder / "model", template, modules=0, length=32)
     for name, source in (
         ("failing", "{% if '3' in messages[0].content %}{{ raise_exception('no threes') }}{% endif %}" + template),
         ("breaking", "{{ messages.__class__ }}"),

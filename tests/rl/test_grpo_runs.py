@@ -11,14 +11,12 @@ import sys
 import numpy as np
 import pytest
 
-import dsv3
 from dsv3 import tree
-from dsv3.data import save_tokenizer, special_ids, train_tokenizer
-from dsv3.pretrained import load_pretrained, save_pretrained
+from dsv3.pretrained import load_pretrained
 from dsv3.rl.settings import PUBLISHED
 from dsv3.train.records import read_rows, row_scalars
 from tests.more import MORE
-from tests.small import model_config, random_params
+from tests.rl.model import save_sums_model
 
 pytestmark = pytest.mark.skipif(not MORE, reason="long cases: each run compiles for some ten seconds")
 
@@ -88,13 +86,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}{
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grpo")
-    tokenizer = train_tokenizer([f"{a}+{b}={a + b}\n" for a in range(10) for b in range(10)], 270)
-    ids = special_ids(tokenizer)
-    cfg = model_config(vocab_size=270, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=1,
-                       max_position_embeddings=64).replace(bos_id=ids.bos, eos_ids=(ids.eos,), pad_id=ids.pad)  # fmt: skip
-    save_pretrained(folder / "model", cfg, random_params(dsv3.model_specs(cfg), std=0.1), dsv3.router_init(cfg))
-    save_tokenizer(tokenizer, folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    save_sums_model(folder / "model", TEMPLATE, modules=1, length=64)
     rows = [{"prompt": [f"{n}+1=", f"{n}+2="], "reference": 2 * n + 3} for n in range(4)]
     (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
