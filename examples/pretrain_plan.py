@@ -162,10 +162,12 @@ def micro_batch_rows(schedule: TrainSchedule) -> dict[int, int]:
         sizes[run.stage] = math.gcd(sizes.get(run.stage, 0), run.batch_size)
     for number, size in sizes.items():
         stage, both = schedule.stages[number], math.lcm(shares, math.gcd(*schedule.multiples[-len(CONTEXT_FACTORS) :]))
+        times = math.ceil(both / (2 * min(schedule.least_sizes)))  # a batch is at least half of what it is a multiple of
+        larger = f" and --batch_size={times * FLAGS.batch_size}" if times > 1 else ""
         check(
             size % shares == 0,
             f"batches of stage {stage.name!r} are multiples of {size}, want of {shares}, the devices on data and expert of "
-            f"--mesh {FLAGS.mesh}; a run that fits these, too, begins with --batch_multiple={both}",
+            f"--mesh {FLAGS.mesh}; a run that fits these, too, begins with --batch_multiple={both}{larger}",
         )
         most = max(1, wanted_rows(stage.seq_len) // shares)
         rows[stage.seq_len] = shares * max(n for n in range(1, most + 1) if size // shares % n == 0)

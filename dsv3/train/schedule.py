@@ -102,9 +102,7 @@ class TrainSchedule:
             len(self.multiples) == count,
             f"TrainSchedule: `batch_multiple` has {len(self.multiples)} numbers, want one or one for each of {count} stages",
         )
-        begins = [0, *(int(stage.until) for stage in self.stages)]
-        for begin, stage, multiple in zip(begins, self.stages, self.multiples):
-            least = _least(self.batch_size, begin, int(stage.until))
+        for least, multiple in zip(self.least_sizes, self.multiples):
             check(
                 2 * least >= multiple,
                 f"TrainSchedule: `batch_size` is {float(least):g} sequences at its least, which is nearer to none than to "
@@ -116,6 +114,12 @@ class TrainSchedule:
         """`batch_multiple` of each stage."""
         single = isinstance(self.batch_multiple, int)
         return (self.batch_multiple,) * len(self.stages) if single else tuple(self.batch_multiple)
+
+    @property
+    def least_sizes(self) -> tuple[Fraction, ...]:
+        """The smallest batch of each stage in sequences, before it is rounded to a multiple."""
+        begins = (0, *(int(stage.until) for stage in self.stages))
+        return tuple(_least(self.batch_size, begin, int(stage.until)) for begin, stage in zip(begins, self.stages))
 
     def stage_index(self, tokens: int) -> int:
         """The stage of a step that begins after so many tokens; after the last one, the last."""

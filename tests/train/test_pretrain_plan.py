@@ -169,14 +169,15 @@ def test_a_plan_keeps_its_batches_on_another_mesh(pretrain, data, tmp_path):  # 
     for other in (["--mesh=data:2"], ["--batch_multiple=2", "--mesh=expert:2"]):
         assert prepared(pretrain, *both, *other) == (want, {**shapes, 64: {(2, 2)}, 256: {(1, 2)}}), "each device has a row"
     assert prepared(pretrain, *both) == (want, shapes)
+    prepared(pretrain, f"--data={data}", *PLAN, "--batch_multiple=4", "--batch_size=64", f"--out={tmp_path / 'larger'}")
     four, shapes = prepared(pretrain, *mesh, "--mesh=data:2,expert:2", "--batch_size=64")
     assert four.multiples == (8, 4, 4) and shapes[64] == {(2, 4)} and shapes[256] == {(1, 4)}
     two, shapes = prepared(pretrain, *mesh, "--mesh=data:2", "--batch_size=64")
     assert two == four and shapes[64] == {(4, 2)} and shapes[256] == {(2, 2)}
     assert prepared(pretrain, *one)[0].multiples == (4, 1, 1)
     for arguments, message in [
-        ([*both, "--mesh=data:4"], "'context 32x' are multiples of 2, want of 4, .* --mesh data:4; .* --batch_multiple=4"),
-        ([*one, "--mesh=data:2"], "'context 32x' are multiples of 1, want of 2, .* --mesh data:2; .* --batch_multiple=2"),
+        ([*both, "--mesh=data:4"], "'context 32x' are multiples of 2, want of 4, .* --batch_multiple=4 and --batch_size=64$"),
+        ([*one, "--mesh=data:2"], "'context 32x' are multiples of 1, want of 2, .* --mesh data:2; .* --batch_multiple=2$"),
         ([*both, "--batch_multiple=1"], r"`batch_multiple` is \[4, 1, 1\] here, \[4, 2, 2\] there"),
         ([*both, "--batch_multiple=4"], "`batch_size` is 1 sequences at its least, .* to batch_multiple=4; want at least 2"),
         ([*both, "--mesh=data:2", "--batch_size=64"], "`batch_size` is 64 here, 32 there"),
