@@ -108,11 +108,11 @@ def main(argv: list[str]) -> int:
         path, students = plans(out)
         for seed in path:
             write_problems(out / f"seed-{seed}", seed)
-        run_all(path)
-        run_all(students)
+        took = {"path": run_timed(out / "path.seconds", path), "students": run_timed(out / "students.seconds", students)}
         plan = {seed: [*path[seed], *students[seed]] for seed in path}
         cores = len(available_cores())
         facts = {"cores": cores, "jobs": FLAGS.jobs or cores, "preset": FLAGS.preset}
+        facts |= {name: round(seconds / 60) for name, seconds in took.items()}
         report(out, plan, facts, docs=FLAGS.write_docs)
     except (ValueError, OSError) as error:
         return fail(f"{error}; once that is put right, {again}", 1)
@@ -140,7 +140,8 @@ def claim(out: Path) -> None:
     if FLAGS.fresh:
         for path in seeds:
             shutil.rmtree(path)
-        there.unlink(missing_ok=True)
+        for path in (there, *out.glob("*.seconds")):
+            path.unlink(missing_ok=True)
     elif old is not None:
         for name in [name for name in settings if old.get(name) != settings[name]][:1]:
             raise ValueError(
@@ -171,6 +172,18 @@ class Running(NamedTuple):
     process: subprocess.Popen
     begin: float
     cores: tuple[int, ...]
+
+
+def run_timed(file: Path, plan: Mapping[int, Sequence[Stage]]) -> float:
+    """Runs all that is not done; returns the seconds that it took, with those of earlier commands, which `file` keeps."""
+    begin, before = time.monotonic(), read_seconds(file)
+    done = all(stage.done.exists() for stages in plan.values() for stage in stages)
+    try:
+        run_all(plan)
+    finally:
+        if not done:
+            write_text(file, f"{before + time.monotonic() - begin}\n")
+    return read_seconds(file)
 
 
 def run_all(plan: Mapping[int, Sequence[Stage]]) -> None:
@@ -249,8 +262,12 @@ def start(where: str, seed: int, stage: Stage, cores: tuple[int, ...]) -> Runnin
 
 def spent(each: Running) -> float:
     """Seconds that a stage has run, those of earlier commands included."""
-    file = each.stage.spent
-    return time.monotonic() - each.begin + (float(file.read_text()) if file.exists() else 0.0)
+    return time.monotonic() - each.begin + read_seconds(each.stage.spent)
+
+
+def read_seconds(file: Path) -> float:
+    """What earlier commands have taken; 0 if there was none."""
+    return float(file.read_text()) if file.exists() else 0.0
 
 
 def finish(each: Running) -> None:

@@ -53,10 +53,16 @@ def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any
             ("Commands", [commands]),
         ],
     )
-    took = {"path": minutes(plan, students=False), "students": minutes(plan, students=True)}
-    print(f"\n{text}\n\n{example}\n\nthe stages' times add up to {sum(took.values())} minutes\n{page}")
+    work = {f"{part}_work": minutes(plan, students=part == "students") for part in ("path", "students")}
+    print(f"\n{text}\n\n{example}\n\n{duration(facts | work)}\n{page}")
     if docs:
-        write_docs(plan, rows, plot, example, commands, took | facts | {"measured": found["sft2"][0]["problems"]})
+        write_docs(plan, rows, plot, example, commands, facts | work | {"measured": found["sft2"][0]["problems"]})
+
+
+def duration(facts: Mapping[str, Any]) -> str:
+    """How long it took, as a sentence."""
+    students = f", and {facts['students']} minutes more for the students" if facts["students_work"] else ""
+    return f"It took {facts['path']} minutes on {facts['cores']} cores{students}"
 
 
 def minutes(plan: Mapping[int, Sequence[Any]], *, students: bool) -> int:
@@ -135,10 +141,9 @@ def write_docs(
     target.write_bytes(plot.read_bytes())
     command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]))
-    more = f" The students' add up to {facts['students']} minutes more." if facts["students"] else ""
     text = TEXT.format(
-        **{**facts, "students": more}, minutes=facts["path"], table=table, example=example, command=command,
-        commands=commands, seeds=len(plan),
+        **facts, took=duration(facts), work=facts["path_work"] + facts["students_work"], table=table, example=example,
+        command=command, commands=commands, seeds=len(plan),
     )  # fmt: skip
     write_text(DOCS / "reasoning.md", text)
 
@@ -153,8 +158,8 @@ numbers, each used once. This page was written by
 {command}
 ```
 
-for {seeds} seeds: other models, data and samples each. The times of its stages add up to {minutes} minutes, with whatever
-else the machine did; {jobs} run at a time, on {cores} cores.{students}
+for {seeds} seeds: other models, data and samples each. {took}, with whatever else the machine did. The times of its
+stages, of which {jobs} run at a time, add up to {work} minutes.
 
 ## Held-out problems
 
