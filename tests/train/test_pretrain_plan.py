@@ -176,7 +176,7 @@ def test_a_plan_keeps_its_batches_on_another_mesh(pretrain, data, tmp_path):  # 
     assert two == four and shapes[64] == {(4, 2)} and shapes[256] == {(2, 2)}
     assert prepared(pretrain, *one)[0].multiples == (4, 1, 1)
     for arguments, message in [
-        ([*both, "--mesh=data:4"], "'context 32x' are multiples of 2, want of 4, .* --batch_multiple=4 and --batch_size=64$"),
+        ([*both, "--mesh=data:4"], "'context 32x' are multiples of 2, want of 4, .* --batch_multiple=4 and --batch_size=64"),
         ([*one, "--mesh=data:2"], "'context 32x' are multiples of 1, want of 2, .* --mesh data:2; .* --batch_multiple=2$"),
         ([*both, "--batch_multiple=1"], r"`batch_multiple` is \[4, 1, 1\] here, \[4, 2, 2\] there"),
         ([*both, "--batch_multiple=4"], "`batch_size` is 1 sequences at its least, .* to batch_multiple=4; want at least 2"),
