@@ -111,7 +111,7 @@ def read_prepared(vocab_size: int) -> Data:
         shares |= {"weights": numbers_by_name("mixture"), "repeats": None}
     if FLAGS.epochs:
         shares["epochs"] = numbers_by_name("epochs")
-    mixture = make_mixture(sources, **shares, seed=FLAGS.seed, group_tokens=group_tokens(sources))
+    mixture = make_mixture(sources, **shares, seed=FLAGS.seed, group_tokens=group_tokens(sources, bool(shares.get("epochs"))))
     heldout = join_sources(open_shards(root, "heldout", tokenizer=name), HELDOUT_TOKENS)
     bounds = zip(heldout.starts[:-1], heldout.starts[1:])
     documents = [Document(str(i), tokenizer.decode(heldout.tokens[a:b].tolist())) for i, (a, b) in enumerate(bounds)]
@@ -161,13 +161,18 @@ def encode_text(
         check_token_ids("corpus", "tokens", stream.tokens, vocab_size)
     name = "embedded" if FLAGS.corpus is None else "corpus"
     sources = {name: memory_source(name, streams[0], vocab_size=vocab_size)}
-    mixture = make_mixture(sources, seed=FLAGS.seed, group_tokens=group_tokens(sources))
+    mixture = make_mixture(sources, seed=FLAGS.seed)
     return Data(sources, mixture, tokenizer, streams[1], heldout, streams[2], digest)
 
 
-def group_tokens(sources: Mapping[str, ShardSource]) -> int:
-    """Within how many tokens rows are shuffled: at most an eighth of the smallest source, as the rest of a group is left out
-    when the length of sequences changes."""
+def group_tokens(sources: Mapping[str, ShardSource], limited: bool) -> int:
+    """Within how many tokens of a source rows are shuffled.
+
+    The rest of a group is left out when the length of sequences changes. Where that counts, as epochs are `limited`, a group
+    has at most an eighth of the smallest source.
+    """
+    if FLAGS.plan == "cosine" or not limited:
+        return GROUP_TOKENS
     return max(1, min(GROUP_TOKENS, min(source.tokens for source in sources.values()) // 8))
 
 
