@@ -74,6 +74,9 @@ flags.DEFINE_float(
     "passkey", 0.0, "Share of the rows that become exercises in finding something again, for models too small to learn it "
     "from text: half are passkey problems.", 0.0, 1.0,
 )  # fmt: skip
+flags.DEFINE_float(
+    "passkey_weight", 1.0, "How much the tokens of a key count that a problem asks for, beside all others: they are few.", 0.0
+)
 flags.DEFINE_enum("passkey_keys", "digits", KEYS, "What is to be found: numbers of five digits, or four words.")
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")
 flags.DEFINE_string("config", None, "Architecture from a config.json (or its folder) instead of a preset.")

@@ -206,8 +206,9 @@ def make_feed(setup: Setup) -> Feed:
     def exercises(batches: Iterator[InputBatch]) -> Iterator[InputBatch]:
         with contextlib.closing(batches):
             for item in batches:
-                tokens = passkey_rows(form, np.asarray(item.batch.tokens), share=FLAGS.passkey, seed=FLAGS.seed)
-                yield item._replace(batch=item.batch._replace(tokens=tokens))
+                given = {"share": FLAGS.passkey, "seed": FLAGS.seed, "key_weight": FLAGS.passkey_weight}
+                made = passkey_rows(form, np.asarray(item.batch.tokens), **given)
+                yield item._replace(batch=made._replace(weights=made.weights * item.batch.weights))
 
     def feed(data: Any, tokens: int) -> Iterator[Fed]:
         state = input_init(mixture) if data is None else input_state(data, mixture)

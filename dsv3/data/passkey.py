@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3.checks import check, check_choice
+from dsv3.data.packing import Batch
 from dsv3.data.tokenizer import special_ids
 
 KEYS = ("digits", "words")
@@ -133,7 +135,9 @@ def passkey_problem(form: PasskeyForm, filler: np.ndarray, *, length: int, depth
     return PasskeyProblem(prompt, np.array(key, np.int32), number)
 
 
-def passkey_rows(form: PasskeyForm, tokens: np.ndarray, *, share: float, seed: int = 0) -> np.ndarray:
+def passkey_rows(
+    form: PasskeyForm, tokens: np.ndarray, *, share: float, seed: int = 0, key_weight: float = 1.0
+) -> Batch:
     """Turns a share of rows into exercises in retrieval, with the rows' own tokens as filler.
 
     Such a row is cut at random into documents, from the shortest that a problem fits into to the whole row, evenly in the
@@ -148,29 +152,32 @@ def passkey_rows(form: PasskeyForm, tokens: np.ndarray, *, share: float, seed: i
       tokens: [B, T+1] int32 rows of text.
       share: of the rows, 0 to 1.
       seed: another seed, other rows and numbers.
+      key_weight: of a key's tokens behind its question, which are few: of a problem's tokens all others are its text.
 
     Returns:
-      [B, T+1] int32.
+      `Batch` of tokens `[B, T+1]` int32 and weights `[B, T]` float32, 1 but for the keys.
 
     Raises:
-      ValueError: rows shorter than a problem, a share outside 0 to 1.
+      ValueError: rows shorter than a problem, a share outside 0 to 1, a weight below 0 or not finite.
     """
     check(0 <= share <= 1, f"passkey_rows: `share` is {share}, want 0 to 1")
+    check(0 <= key_weight < math.inf, f"passkey_rows: `key_weight` is {key_weight}, want a finite number from 0")
     width = tokens.shape[-1]
     check(not share or width > form.least, f"passkey_rows: rows have {width} tokens, want more than {form.least}")
-    rows = np.array(tokens, np.int32)
-    for row in rows.reshape(-1, width):
+    rows, weights = np.array(tokens, np.int32), np.ones(tokens.shape, np.float32)
+    for row, weight in zip(rows.reshape(-1, width), weights.reshape(-1, width)):
         salt = (seed % 2**64).to_bytes(8, "little")
         digest = hashlib.blake2b(row.tobytes(), digest_size=16, salt=salt, person=b"dsv3 passkey").digest()
         draw = np.random.default_rng(int.from_bytes(digest, "little"))
         if draw.random() < share:
-            row[:] = _exercises(form, row.copy(), draw)
-    return rows
+            row[:], keys = _exercises(form, row.copy(), draw)
+            weight[keys] = key_weight
+    return Batch(rows, weights[..., 1:])
 
 
-def _exercises(form: PasskeyForm, filler: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """A row full of exercises."""
-    width, row, at = len(filler), [], 0
+def _exercises(form: PasskeyForm, filler: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+    """A row full of exercises, and where the keys are that it asks for."""
+    width, row, keys, at = len(filler), [], [], 0
     ordinary = np.setdiff1d(filler, [form.bos, form.eos])
     while at < width:
         left = width - at
@@ -188,5 +195,6 @@ def _exercises(form: PasskeyForm, filler: np.ndarray, draw: np.random.Generator)
         prompt = length - len(key) - len(form.end) - 1
         problem = passkey_problem(form, filler[at : at + length], length=prompt, depth=depth, number=number)
         row += [problem.prompt, problem.answer, np.array([*form.end, form.eos], np.int32)]
+        keys += range(at + prompt, at + prompt + len(key))
         at += length
-    return np.concatenate(row)
+    return np.concatenate(row), keys
