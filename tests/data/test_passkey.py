@@ -50,17 +50,19 @@ def test_a_text_asks_for_what_it_tells(form):
 def test_rows_keep_their_width_and_follow_from_their_tokens(form, seed, extra, count):
     rows = np.random.default_rng(seed).integers(3, 259, [count, form.least + 1 + extra]).astype(np.int32)
     before = rows.copy()
-    made = passkey_rows(form, rows, share=1.0, seed=3)
+    made = passkey_rows(form, rows, share=1.0, seed=3).tokens
     assert made.shape == rows.shape and made.dtype == np.int32
     np.testing.assert_array_equal(rows, before)
-    np.testing.assert_array_equal(made[::-1], passkey_rows(form, rows[::-1], share=1.0, seed=3))
-    assert (made != passkey_rows(form, rows, share=1.0, seed=4)).any()
-    np.testing.assert_array_equal(passkey_rows(form, rows, share=0.0, seed=3), rows)
+    np.testing.assert_array_equal(made[::-1], passkey_rows(form, rows[::-1], share=1.0, seed=3).tokens)
+    assert (made != passkey_rows(form, rows, share=1.0, seed=4).tokens).any()
+    untouched = passkey_rows(form, rows, share=0.0, seed=3, key_weight=8)
+    np.testing.assert_array_equal(untouched.tokens, rows)
+    assert (untouched.weights == 1).all() and untouched.weights.shape == rows[:, 1:].shape
 
 
 def test_rows_hold_problems_whose_answers_were_told_and_passages_that_come_again(form):
     rows = np.random.default_rng(0).integers(3, 259, [200, 3 * form.least]).astype(np.int32)
-    made = passkey_rows(form, rows, share=1.0)
+    made = passkey_rows(form, rows, share=1.0).tokens
     asked = repeated = 0
     for row in made:
         for document in np.split(row, np.flatnonzero(row == form.bos)):
@@ -76,8 +78,24 @@ def test_rows_hold_problems_whose_answers_were_told_and_passages_that_come_again
                 assert periods
                 repeated += 1
     assert asked > 150 and repeated > 150
-    changed = (passkey_rows(form, rows, share=0.3) != rows).any(1).mean()
+    changed = (passkey_rows(form, rows, share=0.3).tokens != rows).any(1).mean()
     assert 0.2 < changed < 0.4  # 200 draws of 0.3: three deviations are 0.1
+
+
+def test_keys_that_are_asked_for_have_their_weight_and_nothing_else(form):
+    rows = np.random.default_rng(2).integers(3, 259, [60, 3 * form.least]).astype(np.int32)
+    plain, made = passkey_rows(form, rows, share=0.7), passkey_rows(form, rows, share=0.7, key_weight=8)
+    np.testing.assert_array_equal(made.tokens, plain.tokens)
+    assert made.weights.dtype == np.float32 and (plain.weights == 1).all()
+    problems = 0
+    for row, weights in zip(made.tokens, made.weights):
+        want = np.ones(len(row), np.float32)
+        for at in places(row, form.asked):
+            begin = at + len(form.asked)
+            want[begin : begin + len(form.key(0))] = 8
+            problems += 1
+        np.testing.assert_array_equal(weights, want[1:])  # of targets
+    assert problems > 40
 
 
 def test_bad_input_is_named(form):
@@ -96,6 +114,9 @@ def test_bad_input_is_named(form):
         passkey_form(form.tokenizer, "letters")
     with pytest.raises(ValueError, match="`share` is 2, want 0 to 1"):
         passkey_rows(form, np.zeros([2, 300], np.int32), share=2)
+    for weight in (-1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"`key_weight` is {weight}, want a finite number from 0"):
+            passkey_rows(form, np.zeros([2, 300], np.int32), share=0.5, key_weight=weight)
     with pytest.raises(ValueError, match=f"rows have {form.least} tokens, want more than {form.least}"):
         passkey_rows(form, np.zeros([2, form.least], np.int32), share=0.5)
 
@@ -110,7 +131,7 @@ def test_passages_hold_no_border_of_documents(form, monkeypatch):
 
     with monkeypatch.context() as patched:  # problems have their filler's borders: without them only passages could have any
         patched.setattr(passkey, "passkey_problem", bare)
-        made = passkey_rows(form, rows, share=1.0)
+        made = passkey_rows(form, rows, share=1.0).tokens
     for row in made:
         begins = np.flatnonzero(row == form.bos)
         assert not len(begins) or (row == form.eos).sum() >= len(begins)
@@ -118,7 +139,7 @@ def test_passages_hold_no_border_of_documents(form, monkeypatch):
             inside = document[1 : np.flatnonzero(document == form.eos)[0]]
             assert form.bos not in inside and len(inside) >= 2 * passkey._PASSAGE
     same = np.full([5, 3 * form.least], 7, np.int32)
-    assert all(places(row, form.asked) for row in passkey_rows(form, same, share=1.0))
+    assert all(places(row, form.asked) for row in passkey_rows(form, same, share=1.0).tokens)
 
 
 def test_words_are_keys_too():
