@@ -1,5 +1,6 @@
 """Settings of every test run: the CPU as eight devices, two threads, and property sweeps that draw the same examples."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a program that crashes says where
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
+import pytest
 import tensorflow as tf
 from hypothesis import Phase, settings
 
@@ -20,6 +22,14 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 phases = (Phase.explicit, Phase.generate, Phase.shrink)
 settings.register_profile("dsv3", deadline=None, derandomize=True, database=None, phases=phases)
 settings.load_profile("dsv3")
+
+
+@pytest.fixture
+def own_garbage():
+    """A collection looks at what this test has made: what others have left are millions of objects, and takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # Two runs, one after the other: the first writes the ids of what it has passed, the second leaves those out.

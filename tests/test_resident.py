@@ -9,7 +9,7 @@ from dsv3.resident import available_bytes, measure_growth, peak_bytes, reset_pea
 MB = 1 << 20
 
 
-def test_what_is_held_and_what_was():
+def test_what_is_held_and_what_was(own_garbage):
     """NumPy's large arrays come from the system and go back to it. Other threads may take or give a megabyte meanwhile."""
 
     def work():

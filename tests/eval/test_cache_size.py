@@ -10,6 +10,8 @@ from dsv3.nn.mla import mla_apply
 from tests.compare import PLAIN, assert_close, error
 from tests.small import mla_config, random_params
 
+pytestmark = pytest.mark.usefixtures("own_garbage")
+
 CFG = mla_config(num_heads=4, kv_latent=10)
 CACHES = [("plain", "float32"), ("latent", "float32"), ("plain", "bfloat16"), ("latent", "bfloat16"), ("latent", "float8")]
 SIZE = CHUNK + 70

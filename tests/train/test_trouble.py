@@ -115,7 +115,7 @@ def test_a_run_may_go_back_to_its_start():
     assert measured == [0, 9, 9]
 
 
-def test_what_a_run_leaves_is_gone_before_a_checkpoint_is_read():
+def test_what_a_run_leaves_is_gone_before_a_checkpoint_is_read(own_garbage):
     """Two states may be more than there is room for."""
     held = [toy_state()._replace(params=tf.Variable(1.0))]
     left, alive = weakref.ref(held[0].params), []
