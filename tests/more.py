@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
+
 MORE = "DSV3_MESH_CASES" in os.environ
+# Of a test, or of a case among others, whose names then are the same in both runs.
+LONG = pytest.mark.skipif(not MORE, reason="a long case")
 
 
 def more(*cases: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsv3.data import Manifest, SpecialIds, write_manifest, write_shard
+from tests.more import LONG
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -56,10 +57,8 @@ def prepare(folder):
     write_manifest(folder, Manifest("f" * 32, 300, SpecialIds(0, 1, 2), {}, {"a": {}}, {"train": {"a": [entry]}}))
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """(exit code, output, errors) of each case, and the files that are there at the end."""
-    folder = tmp_path_factory.mktemp("speed")
+def run_all(folder, cases):
+    """(exit code, output, errors) of each case, in one process, and the page that is there at the end."""
     for name in ("prepared", "broken"):
         prepare(folder / name)
     with (folder / "broken" / "train" / "a" / "00000.tokens.npy").open("ab") as file:
@@ -68,19 +67,32 @@ def results(tmp_path_factory):
     (folder / "docs" / "data.md").write_text("before\n<!-- input speed -->\nold\n<!-- end of input speed -->\nafter\n")
     (folder / "prepared" / "data.md").write_text("no mark\n")
     before = sorted(folder.rglob("*"))
-    cases = [*CASES.values(), *(arguments for arguments, _ in BAD.values())]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}", "TMPDIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, timeout=280, cwd=folder, env=environment
-    )
+        [sys.executable, "-c", DRIVER, json.dumps(list(cases.values()))], capture_output=True, timeout=280, cwd=folder,
+        env=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     found = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert sorted(folder.rglob("*")) == before  # made-up shards are gone
-    return dict(zip([*CASES, *BAD], found, strict=True)) | {"page": (folder / "docs" / "data.md").read_text()}
+    return dict(zip(cases, found, strict=True)) | {"page": (folder / "docs" / "data.md").read_text()}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_tables(results, case):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    cases = {"prepared": CASES["prepared"]} | {case: arguments for case, (arguments, _) in BAD.items()}
+    return run_all(tmp_path_factory.mktemp("speed"), cases)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Of the case that trains, too."""
+    return run_all(tmp_path_factory.mktemp("trained"), {"made up": CASES["made up"]})
+
+
+@pytest.mark.parametrize("case", [pytest.param("made up", marks=LONG), "prepared"])
+def test_tables(request, case):
+    results = request.getfixturevalue("trained" if case == "made up" else "results")
     code, out, _ = results[case]
     assert code == 0, results[case]
     for name in [*STREAM, *TRAINING]:
@@ -92,8 +104,9 @@ def test_tables(results, case):
         assert float(share.rstrip("%")) == pytest.approx(100 * float(waiting) / float(step), rel=0.1, abs=0.2)
 
 
-def test_the_page_gets_what_was_printed_and_the_command(results):
-    page, printed = results["page"], results["made up"][1]
+@LONG
+def test_the_page_gets_what_was_printed_and_the_command(trained):
+    page, printed = trained["page"], trained["made up"][1]
     command = " ".join(sorted(["--tokens=100000", "--late_ms=60", "--steps=2", *SMALL]))
     lines = page.splitlines()
     assert lines[:2] == ["before", "<!-- input speed -->"] and lines[-3:] == ["```", "<!-- end of input speed -->", "after"]
@@ -102,8 +115,9 @@ def test_the_page_gets_what_was_printed_and_the_command(results):
     assert page.partition("```text\n")[2].partition("```")[0] == printed and "\nold\n" not in page
 
 
-def test_late_batches_are_waited_for(results):
-    lines = results["made up"][1].splitlines()
+@LONG
+def test_late_batches_are_waited_for(trained):
+    lines = trained["made up"][1].splitlines()
     wait = next(float(line.split()[-3]) for line in lines if line.startswith("late, between steps"))
     assert 60 <= wait < 1000
 

@@ -6,6 +6,7 @@ import pytest
 import dsv3
 from dsv3.eval.context import context_bytes, continue_context, whole_logprobs
 from tests.compare import FUSED, PLAIN
+from tests.more import LONG
 from tests.small import model_config, random_params, random_router, random_tokens
 
 # Far beyond the length that YaRN stretches, in blocks so small that attention over sequence and cache goes over tiles.
@@ -20,7 +21,7 @@ def model():
     return random_params(dsv3.model_specs(CFG), std=0.3), random_router(CFG)
 
 
-@pytest.mark.parametrize("policy", [PLAIN, FUSED], ids=["plain", "fused"])
+@pytest.mark.parametrize("policy", [PLAIN, pytest.param(FUSED, marks=LONG)], ids=["plain", "fused"])
 def test_decoding_after_chunks_is_the_whole_forward_pass(model, policy):
     policy = policy.replace(attention_block=4, attention_unroll=3)
     prompt = random_tokens(CFG, 1, LENGTH - NEW)[0].tolist()

@@ -15,6 +15,7 @@ from dsv3.parallel import watch
 from dsv3.parallel.clients import Clients, read_clients, start_clients
 from dsv3.parallel.mesh import layout_of, make_layout, make_mesh, whole
 from dsv3.train.checkpoint import restore_checkpoint
+from tests.more import LONG
 from tests.parallel.run_clients import DIMS, example
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -143,6 +144,7 @@ def launch(folder, clients, *arguments):
     return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
+@LONG
 def test_one_of_four_is_killed_and_the_others_end(tmp_path):
     """They end in a moment, with a line that names it; what they have saved is restored by one process in other layouts."""
     process = launch(tmp_path, 4, ROOT / "tests" / "parallel" / "run_clients.py", tmp_path, 300, 2)

@@ -31,7 +31,7 @@ from dsv3.plan import (
 from dsv3.plan.trace_check import PADDING, kept_bytes, model_calls
 from dsv3.policy import CPU, ComputePolicy
 from dsv3.train.pieces import StageBatch, model_pieces, stage_forward
-from tests.more import MORE, more
+from tests.more import LONG, MORE, more
 from tests.plan.models import PAPER, SMALL, TINY, V3, specs
 from tests.small import model_config, random_params, random_router, random_tokens
 
@@ -338,6 +338,7 @@ def test_wrong_input_is_refused():
 # The published model
 
 
+@LONG
 def test_the_671b_step():
     """The whole step of 2,048 devices at its real widths: what docs/plan.md says of it."""
     plan = PAPER.replace(stages=CUT)

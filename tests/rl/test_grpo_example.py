@@ -12,6 +12,7 @@ import pytest
 from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.records import read_rows
+from tests.more import LONG
 from tests.rl.model import save_sums_model
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
@@ -56,6 +57,7 @@ RUN = (
     "--measure_every=0 --eval_every=2 --reward=language:0.5,number:0 --rows=8 --samples=2"
 ).split()
 GOOD = {"ended": RUN, "stopped": RUN, "gone on": RUN}
+QUICK = [*RUN, "--explorations=1"]  # to the end, in a folder where nothing ends it
 SPLIT = "--problems=split.jsonl --heldout=1 --prompts=1 --max_new_tokens=4".split()
 BAD = {
     "no reference": ([*RUN, "--reference_every=5"], "--reference_every 5, but with --kl_weight 0 there is no reference"),
@@ -86,8 +88,8 @@ BAD = {
     "a long turn": (["--problems=turns.jsonl", "--heldout=0", "--prompts=2", "--reward=number", "--max_new_tokens=12"],
                     "turns.jsonl:1 has 12 tokens and wants room for 2 answers of 12, that is 36"),
     "temperature": (["--temperature=0"], "GrpoSettings: `temperature` is 0.0, want above 0"),
-    "other settings": ([*RUN, "--lr=0.02"], "`lr` is 0.02 here, 0.01 there"),
-    "no resuming": ([*RUN, "--noresume"], "--noresume, but --out 'run' holds a run"),
+    "other settings": ([*QUICK, "--lr=0.02"], "`lr` is 0.02 here, 0.01 there"),
+    "no resuming": ([*QUICK, "--noresume"], "--noresume, but --out 'run' holds a run"),
     "fresh on its own model": (["--out=own", "--fresh", "--model=own/export", "--max_new_tokens=4"],
                                "--fresh would delete --model 'own/export', which lies in --out 'own'"),
     "fresh on another program's run": (["--out=tuned", "--fresh", "--max_new_tokens=4"], "'tuned' holds a run of sft.py"),
@@ -96,9 +98,8 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grpo")
+def write_inputs(folder):
+    """Models, their templates, and problems."""
     template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
     save_sums_model(folder / "model", template, modules=0, length=32)
     for name, source in (
@@ -119,16 +120,49 @@ def results(tmp_path_factory):
     (folder / "own" / "run.json").write_text('{"program": "grpo"}')
     (folder / "tuned").mkdir()
     (folder / "tuned" / "run.json").write_text('{"program": "sft"}')
-    cases = list(GOOD.values()) + [arguments for arguments, _ in BAD.values()]
-    cases = [["--model=model", *arguments] for arguments in cases]
+
+
+def run_all(folder, cases):
+    """What each call gives, in one process."""
+    write_inputs(folder)
+    given = [["--model=model", *arguments] for arguments in cases.values()]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, text=True, timeout=400, cwd=folder,
+        [sys.executable, "-c", DRIVER, json.dumps(given)], capture_output=True, text=True, timeout=400, cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return folder, dict(zip([*GOOD, *BAD], map(json.loads, done.stdout.splitlines()), strict=True))
+    return folder, dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A short run, and bad input."""
+    folder = tmp_path_factory.mktemp("few")
+    for name in ("ended", "sent"):
+        (folder / name).touch()
+    return run_all(folder, {"quick": QUICK} | {what: arguments for what, (arguments, _) in BAD.items()})
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_all(tmp_path_factory.mktemp("grpo"), GOOD)
+
+
+def test_a_short_run_ends_with_a_model(few):
+    folder, found = few
+    code, out, err = found["quick"]
+    assert code == 0, (out, err)
+    rows = read_rows(folder / "run" / "log.jsonl")
+    assert [(row["kind"], row["step"]) for row in rows if row["kind"] != "samples"] == [
+        ("heldout", 0), ("grpo", 1), ("heldout", 1)
+    ]  # fmt: skip
+    assert (folder / "run" / "report.html").exists()
+    cfg, params, _ = load_pretrained(folder / "run" / "export", dtype="float32")
+    _, before, _ = load_pretrained(folder / "model", dtype="float32")
+    assert cfg.vocab_size == 270 and float(abs(params.moe.ffn.router - before.moe.ffn.router).numpy().max()) > 0
+
+
+@LONG
 def test_a_run_that_was_stopped_goes_on_to_the_end(results):
     folder, found = results
     assert found["ended"][0] == 130 and found["ended"][2] == "grpo: interrupted; the same command goes on\n", found["ended"]
@@ -163,7 +197,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(results):
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line(results, what):
-    code, _, err = results[1][what]
-    assert (results[0] / "own" / "export" / "config.json").exists() and (results[0] / "tuned" / "run.json").exists()
+def test_bad_input_is_one_line(few, what):
+    folder, found = few
+    code, _, err = found[what]
+    assert (folder / "own" / "export" / "config.json").exists() and (folder / "tuned" / "run.json").exists()
     assert code == 2 and err.startswith("grpo: ") and err.count("\n") == 1 and BAD[what][1] in err, (code, err)

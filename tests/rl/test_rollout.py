@@ -15,6 +15,7 @@ from dsv3.rl.rollout import (
 )
 from dsv3.serve import Request
 from tests.compare import PLAIN
+from tests.more import LONG
 from tests.rl.model import engine, model, prompts
 
 HOW = {"group_size": 3, "max_new_tokens": 6, "temperature": 0.9, "bucket": 16, "stop_tokens": (1, 4)}
@@ -145,6 +146,7 @@ def test_an_engine_must_keep_a_record():
         rollout(engine(record=False), asked(1), **HOW)
 
 
+@LONG
 def test_samples_are_drawn_without_a_record_too():
     given = [Prompt(prompts(5)[0], 3, ([4, 5],)), Prompt(prompts(4)[0], 8)]
     how = {name: value for name, value in HOW.items() if name != "bucket"}

@@ -13,6 +13,7 @@ import dsv3
 from dsv3.data import load_tokenizer, read_conversations, save_tokenizer, special_ids, train_tokenizer
 from dsv3.pretrained import save_pretrained
 from dsv3.rl.countdown import count_tries
+from tests.more import LONG
 from tests.small import model_config, random_params
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
@@ -96,9 +97,22 @@ BAD = {
 TORN = [*RUN, "--out=torn", "--max_batch=1"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("solve")
+PLAIN = [*(flag for flag in RUN if flag != "--chat"), "--template=Say: {question}", "--out=plain"]
+GRADED = [*RUN, "--reward=countdown:1,format:-0.5"]
+GOOD = {
+    "kept": RUN, "measured": [*RUN, "--keep=0", "--out=other"], "plain": PLAIN,
+    "opening": [*RUN, "--model=opening", "--out=opened"],
+    "stopped": [*TORN, "@1"], "others": [*TORN, "--temperature=0.5"], "gone on": [*TORN, "~"],
+    "stopped again": [*TORN, "--out=anew", "@1"], "fresh": [*TORN, "--out=anew", "--temperature=0.5", "--fresh"],
+    "best": [*GRADED, "--keep=1", "--out=best"], "enough": [*GRADED, "--keep=3", "--keep_total=1", "--out=enough"],
+    "three": [*RUN, "--keep=3", "--out=three"],
+    "turns": [*RUN, "--problems=turns.jsonl", "--out=turns"],
+    "plain turns": [*PLAIN, "--problems=turns.jsonl", "--turn_template=And: {question}", "--out=plain_turns"],
+}  # fmt: skip
+
+
+def write_inputs(folder):
+    """Models, their templates, and problems."""
     tokenizer = train_tokenizer(["Make 3 from 1 2."], 270)
     ids = special_ids(tokenizer)
     cfg = model_config(vocab_size=270, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0,
@@ -125,29 +139,33 @@ def results(tmp_path_factory):
     (folder / "turns.jsonl").write_text(json.dumps(rows[0] | {"prompt": ["1 2?", "3?"]}))
     (folder / "other").mkdir()
     (folder / "other" / "rows.jsonl").write_text("of an earlier run")
-    plain = [*(flag for flag in RUN if flag != "--chat"), "--template=Say: {question}", "--out=plain"]
-    opening = [*RUN, "--model=opening", "--out=opened"]
-    graded = [*RUN, "--reward=countdown:1,format:-0.5"]
-    good = {
-        "kept": RUN, "measured": [*RUN, "--keep=0", "--out=other"], "plain": plain, "opening": opening,
-        "stopped": [*TORN, "@1"], "others": [*TORN, "--temperature=0.5"], "gone on": [*TORN, "~"],
-        "stopped again": [*TORN, "--out=anew", "@1"], "fresh": [*TORN, "--out=anew", "--temperature=0.5", "--fresh"],
-        "best": [*graded, "--keep=1", "--out=best"], "enough": [*graded, "--keep=3", "--keep_total=1", "--out=enough"],
-        "three": [*RUN, "--keep=3", "--out=three"],
-        "turns": [*RUN, "--problems=turns.jsonl", "--out=turns"],
-        "plain turns": [*plain, "--problems=turns.jsonl", "--turn_template=And: {question}", "--out=plain_turns"],
-    }  # fmt: skip
-    cases = [*good.values(), *([*RUN, *flags, "--out=bad"] for flags, _ in BAD.values())]
+
+
+def run_all(folder, cases):
+    """What each call gives, in one process."""
+    write_inputs(folder)
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(cases)], capture_output=True, text=True, timeout=400, cwd=folder,
-        env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
+        [sys.executable, "-c", DRIVER, json.dumps(list(cases.values()))], capture_output=True, text=True, timeout=400,
+        cwd=folder, env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return folder, dict(zip([*good, *BAD], map(json.loads, done.stdout.splitlines()), strict=True))
+    return folder, dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def test_answers_are_judged_and_right_ones_kept(results):
-    folder, found = results
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """One run, and bad input."""
+    bad = {case: [*RUN, *flags, "--out=bad"] for case, (flags, _) in BAD.items()}
+    return run_all(tmp_path_factory.mktemp("few"), {"kept": RUN} | bad)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_all(tmp_path_factory.mktemp("solve"), GOOD)
+
+
+def test_answers_are_judged_and_right_ones_kept(few):
+    folder, found = few
     code, out, err, *_ = found["kept"]
     assert code == 0, err
     numbers = json.loads((folder / "answers" / "results.json").read_text())
@@ -181,6 +199,7 @@ def kept(folder, name):
     return [tuple(message["content"] for message in row.messages) for row in rows]
 
 
+@LONG
 def test_right_answers_are_kept_whatever_else_they_are_worth_and_those_with_most_first(results):
     folder, found = results
     said = [json.loads(line)["text"] for line in (folder / "answers" / "answers.jsonl").read_text().splitlines()]
@@ -195,6 +214,7 @@ def test_right_answers_are_kept_whatever_else_they_are_worth_and_those_with_most
     assert (numbers["kept"], numbers["kept_problems"], numbers["problems"]) == (1, 1, 2)
 
 
+@LONG
 def test_an_interrupted_run_goes_on_with_what_is_left(results):
     folder, found = results
     code, _, err, *_ = found["stopped"]
@@ -214,6 +234,7 @@ def test_an_interrupted_run_goes_on_with_what_is_left(results):
     assert found["stopped again"][0] == 130 and code == 0 and len(calls) == 2, "--fresh draws all anew"
 
 
+@LONG
 def test_problems_of_several_turns(results):
     folder, found = results
     tokenizer = load_tokenizer(folder / "model")
@@ -230,6 +251,7 @@ def test_problems_of_several_turns(results):
     assert code == 0 and tokenizer.decode(second[0]).endswith("And: 3?"), err
 
 
+@LONG
 def test_rows_have_the_question_without_the_template(results):
     folder, found = results
     assert found["plain"][0] == 0 and found["plain"][3] is None, found["plain"]
@@ -238,6 +260,7 @@ def test_rows_have_the_question_without_the_template(results):
     assert json.loads(rows[0])["messages"][0]["content"] == "Make 3 from 1 2."
 
 
+@LONG
 def test_a_template_that_opens_the_thinking(results):
     folder, found = results
     code, _, err, ends, _ = found["opening"]
@@ -247,6 +270,7 @@ def test_a_template_that_opens_the_thinking(results):
     assert all(row["text"].startswith("<think>\n") for row in answers) and answers[0]["total"] == 1.5
 
 
+@LONG
 def test_without_keep_there_are_no_rows(results):
     folder, found = results
     assert found["measured"][0] == 0 and not (folder / "other" / "rows.jsonl").exists()
@@ -254,8 +278,8 @@ def test_without_keep_there_are_no_rows(results):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(results, case):
-    folder, found = results
+def test_bad_input_is_one_line(few, case):
+    folder, found = few
     code, out, err, *_ = found[case]
     assert code == 2, (out, err)
     assert err.startswith("solve: ") and err.count("\n") == 1 and BAD[case][1] in err, err

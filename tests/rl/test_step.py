@@ -12,7 +12,7 @@ from dsv3.rl.score import make_score, mismatch_numbers, router_agreement
 from dsv3.rl.step import GrpoBatch, grpo_update, make_grpo_step, micro_batches
 from dsv3.train.state import Limits
 from tests.compare import PLAIN, assert_close, assert_trees_close, normal
-from tests.more import more
+from tests.more import LONG
 from tests.rl.model import model
 from tests.small import random_tokens
 
@@ -98,8 +98,13 @@ def test_micro_batches_add_up_without_a_reference():
     assert_trees_close(got, want, 2e-4)  # as above
 
 
-def test_micro_batches_are_as_long_as_their_samples(monkeypatch):
-    """Rows that end at 0 (none), 2, 3, 5, 6 and 7 of 12 columns, two a micro-batch, give the same at 3, 6 and 12 columns."""
+UNEVEN = {"mtp_weight": 0.3, "balance_weight": 0.1}
+
+
+@pytest.fixture
+def uneven(monkeypatch):
+    """Rows that end at 0 (none), 2, 3, 5, 6 and 7 of 12 columns, two a micro-batch; what a step gives at 12 columns; and the
+    lengths, of 3, 6 and 12, that micro-batches are cut to from here on."""
     batch = samples()
     mask = batch.mask * (np.arange(T) < np.array([5, 0, 2, 6, 3, 7])[:, None])
     mask[[0, 2, 3, 4, 5], [4, 1, 5, 2, 6]] = 1
@@ -107,21 +112,29 @@ def test_micro_batches_are_as_long_as_their_samples(monkeypatch):
     padded = {name: np.pad(getattr(batch, name), wide) for name in ("tokens", "old_logprobs", "ref_logprobs")}
     batch = batch._replace(**padded, mask=np.pad(mask, wide), experts=np.pad(batch.experts, [[0, 0], *wide, [0, 0]]))
     cut, sizes = micro_batches(batch, np.arange(N), 2, N), []
-    _, _, want = updated(cut, mtp_weight=0.3, balance_weight=0.1)
+    _, _, want = updated(cut, **UNEVEN)
     trim = step.trim_batch
     monkeypatch.setattr(step, "trimmed_lengths", lambda length: (3, 6, length))
     monkeypatch.setattr(step, "trim_batch", lambda batch, size: sizes.append(size) or trim(batch, size))
-    _, _, got = updated(cut, mtp_weight=0.3, balance_weight=0.1)
+    return cut, want, sizes
+
+
+def test_micro_batches_are_as_long_as_their_samples(uneven):
+    cut, want, sizes = uneven
+    _, _, got = updated(cut, **UNEVEN)
     assert sizes == [3, 6, 12]
     assert_trees_close(got, want, 2e-4)  # sums in another order, squared
+
+
+@LONG
+@pytest.mark.parametrize("policy", [PLAIN, PLAIN.replace(jit=True, experts="blocks")], ids=["plain", "xla"])
+def test_a_graph_has_the_branches_of_all_lengths(uneven, policy):
+    cut, want, sizes = uneven
     cfg, params, router = model()
-    for policy in (PLAIN, *more(PLAIN.replace(jit=True, experts="blocks"))):  # a graph has the branches of all lengths
-        sizes.clear()
-        how = HOW | {"mtp_weight": 0.3, "balance_weight": 0.1, "policy": policy}
-        compiled = make_grpo_step(cfg, SGD, **how)
-        _, got = compiled(train_state(params, router, SGD), cut)
-        assert_trees_close(got, want, 2e-4)
-        assert compiled.traces() == 1 and set(sizes) == {3, 6, 12}
+    compiled = make_grpo_step(cfg, SGD, **HOW | UNEVEN | {"policy": policy})
+    _, got = compiled(train_state(params, router, SGD), cut)
+    assert_trees_close(got, want, 2e-4)
+    assert compiled.traces() == 1 and set(sizes) == {3, 6, 12}
 
 
 def test_bias_moves_only_when_asked():

@@ -18,14 +18,19 @@ ASKED = [Prompt(ids, 10 + i) for i, ids in enumerate(prompts(3, 5, 4))]
 
 def options(**fields):
     policy = ComputePolicy(fuse=False, max_rows=0)
-    small = {"policy": policy, "max_batch": 4, "chunk_sizes": (8,), "smallest_cache": 16}
-    return EngineOptions(model(0)[0], **(small | fields))
+    few = {"policy": policy, "max_batch": 4, "chunk_sizes": (8,), "smallest_cache": 16}
+    return EngineOptions(small()[0], **(few | fields))
+
+
+def small():
+    """A model of one mixture: three processes trace it."""
+    return model(0, num_hidden_layers=1, first_k_dense_replace=0)
 
 
 @pytest.fixture(scope="module")
 def local():
     worker = LocalWorker(options())
-    worker.update(*model(0)[1:])
+    worker.update(*small()[1:])
     return worker
 
 
@@ -39,7 +44,7 @@ def assert_same(got, want):
 
 def check_pool(pool, local):
     """What every pool has to do, with workers that may have raised before."""
-    _, params, router = model(0)
+    _, params, router = small()
     pool.update(params, router)
     want = local.rollout(ASKED, **HOW)
     assert_same(pool.rollout(ASKED, **HOW), want)

@@ -11,6 +11,7 @@ from dsv3.nn.cache import entry_format
 from dsv3.serve import Engine
 from dsv3.serve.steps import state_init
 from tests.compare import PLAIN
+from tests.more import LONG
 from tests.serve.model import POLICY, greedy, model, prompts
 
 LENGTHS, NEW = (3, 11, 20), 10
@@ -44,13 +45,16 @@ def assert_greedy(which, done, policy, atol):
         np.testing.assert_allclose(completion.logprobs, want.max(-1), atol=atol)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("kind", ["fp8", pytest.param("int8", marks=LONG)])
 def test_quantised_weights(kind):
     """Unlike prompts in chunks."""
     assert_greedy(quantized(kind), texts(quantized(kind)), PLAIN, 1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_sizes": (4,)}, {"speculative": 2}], ids=["plain", "small chunks", "drafts"])
+OPTIONS = [{}, pytest.param({"chunk_sizes": (4,)}, marks=LONG), {"speculative": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "small chunks", "drafts"])
 def test_fp8_cache(options):
     """However a text was cut into chunks and steps, attention has read the same entries: the whole text's, in one pass.
 
@@ -60,6 +64,7 @@ def test_fp8_cache(options):
     assert_greedy(model(), done, PLAIN.replace(cache="float8"), 1e-5)
 
 
+@LONG
 def test_both_with_drafts():
     which = quantized("fp8")
     done = texts(which, speculative=1, **CACHED)  # modules with quantised matrices and caches in FP8, too

@@ -13,6 +13,7 @@ from dsv3.serve.steps import Caches, Rows
 from tests import small
 from tests.chi_square import assert_follows
 from tests.compare import FUSED, PLAIN, XLA
+from tests.more import LONG
 from tests.serve.model import FREE, POLICY, assert_greedy, engine, full_logprobs, greedy, model, prompts
 
 
@@ -28,7 +29,7 @@ def test_unlike_prompts_decode_as_the_full_forward_pass():
         assert_greedy(prompt, completion)
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("depth", [0, pytest.param(1, marks=LONG)])
 def test_caches_longer_than_some_blocks_are_read_in_tiles(depth):
     """Chunks of 7 tokens in caches of 96 slots, with blocks of 4 queries of which 3 are unrolled; progress is told."""
     told = []
@@ -41,7 +42,7 @@ def test_caches_longer_than_some_blocks_are_read_in_tiles(depth):
     assert told == [(min(7 * i, 58), 58) for i in range(1, 10)]
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("depth", [0, pytest.param(1, marks=LONG)])
 def test_a_row_does_not_depend_on_its_batch(depth):
     asked = prompts(6, 3, 11, 4)
     settings = [{}, {"temperature": 1.3, "top_k": 5}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 1.0}]
@@ -89,16 +90,16 @@ def test_other_parameters_need_no_tracing():
     assert run.traces() <= traces + 2  # variables are another kind of argument
 
 
-def test_a_row_that_ends_at_the_cache_s_end_disturbs_no_other():
+@pytest.mark.parametrize("depth", [0, pytest.param(1, marks=LONG)])
+def test_a_row_that_ends_at_the_cache_s_end_disturbs_no_other(depth):
     """A row ends with a full bucket and goes on being computed beside one that does not end yet."""
     asked = prompts(31, 2)
     requests = [Request(asked[0], max_new_tokens=1, **FREE), Request(asked[1], max_new_tokens=25, **FREE)]
     for first in (1, 2):
         requests[0] = Request(asked[0][: 32 - first], max_new_tokens=first, **FREE)
-        for depth in (0, 1):
-            done = engine(speculative=depth, smallest_cache=32).generate(requests)
-            assert_greedy(asked[1], done[1])
-            assert_greedy(requests[0].prompt, done[0])
+        done = engine(speculative=depth, smallest_cache=32).generate(requests)
+        assert_greedy(asked[1], done[1])
+        assert_greedy(requests[0].prompt, done[0])
 
 
 def test_the_last_token_fits_max_length():
@@ -108,7 +109,7 @@ def test_the_last_token_fits_max_length():
         assert_greedy(prompts(length)[0], done)
 
 
-def test_a_cache_that_grows_exists_beside_its_successor_only():
+def test_a_cache_that_grows_exists_beside_its_successor_only(own_garbage):
     """64 MB that become 128: the most that is needed meanwhile is little more than the latter."""
     rows = Rows(*(tf.constant([3, 5]) for _ in range(3)), ())
     caches = Caches(tf.random.uniform([4, 2, 2**15, 64]), ())

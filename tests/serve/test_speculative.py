@@ -18,12 +18,13 @@ from dsv3.serve.draft import mtp_draft
 from dsv3.serve.steps import Caches, Sampling, prefill_step, speculative_step, state_init
 from tests.chi_square import assert_follows
 from tests.compare import PLAIN
+from tests.more import LONG
 from tests.serve.model import FREE, POLICY, assert_greedy, engine, full_logprobs, greedy, model, prompts
 
 LENGTHS = (3, 1, 10, 2)
 
 
-@pytest.mark.parametrize("depth, modules", [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("depth, modules", [(1, 1), (2, 2), pytest.param(3, 2, marks=LONG)])
 def test_greedy_output_is_that_of_plain_decoding(depth, modules):
     run = engine(speculative=depth, modules=modules)
     asked = prompts(*LENGTHS)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dsv3.train.records import read_rows
-from tests.more import MORE, more
+from tests.more import LONG, MORE, more
 from tests.small import model_config
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
@@ -180,11 +180,10 @@ def call(folder, *commands):
 def test_bad_input_is_one_line(tmp_path):
     settings = {"data": None, "corpus": None, "steps": 50, "passed": []}
     for folder, file, text in (
-        ("other", "settings.json", settings), ("mine", "thesis.txt", {}), ("new", "settings.json", {}),
-        ("odd", "settings.json", []),
+        ("other", "settings.json", settings), ("mine", "thesis.txt", {}), ("odd", "settings.json", [])
     ):  # fmt: skip
         (tmp_path / folder).mkdir()
-        if folder in ("other", "odd"):  # the settings of "new" are of an experiment of which no run has begun
+        if folder != "mine":
             (tmp_path / folder / "runs" / "none-0").mkdir(parents=True)
             (tmp_path / folder / "runs" / "none-0" / "run.json").write_text("{}")
         (tmp_path / folder / file).write_text(json.dumps(text))
@@ -204,8 +203,20 @@ def test_bad_input_is_one_line(tmp_path):
         "--steps is 60, the runs in": ["--steps=60", f"--out={tmp_path / 'other'}"],
         "what stands after -- is ['--lr=1'], the runs in": ["--steps=50", f"--out={tmp_path / 'other'}", "--", "--lr=1"],
         "holds no object of settings": [f"--out={tmp_path / 'odd'}"],
-        "loss_free:0.001, seed 0: pretrain: read_corpus: 'nowhere' does not exist": ["--out=new", "--corpus=nowhere"],
     }
+    assert_one_line(tmp_path, cases)
+
+
+@LONG
+def test_bad_input_of_a_run_is_one_line(tmp_path):
+    """Settings are there, of an experiment of which no run has begun."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "settings.json").write_text(json.dumps({"data": None, "corpus": None, "steps": 50, "passed": []}))
+    said = "loss_free:0.001, seed 0: pretrain: read_corpus: 'nowhere' does not exist"
+    assert_one_line(tmp_path, {said: ["--out=new", "--corpus=nowhere"]})
+
+
+def assert_one_line(tmp_path, cases):
     for message, (code, said, _) in zip(cases, call(tmp_path, *cases.values())):
         lines = [line for line in said.splitlines() if line != "loss_free:0.001, seed 0"]
         assert code == 2 and len(lines) == 1, (message, code, said)

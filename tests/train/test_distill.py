@@ -212,23 +212,26 @@ def test_all_parts_of_the_loss_use_one_head(monkeypatch):
 @pytest.mark.parametrize("policy", [PLAIN, *more(FUSED, XLA)])
 def test_the_compiled_step_is_the_function_and_learns(policy):
     batch = micro(rows(), 2)
-    how = HOW | {"teacher_cfg": LARGER, "policy": policy}
-    _, want = distill_update(train_state(*student(), SGD), batch, teacher(), cfg=CFG, optimizer=SGD, **how)
-    step = make_distill_step(CFG, SGD, **how)
-    before = [x.numpy().copy() for x in tree.flatten(teacher())]
-    state, metrics = step(train_state(*student(), SGD), batch, teacher())
+    cfg, larger = (one.replace(num_hidden_layers=1, first_k_dense_replace=0) for one in (CFG, LARGER))  # short to trace
+    start = train_state(random_params(model_specs(cfg)), random_router(cfg), SGD)
+    teacher = Teacher(random_params(model_specs(larger), seed=1), random_router(larger, seed=1))
+    how = HOW | {"teacher_cfg": larger, "policy": policy}
+    _, want = distill_update(start, batch, teacher, cfg=cfg, optimizer=SGD, **how)
+    step = make_distill_step(cfg, SGD, **how)
+    before = [x.numpy().copy() for x in tree.flatten(teacher)]
+    state, metrics = step(start, batch, teacher)
     assert_trees_close(metrics, want, 2e-4)
     for _ in range(5):
-        state, last = step(state, batch, teacher())
+        state, last = step(state, batch, teacher)
     assert float(last.parts.divergence) < float(metrics.parts.divergence)
     assert step.traces() == 1
     for count in (1, 3, 2):  # of unlike numbers of micro-batches only the first one is traced
         several = tree.map_leaves(lambda x, count=count: np.concatenate([x, x])[:count], batch)
-        state, last = step(state, several, teacher())
+        state, last = step(state, several, teacher)
         assert bool(last.taken) and step.traces() == 2
-    for a, b in zip(tree.flatten(teacher()), before):
+    for a, b in zip(tree.flatten(teacher), before):
         np.testing.assert_array_equal(a, b)
-    _, last = step(state, batch, teacher(), Limits(grad_norm=1e-9))
+    _, last = step(state, batch, teacher, Limits(grad_norm=1e-9))
     assert not bool(last.taken)
 
 

@@ -10,7 +10,7 @@ import dsv3
 from dsv3 import RouterState, pipeline, tree
 from dsv3.ops.dispatch import dispatch_capacity
 from tests.compare import PLAIN, assert_close
-from tests.more import more
+from tests.more import LONG, more
 from tests.small import model_config, random_params, random_router, random_tokens
 from tests.train.test_mesh_step import layouts_of
 from tests.train.test_pipeline_step import gradients, recorder
@@ -43,8 +43,9 @@ PUBLISHED = {
     "n_routed_experts": 256, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8,
 }  # fmt: skip
 CASES = [
-    ("expert:4", 2, {}, {}),
-    ("data:2,expert:4", 4, ONE, {"dispatch_dtype": "float32"}),  # one device a node: nothing to forward to
+    pytest.param("expert:4", 2, {}, {}, marks=LONG),
+    # One device a node: nothing to forward to.
+    pytest.param("data:2,expert:4", 4, ONE, {"dispatch_dtype": "float32"}, marks=LONG),
     ("expert:8", 4, ONE, {"policy": PLAIN.replace(remat="block")}),
     *more(
         ("pipe:2,expert:4", 2, {"n_shared_experts": 0, "num_nextn_predict_layers": 0}, {"schedule": pipeline.zb1p}),

@@ -1,6 +1,6 @@
 """Drawn meshes, models and schedules: some steps give the numbers of one device.
 
-One case is drawn, the same in each run; `.ci/run` holds more. Others: DSV3_MESH_CASES=first:count, as 100:20.
+One small case is drawn, the same in each run; `.ci/run` holds more. Others: DSV3_MESH_CASES=first:count, as 100:20.
 """
 
 import os
@@ -11,10 +11,11 @@ import pytest
 import dsv3
 from dsv3 import pipeline
 from dsv3.parallel.mesh import AXES
+from tests.more import more
 from tests.small import model_config
 from tests.train.test_mesh_step import assert_same_run, batches_of, train
 
-FIRST, COUNT = map(int, os.environ.get("DSV3_MESH_CASES", "44:1").split(":"))
+FIRST, COUNT = map(int, os.environ.get("DSV3_MESH_CASES", "210:1").split(":"))
 TABLES = {name: make for name, make in pipeline.SCHEDULES.items() if name != "interleaved"}
 
 
@@ -54,7 +55,7 @@ def case_id(seed):
     return f"{seed}-{','.join(f'{axis}:{n}' for axis, n in axes.items())}-{nodes}-{name}"
 
 
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT), ids=case_id)
+@pytest.mark.parametrize("seed", [*range(FIRST, FIRST + COUNT), *more(44)], ids=case_id)
 def test_any_mesh_gives_the_run_of_one_device(seed):
     fields, axes, nodes, micro, rows, length, table, layers = draw(seed)
     cfg = model_config(**fields)

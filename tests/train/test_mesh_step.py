@@ -15,7 +15,7 @@ from dsv3.parallel.mesh import make_mesh, whole
 from dsv3.recipe import RECIPES
 from dsv3.train.mesh_params import state_layouts
 from tests.compare import PLAIN, assert_close
-from tests.more import MORE, more
+from tests.more import LONG, MORE, more
 from tests.small import KEY, model_config, random_tokens
 
 RATES = {"mtp_weight": 0.3, "balance_weight": 0.01, "bias_rate": 0.01}
@@ -100,7 +100,7 @@ CONFIGS = [
 @pytest.mark.parametrize(
     ("fields", "axes", "micro", "rows", "length"),
     [
-        (CONFIGS[0], "data:2,expert:3", 2, 6, 5),
+        pytest.param(CONFIGS[0], "data:2,expert:3", 2, 6, 5, marks=LONG),
         (CONFIGS[1], "expert:6", 1, 6, 3),
     ],
 )
@@ -114,7 +114,7 @@ DENSE = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "num_nextn_predict_
 BLOCKS = PLAIN.replace(experts="blocks", remat="block", loss_chunk=7)
 KERNELS = dsv3.default_policy("CPU").replace(max_rows=0)
 STORED = [
-    (CONFIGS[2], "data:2,expert:2", None, KERNELS),
+    pytest.param(CONFIGS[2], "data:2,expert:2", None, KERNELS, marks=LONG),
     (DENSE, "data:2", {}, PLAIN),
     *more(
         (CONFIGS[0], "data:2,expert:2", {"embed": "expert"}, BLOCKS),  # experts used on another dim than they are stored

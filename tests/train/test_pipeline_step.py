@@ -15,7 +15,7 @@ from dsv3.train.executor import take_turns
 from dsv3.train.optim import Optimizer, OptimStats
 from dsv3.train.stages import cut_stages
 from tests.compare import PLAIN, assert_close
-from tests.more import more
+from tests.more import LONG, more
 from tests.small import model_config, random_params, random_router, random_tokens
 from tests.train.test_mesh_step import RATES, assert_same_run, batches_of, layouts_of, train
 
@@ -64,8 +64,10 @@ def weights_of(micro):
 
 
 TWO_CHUNKS = functools.partial(pipeline.interleaved, chunks=2)
+# A stage of a dense layer, one of a mixture and a module: little to compile, and still every kind of block.
+FEW = model_config(num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1)
 CASES = [
-    ("pipe:2,data:2", pipeline.zb1p, 3),
+    pytest.param("pipe:2,data:2", pipeline.zb1p, 3, marks=LONG),
     *more(
         ("pipe:4,expert:2", pipeline.dualpipe, 8), ("pipe:2,expert:2", TWO_CHUNKS, 2),
         ("pipe:2,expert:2", pipeline.dualpipe_v, 4),
@@ -73,10 +75,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("axes", "schedule", "micro"), CASES)
-def test_loss_and_every_gradient(axes, schedule, micro):
-    want, ref = on_one_device(CFG, micro)
-    got, metrics = gradients(CFG, axes, tokens_of(CFG, micro), weights_of(micro), schedule=schedule)
+def assert_gradients_of_one_device(cfg, axes, schedule, micro):
+    want, ref = on_one_device(cfg, micro)
+    got, metrics = gradients(cfg, axes, tokens_of(cfg, micro), weights_of(micro), schedule=schedule)
     for name in ("nll", "mtp", "balance"):
         assert_close(getattr(metrics.parts, name), getattr(ref.parts, name), what=name)
     assert_close(metrics.loss, ref.loss)
@@ -89,6 +90,16 @@ def test_loss_and_every_gradient(axes, schedule, micro):
     assert metrics.mesh.held.numpy().tolist() == list(pipeline.peak_activations(table)), "memory as the table says"
 
 
+@pytest.mark.parametrize(("axes", "schedule", "micro"), CASES)
+def test_loss_and_every_gradient(axes, schedule, micro):
+    assert_gradients_of_one_device(CFG, axes, schedule, micro)
+
+
+def test_loss_and_every_gradient_of_few_layers():
+    assert_gradients_of_one_device(FEW, "pipe:2", pipeline.zb1p, 3)
+
+
+@LONG
 def test_ten_steps_with_uneven_stages_and_rows_in_two_directions():
     batches = batches_of(CFG, 4, 4, 5)
     got = train(CFG, "pipe:2,data:2", batches, schedule=pipeline.dualpipe, stage_layers=[1, 4])
@@ -149,7 +160,12 @@ def test_programs_change_at_turns_alone():
 PARTS_CFG = model_config(num_hidden_layers=4, first_k_dense_replace=0, num_nextn_predict_layers=0)
 
 
-@pytest.mark.parametrize(("schedule", "nodes"), [(pipeline.dualpipe, 1), (pipeline.one_f_one_b, 1), (pipeline.zb1p, 2)])
+ORDERS = [
+    (pipeline.dualpipe, 1), pytest.param(pipeline.one_f_one_b, 1, marks=LONG), pytest.param(pipeline.zb1p, 2, marks=LONG)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schedule", "nodes"), ORDERS)
 def test_the_order_of_pieces_is_that_of_the_table(schedule, nodes, monkeypatch):
     """Attention, dispatch, experts and combine of overlapping passes alternate as figure 4 of DeepSeek-V3 has them."""
     seen, split = [], Piece.split

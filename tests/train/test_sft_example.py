@@ -27,6 +27,7 @@ from dsv3.pretrained import load_pretrained, save_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.records import read_rows
 from dsv3.train.schedule_paper import PAPER_SFT
+from tests.more import LONG
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 SMALL = "--model=model --data=rows.jsonl --batch_size=2 --max_length=120 --lr=3e-3 --lr_end=1e-3 --epochs=1".split()
@@ -96,11 +97,11 @@ BAD = {
     "warm-up": ([*SMALL, "--warmup_steps=900"], "--warmup_steps is 900, want fewer than the .* steps of 1 epochs"),
     "another vocabulary": ([*SMALL, "--model=large"], "the tokenizer's largest id is .*, want below the model's vocab_size"),
     "other settings": ([*RUN, "--out=straight", "--seed=3"], "`seed` is 3 here, 0 there"),
-    "another model": ([*RUN, "--out=straight", "--model=straight/export"], "`model` is .*; another --out keeps both"),
+    "another model": ([*RUN, "--out=straight", "--model=other"], "`model` is .*; another --out keeps both"),
     "a folder of something else": ([*RUN, "--out=model"], "--out 'model' holds 'config.json' but no run"),
     "no resuming": ([*RUN, "--out=straight", "--noresume"], "--noresume, but --out 'straight' holds a run"),
     "other special tokens": ([*RUN, "--out=straight", "--model=renamed"], "`special_tokens.bos_token` is .*; another --out"),
-    "other rows": ([*RUN, "--out=broken", "^broken"], "`encoded` is '.*' here, 'others' there; another --out keeps both"),
+    "other rows": ([*RUN, "--out=begun", "^begun"], "`encoded` is '.*' here, 'others' there; another --out keeps both"),
     "an end that the model runs past": (
         [*SMALL, "--model=deaf"], "ends answers with '.*', the token 1, at which the model does not stop; want it in",
     ),
@@ -119,6 +120,9 @@ BAD = {
     ),
     "argument": ([*SMALL, "rows.jsonl"], r"unexpected argument \['rows.jsonl'\]"),
 }  # fmt: skip
+# Runs whose settings bad input is compared with, which end before anything is computed; and one that learns a little.
+BEGUN = {name: [*RUN, f"--out={name}", "--samples=0", "--eval_every=0", "!0"] for name in ("straight", "begun")}
+QUICK = [*SMALL, "--out=quick", "--epochs=0.1", "--eval_every=0", "--samples=0"]
 GOOD = {
     "straight": [*RUN, "--out=straight", "--samples=2"],
     "interrupted": [*RUN, "--out=broken", "--samples=1", "@6"],
@@ -144,6 +148,8 @@ def folder(tmp_path_factory):
     router = dsv3.router_init(cfg)
     save_pretrained(folder / "model", cfg, dsv3.model_init([0, 1], cfg), router)
     save_tokenizer(tokenizer, folder / "model")
+    save_pretrained(folder / "other", cfg, dsv3.model_init([2, 3], cfg), router)
+    save_tokenizer(tokenizer, folder / "other")
     save_pretrained(folder / "large", cfg, dsv3.model_init([0, 1], cfg), router)
     save_tokenizer(train_tokenizer([text], 600), folder / "large")
     write_rows(folder / "rows.jsonl", [{"messages": row.messages} for row in rows])
@@ -173,9 +179,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def results(folder):
-    calls = GOOD | {what: arguments for what, (arguments, _) in BAD.items()}
+def run_all(folder, calls):
+    """What each call gives, in one process, and the defaults of some flags."""
     threads = {"TF_NUM_INTRAOP_THREADS": "2", "TF_NUM_INTEROP_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(list(calls.values()))], capture_output=True, text=True, timeout=500,
@@ -185,9 +190,25 @@ def results(folder):
     return dict(zip([*calls, "defaults"], map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.fixture(scope="module")
+def few(folder):
+    """Of a process for all that takes little time."""
+    return run_all(folder, BEGUN | {what: arguments for what, (arguments, _) in BAD.items()} | {"quick": QUICK})
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory):
+    """Of runs that take a while, in a folder of their own."""
+    own = tmp_path_factory.mktemp("runs")
+    for name in ("model", "rows.jsonl"):
+        (own / name).symlink_to(folder / name)
+    return own, run_all(own, GOOD)
+
+
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line(folder, results, what):
-    code, _, lines = results[what]
+def test_bad_input_is_one_line(folder, few, what):
+    code, _, lines = few[what]
+    assert all(few[name][0] == 130 for name in BEGUN)
     kept = [*(name for name in os.listdir(folder / "model") if name != ".lock"), "fails.jinja", "rows.jsonl"]
     assert sorted(os.listdir(folder / "own" / "export")) == sorted(kept), "what --fresh would delete is there"
     assert code == 2 and len(lines) == 1 and lines[0].startswith("sft: "), lines
@@ -198,7 +219,20 @@ def rows_of(folder, kind):
     return [row for row in read_rows(folder / "log.jsonl") if row["kind"] == kind]
 
 
-def test_a_run_leaves_what_it_promises(folder, results):
+def test_a_short_run_ends_with_a_model(folder, few):
+    code, _, lines = few["quick"]
+    assert code == 0, lines
+    rows, scores = rows_of(folder / "quick", "train"), json.loads((folder / "quick" / "results.json").read_text())
+    assert len(rows) >= 2 and all(np.isfinite(row["loss"]) for row in rows)
+    assert 0 < scores["after"]["nll"] != scores["before"]["nll"] > 0
+    _, before, _ = load_pretrained(folder / "model", dtype="float32")
+    _, after, _ = load_pretrained(folder / "quick" / "export", dtype="float32")
+    assert np.abs(after.head - before.head).max() > 0
+
+
+@LONG
+def test_a_run_leaves_what_it_promises(results):
+    folder, results = results
     code, printed, _ = results["straight"]
     assert code == 0
     out = folder / "straight"
@@ -224,7 +258,9 @@ def test_a_run_leaves_what_it_promises(folder, results):
     assert [checkpoint_step(path) for path in list_checkpoints(out / "checkpoints")][-1] == len(rates)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_losses(folder, results):
+@LONG
+def test_an_interrupted_run_goes_on_to_the_same_losses(results):
+    folder, results = results
     code, printed, _ = results["interrupted"]
     assert code == 130 and "SIGINT: saved at step 7 of" in printed and "run the same command again" in printed
     code, printed, _ = results["again"]
@@ -238,7 +274,9 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(folder, results):
     assert "begun with 1 questions" in printed and len(before["questions"]) == samples.count(", after\n") == 1
 
 
-def test_micro_batches_give_the_losses_of_the_whole(folder, results):
+@LONG
+def test_micro_batches_give_the_losses_of_the_whole(results):
+    folder, results = results
     for what in ("at once", "in parts"):
         assert results[what][0] == 0, results[what]
     want, got = (rows_of(folder / name, "train") for name in ("once", "parts"))
@@ -249,19 +287,23 @@ def test_micro_batches_give_the_losses_of_the_whole(folder, results):
     assert want[-1]["nll"] < want[0]["nll"] - 0.3
 
 
-def test_the_rate_warms_up_and_falls_by_a_cosine(folder, results):
+@LONG
+def test_the_rate_warms_up_and_falls_by_a_cosine(results):
+    folder, _ = results
     rates = [row["learning_rate"] for row in rows_of(folder / "parts", "train")]
     falling = np.arange(len(rates) - 3) / (len(rates) - 3)
     want = [0.0, 1e-3, 2e-3, *(1e-3 + 1e-3 * (1 + np.cos(np.pi * falling)))]
     np.testing.assert_allclose(rates, want, rtol=1e-5)
 
 
-def test_the_defaults_are_the_paper_s(results):
+def test_the_defaults_are_the_paper_s(few):
     paper = {"epochs": PAPER_SFT.epochs, "lr": PAPER_SFT.first, "lr_end": PAPER_SFT.last}
-    assert results["defaults"] == paper | {"warmup_steps": 0}
+    assert few["defaults"] == paper | {"warmup_steps": 0}
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(folder, results):
+@LONG
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(results):
+    folder, results = results
     code, _, lines = results["ended"]
     assert code == 130 and lines[-1].startswith("sft: interrupted; to go on, run the same command again"), lines
     code, printed, _ = results["begun again"]

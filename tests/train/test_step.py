@@ -11,7 +11,7 @@ from dsv3.compiled import snapshot
 from dsv3.train.optim import Optimizer, OptimStats
 from tests import oracles
 from tests.compare import PLAIN, XLA, assert_close, assert_trees_close, error
-from tests.more import more
+from tests.more import LONG, more
 from tests.small import KEY, model_config, random_params, random_router, random_tokens
 
 CFG = model_config(num_hidden_layers=2, num_nextn_predict_layers=1)
@@ -104,7 +104,7 @@ def reference():
     ("bfloat16", PLAIN.replace(dtype="bfloat16"), False, 0.1),
     ("fused", ComputePolicy(fuse=True), True, 1e-5),
     ("scan", PLAIN.replace(loop="scan"), True, 1e-5),
-    ("xla", XLA, True, 1e-5),
+    pytest.param("xla", XLA, True, 1e-5, marks=LONG),
 ])  # fmt: skip
 def test_policies_change_how_and_not_what(reference, name, policy, compiled, tolerance):
     """The change of each parameter agrees, relative to the largest change of all."""
@@ -122,7 +122,7 @@ def test_policies_change_how_and_not_what(reference, name, policy, compiled, tol
         assert_trees_close(snapshot(got.router), want.router)
 
 
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=LONG)])
 def test_step_is_the_pure_update_in_place_and_traced_once(fuse):
     optimizer = adamw(1e-2, eps=1e-3, fuse=fuse)
     first = start(optimizer)
@@ -203,10 +203,10 @@ def test_weights_of_other_micro_batches_are_refused(parts):
 @pytest.mark.parametrize("policy", [PLAIN, *more(XLA)])
 def test_any_number_of_micro_batches_is_one_function(policy):
     """A batch that grows is more micro-batches of one shape, which compile once, and once more when they first change."""
-    step = make_train_step(CFG, sgd(), policy=policy)
-    state = start(sgd())
-    how = {"cfg": CFG, "optimizer": sgd(), "policy": PLAIN}
-    want = start(sgd())
+    cfg = CFG.replace(num_hidden_layers=1, first_k_dense_replace=0)  # short to trace
+    step = make_train_step(cfg, sgd(), policy=policy)
+    state, want = start(sgd(), cfg), start(sgd(), cfg)
+    how = {"cfg": cfg, "optimizer": sgd(), "policy": PLAIN}
     for seed, parts in enumerate((1, 3, 2)):
         tokens, weights = batch(2 * parts, seed)
         state, metrics = step(state, parts_of(tokens, parts), parts_of(weights, parts))
