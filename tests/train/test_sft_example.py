@@ -312,7 +312,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(results):
     assert load_tokenizer(folder / "short" / "export").get_vocab() == load_tokenizer(folder / "model").get_vocab()
 
 
-def test_conversations_that_are_left_out_are_not_asked(folder, results):
+@LONG
+def test_conversations_that_are_left_out_are_not_asked(results):
+    folder, results = results
     _, printed, _ = results["begun again"]
     held = int(re.search(r"held out: (\d+) sequences", printed)[1])  # of one conversation each
     assert printed.count("left out ") == 2, "some of the held-out ones, too"
