@@ -111,7 +111,8 @@ def read_prepared(vocab_size: int) -> Data:
         shares |= {"weights": numbers_by_name("mixture"), "repeats": None}
     if FLAGS.epochs:
         shares["epochs"] = numbers_by_name("epochs")
-    mixture = make_mixture(sources, **shares, seed=FLAGS.seed, group_tokens=group_tokens(sources, bool(shares.get("epochs"))))
+    group = group_tokens(sources, limited=bool(shares.get("epochs")))
+    mixture = make_mixture(sources, **shares, seed=FLAGS.seed, group_tokens=group)
     heldout = join_sources(open_shards(root, "heldout", tokenizer=name), HELDOUT_TOKENS)
     bounds = zip(heldout.starts[:-1], heldout.starts[1:])
     documents = [Document(str(i), tokenizer.decode(heldout.tokens[a:b].tolist())) for i, (a, b) in enumerate(bounds)]
@@ -165,7 +166,7 @@ def encode_text(
     return Data(sources, mixture, tokenizer, streams[1], heldout, streams[2], digest)
 
 
-def group_tokens(sources: Mapping[str, ShardSource], limited: bool) -> int:
+def group_tokens(sources: Mapping[str, ShardSource], *, limited: bool) -> int:
     """Within how many tokens of a source rows are shuffled.
 
     The rest of a group is left out when the length of sequences changes. Where that counts, as epochs are `limited`, a group

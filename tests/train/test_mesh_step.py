@@ -15,7 +15,7 @@ from dsv3.parallel.mesh import make_mesh, whole
 from dsv3.recipe import RECIPES
 from dsv3.train.mesh_params import state_layouts
 from tests.compare import PLAIN, assert_close
-from tests.more import LONG, MORE, more
+from tests.more import GROWS, LONG, MORE, more
 from tests.small import KEY, model_config, random_tokens
 
 RATES = {"mtp_weight": 0.3, "balance_weight": 0.01, "bias_rate": 0.01}
@@ -97,6 +97,7 @@ CONFIGS = [
 ]  # fmt: skip
 
 
+@GROWS
 @pytest.mark.parametrize(
     ("fields", "axes", "micro", "rows", "length"),
     [
@@ -124,6 +125,7 @@ STORED = [
 ]
 
 
+@GROWS
 @pytest.mark.parametrize(("fields", "axes", "rules", "policy"), STORED)
 def test_however_parameters_are_stored_and_computed(fields, axes, rules, policy):
     """Without ZeRO, by odd rules, with other kernels and recomputation."""

@@ -13,7 +13,7 @@ import dsv3
 from dsv3 import make_train_step, model_specs, pretrain_loss, train_update, tree
 from dsv3.data import TokenStream, pack_documents
 from tests.compare import PLAIN, XLA, assert_close, assert_trees_close
-from tests.more import LONG, MORE, more
+from tests.more import GROWS, LONG, MORE, more
 from tests.small import model_config, random_params, random_router
 from tests.train.test_mesh_step import assert_same_run, layouts_of, one_device, optimizer
 from tests.train.test_step import parts_of, sgd, start
@@ -99,6 +99,7 @@ def assert_isolated(got, apart, tolerance, gradients):
     gradients(got[2], list(added(grads)))
 
 
+@GROWS
 @pytest.mark.parametrize("modules, yarn", MODELS)
 @settings(deadline=None, max_examples=8 if MORE else 1, derandomize=True)
 @example(sizes=[4, 2, 6, 3], length=8)
