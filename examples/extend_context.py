@@ -54,7 +54,7 @@ FLAGS.set_default("out", "runs/context")
 # For the narrow model that is trained where none is given.
 NARROW = {
     "preset": "narrow", "steps": 5000, "batch_size": 16, "seq_len": 128, "passkey": 1.0, "passkey_keys": "words",
-    "passkey_weight": 8.0, "context_steps": 200, "context_lr": 2e-3, "save_every": 500,
+    "context_steps": 200, "context_lr": 2e-3, "save_every": 500,
 }  # fmt: skip
 
 ROOM = 10  # tokens of an answer, at most

@@ -52,7 +52,7 @@ DECIDING = (
 ).split()
 # These do, too; one that has the value here is no setting, as in runs that were made before it was there.
 LATER = {
-    "passkey": 0.0, "passkey_keys": "digits", "passkey_weight": 1.0, "yarn_factor": 40.0, "context_lr": None, "init": None,
+    "passkey": 0.0, "passkey_keys": "digits", "passkey_weight": 8.0, "yarn_factor": 40.0, "context_lr": None, "init": None,
     "moment_dtype": None,
 }  # fmt: skip
 PARTS = (
