@@ -358,7 +358,7 @@ def describe(cfg: dsv3.ModelConfig, data: Data, schedule: TrainSchedule, use: Mi
         rows.append((name, f"{source.documents:,}", f"{source.tokens:,}", f"{drawn_tokens:,}", f"{epochs:.2f}"))
     say(aligned(rows))
     if use.left_out:
-        say(f"left out where the length of sequences changes: {use.left_out:,} tokens")
+        say(f"skipped until the next epoch, as the length of sequences changes: {use.left_out:,} tokens")
     share = held.text_bytes.sum() / len(held.tokens)
     say(f"held out: {len(held.text_bytes):,} documents, {len(held.tokens):,} tokens, {share:.2f} bytes a token")
     moe = cfg.moe.router
