@@ -40,6 +40,12 @@ def failure_line(program: str) -> Callable[[object, int], int]:
     return fail
 
 
+def what_failed(error: ValueError | OSError, out: str | os.PathLike) -> str:
+    """What an error says; one of the system that names no file, as of a full disk, is told with the folder of the output."""
+    bare = isinstance(error, OSError) and error.errno is not None and error.filename is None
+    return f"cannot write in {str(out)!r} ({error.strerror})" if bare else str(error)
+
+
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Returns a table as text in aligned columns, of which the first `left` begin at the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]

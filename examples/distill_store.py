@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from command import failure_line, flag_parser, lock_folder
+from command import failure_line, flag_parser, lock_folder, what_failed
 from pretrain_setup import checkpoint_digest
 from sft_setup import (
     Rows,
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
             precision=FLAGS.precision, note=pace.note,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, {again}", 1)
+        return fail(f"{what_failed(error, FLAGS.out)}; once that is put right, {again}", 1)
     except KeyboardInterrupt:
         return fail(f"interrupted; {again}", 130)
     places, held, size = (sum(getattr(shard, name) for shard in shards) for name in ("places", "held", "size"))

@@ -38,7 +38,7 @@ import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 import grpo_problems
 from absl import app, flags, logging
-from command import failure_line, flag_parser
+from command import failure_line, flag_parser, what_failed
 from grpo_problems import define_language_flags
 from grpo_report import report
 from grpo_setup import prepare, say
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
             return 128 + result.stopped
         report(setup, result.state)
     except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, the same command goes on", 1)
+        return fail(f"{what_failed(error, FLAGS.out)}; once that is put right, the same command goes on", 1)
     except KeyboardInterrupt:
         return fail("interrupted; the same command goes on", 130)
     return 0

@@ -48,7 +48,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 from absl import app, flags, logging
-from command import flag_parser
+from command import flag_parser, what_failed
 from pretrain_plan import stage_of
 from pretrain_report import report
 from pretrain_setup import Setup, compute_dtype, last_checkpoint, prepare, say, summed
@@ -201,7 +201,7 @@ def run(setup: Setup, again: str, extension: Extension | None = None) -> int:
     except FloatingPointError as error:
         return fail(f"{error}; {last_checkpoint(setup.out)}; a lower --lr may help, with --fresh or another --out", 1)
     except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, {again}", 1)
+        return fail(f"{what_failed(error, setup.out)}; once that is put right, {again}", 1)
     except tf.errors.OpError as error:
         if setup.clients.count == 1:
             raise

@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
-from command import failure_line, flag_parser, lock_folder, write_text
+from command import failure_line, flag_parser, lock_folder, what_failed, write_text
 from reasoning_report import report
 from reasoning_stages import Stage, make_stages, make_student_stages, write_problems
 
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
         facts |= {name: round(seconds / 60) for name, seconds in took.items()}
         report(out, plan, facts, docs=FLAGS.write_docs)
     except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, {again}", 1)
+        return fail(f"{what_failed(error, FLAGS.out)}; once that is put right, {again}", 1)
     except KeyboardInterrupt:
         return fail(f"interrupted; {again}", 130)
     return 0

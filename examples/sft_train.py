@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 from pretrain_setup import last_checkpoint
+from command import what_failed
 from sft_setup import Setup, say
 
 from dsv3.compiled import place
@@ -83,7 +84,7 @@ def run_program(
     except FloatingPointError as error:
         return fail(f"{error}; {last_checkpoint(run.out)}; a lower --lr may help, with --fresh or another --out", 1)
     except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, {again}", 1)
+        return fail(f"{what_failed(error, run.out)}; once that is put right, {again}", 1)
     except KeyboardInterrupt:  # outside of the training
         return fail(f"interrupted; to go on, {again}", 130)
     return 0

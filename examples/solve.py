@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import grpo_problems
 from absl import app, flags, logging
-from command import aligned, failure_line, flag_parser, lock_folder, say, write_text
+from command import aligned, failure_line, flag_parser, lock_folder, say, what_failed, write_text
 from grpo_problems import (
     LANGUAGE,
     Question,
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
         write_text(Path(FLAGS.out) / "results.json", json.dumps(results, indent=1) + "\n")
         (Path(FLAGS.out) / PART).unlink()
     except (ValueError, OSError) as error:
-        return fail(f"{error}; once that is put right, {again}", 1)
+        return fail(f"{what_failed(error, FLAGS.out)}; once that is put right, {again}", 1)
     except KeyboardInterrupt:
         return fail(f"interrupted; {again}", 130)
     show(results, Path(FLAGS.out))

@@ -318,9 +318,11 @@ def raises(error):
 def test_what_fails_after_the_start_is_one_line_and_says_how_to_go_on(pretrain, corpus, tmp_path, monkeypatch):
     same = [f"--corpus={corpus}", f"--out={tmp_path}", *SMALL]
     full, bad = OSError(28, "No space left on device", "log.jsonl"), ValueError("read_rows: 'log.jsonl' line 2\nis no row")
+    bare = OSError(28, "No space left on device")  # as of a library that draws a plot
     done = LoopResult(None, 600, None, Cursor())
     for parts, message in [
-        ({"train": raises(full)}, "No space left on device"),
+        ({"train": raises(full)}, "No space left on device: 'log.jsonl'"),
+        ({"train": raises(bare)}, f"cannot write in '{tmp_path}' (No space left on device)"),
         ({"train": raises(bad)}, "line 2 is no row"),
         ({"train": lambda *a: done, "report": raises(bad)}, "line 2 is no row"),
     ]:
