@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from pretrain_setup import last_checkpoint
 from command import what_failed
+from pretrain_setup import last_checkpoint
 from sft_setup import Setup, say
 
 from dsv3.compiled import place
