@@ -75,8 +75,9 @@ flags.DEFINE_float(
     "from text: half are passkey problems.", 0.0, 1.0,
 )  # fmt: skip
 flags.DEFINE_float(
-    "passkey_weight", 8.0, "How much a token of a key that is asked for counts; all others count 1, and are many more.", 0.0
-)
+    "passkey_weight", 8.0, "How much a token of a key that is asked for counts in the losses; others, which are many more, "
+    "count 1.", 0.0,
+)  # fmt: skip
 flags.DEFINE_enum("passkey_keys", "digits", KEYS, "What is to be found: numbers of five digits, or four words.")
 flags.DEFINE_enum("preset", "demo", dsv3.PRESETS, "Architecture by name.")
 flags.DEFINE_string("config", None, "Architecture from a config.json (or its folder) instead of a preset.")

@@ -111,7 +111,7 @@ def read_prepared(vocab_size: int) -> Data:
         shares |= {"weights": numbers_by_name("mixture"), "repeats": None}
     if FLAGS.epochs:
         shares["epochs"] = numbers_by_name("epochs")
-    group = group_tokens(sources, limited=bool(shares.get("epochs")))
+    group = group_tokens([sources[name].tokens for name in shares.get("epochs") or () if name in sources])
     mixture = make_mixture(sources, **shares, seed=FLAGS.seed, group_tokens=group)
     heldout = join_sources(open_shards(root, "heldout", tokenizer=name), HELDOUT_TOKENS)
     bounds = zip(heldout.starts[:-1], heldout.starts[1:])
@@ -166,15 +166,15 @@ def encode_text(
     return Data(sources, mixture, tokenizer, streams[1], heldout, streams[2], digest)
 
 
-def group_tokens(sources: Mapping[str, ShardSource], *, limited: bool) -> int:
-    """Within how many tokens of a source rows are shuffled.
+def group_tokens(limited: Sequence[int]) -> int:
+    """Within how many tokens of a source rows are shuffled; `limited`: tokens of those sources that may give so many epochs.
 
-    The rest of a group is left out when the length of sequences changes. Where that counts, as epochs are `limited`, a group
-    has at most an eighth of the smallest source.
+    The rest of a group is skipped when the length of sequences changes. Where that counts, a group has at most an eighth of
+    the smallest source whose epochs are limited.
     """
     if FLAGS.plan == "cosine" or not limited:
         return GROUP_TOKENS
-    return max(1, min(GROUP_TOKENS, min(source.tokens for source in sources.values()) // 8))
+    return max(1, min(GROUP_TOKENS, min(limited) // 8))
 
 
 def corpus_tokenizer(folder: Path, train: Sequence[Document], vocab_size: int, *, kept: bool) -> tuple[Tokenizer, str]:

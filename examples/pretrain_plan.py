@@ -162,16 +162,22 @@ def micro_batch_rows(schedule: TrainSchedule) -> dict[int, int]:
         sizes[run.stage] = math.gcd(sizes.get(run.stage, 0), run.batch_size)
     for number, size in sizes.items():
         stage, both = schedule.stages[number], math.lcm(shares, math.gcd(*schedule.multiples[-len(CONTEXT_FACTORS) :]))
-        times = math.ceil(both / (2 * min(schedule.least_sizes)))  # a batch is at least half of what it is a multiple of
-        larger = f" and --batch_size={times * FLAGS.batch_size}" if times > 1 else ""
         check(
             size % shares == 0,
             f"batches of stage {stage.name!r} are multiples of {size}, want of {shares}, the devices on data and expert of "
-            f"--mesh {FLAGS.mesh}; a run that fits these, too, begins with --batch_multiple={both}{larger}",
+            f"--mesh {FLAGS.mesh}; a run that fits these, too, begins with "
+            f"--batch_multiple={both}{larger_batch(schedule, both)}",
         )
         most = max(1, wanted_rows(stage.seq_len) // shares)
         rows[stage.seq_len] = shares * max(n for n in range(1, most + 1) if size // shares % n == 0)
     return rows
+
+
+def larger_batch(schedule: TrainSchedule, multiple: int) -> str:
+    """What a run whose batches are multiples of so many needs besides: in the paper's plan each is at least half of one; a
+    plan of contexts alone rounds up."""
+    times = math.ceil(multiple / (2 * min(schedule.least_sizes))) if FLAGS.plan == "paper" else 1
+    return f" and --batch_size={times * FLAGS.batch_size}" if times > 1 else ""
 
 
 def batch_cutter(schedule: TrainSchedule) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:

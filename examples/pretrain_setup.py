@@ -33,6 +33,7 @@ from dsv3.data import (
     special_ids,
     tokenizer_fingerprint,
 )
+from dsv3.data.mixture import GROUP_TOKENS
 from dsv3.data.passkey import passkey_form
 from dsv3.parallel.clients import Clients, read_clients, start_clients
 from dsv3.parallel.collectives import gather_mesh
@@ -52,7 +53,7 @@ DECIDING = (
 ).split()
 # These do, too; one that has the value here is no setting, as in runs that were made before it was there.
 LATER = {
-    "passkey": 0.0, "passkey_keys": "digits", "passkey_weight": 8.0, "yarn_factor": 40.0, "context_lr": None, "init": None,
+    "passkey": 0.0, "passkey_keys": "digits", "passkey_weight": 1.0, "yarn_factor": 40.0, "context_lr": None, "init": None,
     "moment_dtype": None,
 }  # fmt: skip
 PARTS = (
@@ -104,6 +105,8 @@ def prepare(argv: Sequence[str], look: Callable[[Setup], None] | None = None) ->
     settings = {**{name: FLAGS[name].value for name in DECIDING}, "config": cfg.to_hf(), "dtype": compute_dtype()}
     settings["warmup_steps"] = FLAGS.warmup_steps if FLAGS.plan == "paper" else warmup_steps()
     settings |= {name: FLAGS[name].value for name, none in LATER.items() if FLAGS[name].value != none}
+    if not FLAGS.passkey:
+        settings.pop("passkey_weight", None)
     if FLAGS.init is not None:
         settings["init"] = checkpoint_digest(FLAGS.init)
     settings["batch_multiple"] = list(schedule.multiples)
@@ -146,6 +149,7 @@ def read_data(
         agree(saved, settings, out)
     else:
         train, heldout, settings["corpus"] = read_text()
+        settings["group_tokens"] = GROUP_TOKENS  # within which rows are shuffled
         agree(saved, settings, out)
         kept = not FLAGS.fresh or not leads  # the first process has deleted an old one
         tokenizer, what = corpus_tokenizer(out / "tokenizer", train, cfg.vocab_size, kept=kept)
@@ -245,7 +249,7 @@ def checkpoint_digest(folder: str) -> str:
 
 def check_flags(cfg: dsv3.ModelConfig) -> None:
     """Checks the flags' values against each other and the model; their signs are checked as they are parsed."""
-    for name in ("lr", "weight_decay", "clip", "mtp_weight", "balance_weight", "bias_rate", "heldout"):
+    for name in ("lr", "weight_decay", "clip", "mtp_weight", "balance_weight", "bias_rate", "heldout", "passkey_weight"):
         check(math.isfinite(FLAGS[name].value), f"--{name} is {FLAGS[name].value}, want a number")
     check(0 < FLAGS.heldout < 1, f"--heldout is {FLAGS.heldout}, want a share above 0 and below 1")
     check_plan_flags(cfg)

@@ -21,8 +21,9 @@ With --students a smaller student follows, of as many of the seeds, on the same 
   student_policy  distill.py --on_policy: the teacher's distributions on the student's own answers
 
 After each, solve.py measures the model on held-out problems, whose numbers no text for training has. All is repeated with
---seeds other models, data and samples. In --out are a folder for each seed with its stages, table.txt, results.json, plots
-and report.html. What is done is not done again: after an interruption the same command goes on.
+--seeds other models, data and samples. In --out are a folder for each seed with its stages, table.txt, results.json, plots,
+report.html, and in path.seconds and students.seconds how long all took. What is done is not done again: after an
+interruption the same command goes on.
 
 Examples:
 
@@ -108,11 +109,12 @@ def main(argv: list[str]) -> int:
         path, students = plans(out)
         for seed in path:
             write_problems(out / f"seed-{seed}", seed)
-        took = {"path": run_timed(out / "path.seconds", path), "students": run_timed(out / "students.seconds", students)}
+        parts = {"path": path, "students": students}
+        took = {name: run_timed(out / f"{name}.seconds", stages) for name, stages in parts.items()}
         plan = {seed: [*path[seed], *students[seed]] for seed in path}
         cores = len(available_cores())
         facts = {"cores": cores, "jobs": FLAGS.jobs or cores, "preset": FLAGS.preset}
-        facts |= {name: round(seconds / 60) for name, seconds in took.items()}
+        facts |= {name: None if seconds is None else round(seconds / 60) for name, seconds in took.items()}
         report(out, plan, facts, docs=FLAGS.write_docs)
     except (ValueError, OSError) as error:
         return fail(f"{what_failed(error, FLAGS.out)}; once that is put right, {again}", 1)
@@ -140,8 +142,8 @@ def claim(out: Path) -> None:
     if FLAGS.fresh:
         for path in seeds:
             shutil.rmtree(path)
-        for path in (there, *out.glob("*.seconds")):
-            path.unlink(missing_ok=True)
+        for name in ("path.seconds", "students.seconds", there.name):
+            (out / name).unlink(missing_ok=True)
     elif old is not None:
         for name in [name for name in settings if old.get(name) != settings[name]][:1]:
             raise ValueError(
@@ -174,16 +176,18 @@ class Running(NamedTuple):
     cores: tuple[int, ...]
 
 
-def run_timed(file: Path, plan: Mapping[int, Sequence[Stage]]) -> float:
-    """Runs all that is not done; returns the seconds that it took, with those of earlier commands, which `file` keeps."""
+def run_timed(file: Path, plan: Mapping[int, Sequence[Stage]]) -> float | None:
+    """Runs all that is not done; returns the seconds that it took, with those of earlier commands, which `file` keeps;
+    `None` where stages were done by commands that kept none."""
     begin, before = time.monotonic(), read_seconds(file)
-    done = all(stage.done.exists() for stages in plan.values() for stage in stages)
+    done = [stage.done.exists() for stages in plan.values() for stage in stages]
+    known = file.exists() or not any(done)
     try:
         run_all(plan)
     finally:
-        if not done:
+        if known and not all(done):
             write_text(file, f"{before + time.monotonic() - begin}\n")
-    return read_seconds(file)
+    return read_seconds(file) if known else None
 
 
 def run_all(plan: Mapping[int, Sequence[Stage]]) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 import statistics
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ COUNTS = ("tokens", "tries")  # the others are shares
 
 
 def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any], *, docs: bool) -> None:
-    """Writes and prints what came out. `plan`: each seed's stages; `facts`: for the page of the docs."""
+    """Writes and prints what came out. `plan`: each seed's stages; `facts`: how it was run, and for how long."""
     found = measurements(plan)
     rows = table(found)
     text = aligned(rows)
@@ -60,9 +61,17 @@ def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any
 
 
 def duration(facts: Mapping[str, Any]) -> str:
-    """How long it took, as a sentence."""
-    students = f", and {facts['students']} minutes more for the students" if facts["students_work"] else ""
-    return f"It took {facts['path']} minutes on {facts['cores']} cores{students}"
+    """How long it took, as far as that is known, in sentences."""
+    jobs, cores = facts["jobs"], facts["cores"]
+    work = facts["path_work"] + facts["students_work"]
+    where = f"{cores} core{'s' * (cores > 1)}"
+    machine = f"with whatever else the machine did; {jobs} run at a time, on {where}."
+    parts = [f"The times of its stages add up to {work} minutes, {machine}"]
+    if facts["path"] is not None:
+        parts.append(f"All took {facts['path']} minutes.")
+    if facts["students_work"] and facts["students"] is not None:
+        parts.append(f"The students took {facts['students']} minutes more.")
+    return " ".join(parts)
 
 
 def minutes(plan: Mapping[int, Sequence[Any]], *, students: bool) -> int:
@@ -142,8 +151,8 @@ def write_docs(
     command = shlex.join(["python", "examples/reasoning.py", *(arg for arg in sys.argv[1:] if "fresh" not in arg)])
     table = "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]))
     text = TEXT.format(
-        **facts, took=duration(facts), work=facts["path_work"] + facts["students_work"], table=table, example=example,
-        command=command, commands=commands, seeds=len(plan),
+        **facts, took=textwrap.fill(duration(facts), 125), table=table, example=example, command=command,
+        commands=commands, seeds=len(plan),
     )  # fmt: skip
     write_text(DOCS / "reasoning.md", text)
 
@@ -158,8 +167,8 @@ numbers, each used once. This page was written by
 {command}
 ```
 
-for {seeds} seeds: other models, data and samples each. {took}, with whatever else the machine did. The times of its
-stages, of which {jobs} run at a time, add up to {work} minutes.
+for {seeds} seeds: other models, data and samples each.
+{took}
 
 ## Held-out problems
 

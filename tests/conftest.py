@@ -32,7 +32,7 @@ def own_garbage():
     gc.unfreeze()
 
 
-# Two runs, one after the other: the first writes the ids of what it has passed, the second leaves those out.
+# Two runs, one after the other: the first writes the ids of what it has passed, the second leaves those out, GROWS apart.
 WRITTEN, READ = (os.environ.get(f"DSV3_PASSED_{way}") for way in ("TO", "FROM"))
 passed: list[str] = []
 

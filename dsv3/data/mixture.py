@@ -2,7 +2,8 @@
 
 A source is an endless stream of tokens, one epoch after another (`stream.py` says in which order). It is cut into rows of
 T tokens, rows are shuffled within groups of about `group_tokens`, and no group reaches over the end of an epoch by more than
-its last row, which stays last. So every token of an epoch is a target once before any is a second time.
+its last row, which stays last. So every token of an epoch is a target once before any is a second time;
+when T changes, what is left of a group is skipped until the next epoch.
 
 The B rows of a step go to the sources by systematic sampling: with cumulative weights c and a number u in [0, 1) of the
 step, source i gets ceil(B·c[i] - u) - ceil(B·c[i-1] - u) rows, which is within one row of its weight. The u of successive
@@ -59,7 +60,7 @@ class InputState(NamedTuple):
       seq_len: of the last one; 0 before the first.
       taken: by source, tokens of its stream before the group that is being drawn from.
       used: by source, rows of that group that were drawn.
-      left_out: tokens that no row will have, as `seq_len` changed inside of a group.
+      left_out: tokens that no row has until their next epoch, as `seq_len` changed inside of a group.
     """
 
     steps: int
@@ -87,7 +88,7 @@ class MixtureUse(NamedTuple):
     """What a run draws from a mixture.
 
     Attributes:
-      steps: of the run. left_out: tokens that no row has, see `InputState`.
+      steps: of the run. left_out: tokens that were skipped, see `InputState`.
       tokens: by source. epochs: by source, of its own.
     """
 

@@ -36,8 +36,8 @@ class Batch(NamedTuple):
 
     Args:
       tokens: [B, T + 1] int32.
-      weights: [B, T] float32; 1 for a target that counts, 0 for one that another row counts. Only the last
-        row of a `Packed` has zeros, and a row that fills up an evaluation batch.
+      weights: [B, T] float32; 1 for a target that counts, 0 for one that another row counts. Only the last row of
+        a `Packed` has zeros, and a row that fills up an evaluation batch; `passkey_rows` has other numbers.
     """
 
     tokens: np.ndarray

@@ -80,13 +80,14 @@ def run_all(folder, cases):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    """Of a case that only reads, and of bad input."""
     cases = {"prepared": CASES["prepared"]} | {case: arguments for case, (arguments, _) in BAD.items()}
     return run_all(tmp_path_factory.mktemp("speed"), cases)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Of the case that trains, too."""
+    """Of the case that trains."""
     return run_all(tmp_path_factory.mktemp("trained"), {"made up": CASES["made up"]})
 
 

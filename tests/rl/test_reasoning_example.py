@@ -63,6 +63,40 @@ except ValueError as error:
 except KeyboardInterrupt:
     print("interrupted")
 """
+TIMES = """
+import json, pathlib, time
+import hush, reasoning, reasoning_report
+from reasoning_stages import Stage
+
+here, told = pathlib.Path.cwd(), []
+plan = {0: [Stage("a", here / "a", "a", {}), Stage("b", here / "b", "b", {})]}
+
+def run(*done, fails=False):
+    def run_all(plan):
+        time.sleep(0.1)
+        for name in done:
+            (here / name).mkdir()
+            (here / name / ".done").touch()
+        if fails:
+            raise ValueError
+    return run_all
+
+def timed(work):
+    reasoning.run_all = work
+    try:
+        told.append(reasoning.run_timed(here / "path.seconds", plan))
+    except ValueError:
+        told.append(float((here / "path.seconds").read_text()))
+
+for work in (run("a", fails=True), run("b"), run()):
+    timed(work)
+(here / "path.seconds").unlink()
+timed(run())
+facts = {"jobs": 1, "cores": 1, "path_work": 3, "students_work": 2, "path": None, "students": None}
+told.append(reasoning_report.duration(facts))
+told.append(reasoning_report.duration(facts | {"path": 4, "students": 5, "cores": 2}))
+print(json.dumps(told))
+"""
 PRINT = """
 import json, pathlib
 import hush, reasoning
@@ -118,6 +152,15 @@ def test_every_stage_begins_with_one_that_is_done(tmp_path):
         out = flags["out"]
         made |= {out, f"{out}/export", f"{out}/tokenizer", f"{out}/rows.jsonl"}
         assert (ROOT / command[1]).exists() and flags["seed"] == "3"
+
+
+def test_times_of_several_commands_add_up(tmp_path):
+    (told,) = python(TIMES, folder=tmp_path)
+    first, both, again, unknown, short, long = told
+    assert 0.1 <= first < 0.2 <= both and again == both, "nothing was left for the third"
+    assert unknown is None, "who kept no time does not know it"
+    assert short.startswith("The times of its stages add up to 5 minutes") and short.endswith("on 1 core.")
+    assert long.endswith("on 2 cores. All took 4 minutes. The students took 5 minutes more.")
 
 
 def test_bad_input_is_one_line(tmp_path):

@@ -125,7 +125,6 @@ STORED = [
 ]
 
 
-@GROWS
 @pytest.mark.parametrize(("fields", "axes", "rules", "policy"), STORED)
 def test_however_parameters_are_stored_and_computed(fields, axes, rules, policy):
     """Without ZeRO, by odd rules, with other kernels and recomputation."""

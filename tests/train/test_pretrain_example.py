@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 import dsv3
 from dsv3.data import load_tokenizer, save_tokenizer, train_tokenizer
+from dsv3.data.passkey import passkey_form
 from dsv3.pretrained import load_pretrained
 from dsv3.train.checkpoint import checkpoint_step, list_checkpoints
 from dsv3.train.loop import LoopResult
@@ -212,6 +213,7 @@ BAD = {
     "unknown recipe": (["--fp8=e3m4"], "flag --fp8=e3m4"),
     "shares of one size": (["--batch_multiple=2"], "--batch_multiple is given, but --plan=cosine, want --plan=paper or"),
     "unknown moments": (["--moment_dtype=float16"], "flag --moment_dtype=float16"),
+    "no weight": (["--passkey=0.5", "--passkey_weight=nan"], "--passkey_weight is nan, want a number"),
     "two wishes": (["--fresh", "--noresume"], "--fresh and --noresume are both given"),
 }
 
@@ -242,6 +244,31 @@ def test_bad_input_is_one_line(pretrain, corpus, bad_files, tmp_path, what):
     assert lines[0].startswith("pretrain: ")
     assert re.search(message, lines[0]), lines[0]
     assert not (tmp_path / "run" / "run.json").exists(), "the same folder takes the corrected command"
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_keys_count_more_in_each_micro_batch(pretrain, corpus, tmp_path, ahead):
+    """And other tokens once; a run without exercises has no such setting."""
+    same = [f"--corpus={corpus}", *SMALL, "--seq_len=96", "--accumulate=2", f"--read_ahead={ahead}"]
+    setup = prepared(pretrain, *same, "--passkey_weight=3", f"--out={tmp_path / 'plain'}")
+    assert "passkey_weight" not in json.loads((tmp_path / "plain" / "run.json").read_text())
+    with flagsaver.flagsaver():
+        argv = ["pretrain.py", *same, "--passkey=1", f"--out={tmp_path / 'run'}"]
+        setup = pretrain.prepare(pretrain.parse_flags(argv))
+        feed = sys.modules["pretrain_train"].make_feed(setup)(None, 0)
+        with contextlib.closing(feed):
+            tokens, weights, *_ = next(feed)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["passkey_weight"] == 8
+    assert tokens.shape == (2, 2, 97) and weights.shape == (2, 2, 96)
+    form, keys = passkey_form(setup.data.tokenizer), 0
+    asked, key = list(form.asked), len(form.key(0))
+    for row, weight in zip(tokens.reshape(-1, 97).tolist(), weights.reshape(-1, 96)):
+        want = np.ones(97)
+        for at in range(len(asked), 97):
+            if row[at - len(asked) : at] == asked:
+                want[at : at + key], keys = 8, keys + 1
+        np.testing.assert_array_equal(weight, want[1:])
+    assert keys > 0
 
 
 def prepared(pretrain, *arguments):

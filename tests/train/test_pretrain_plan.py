@@ -193,6 +193,21 @@ def test_contexts_behind_a_training_keep_their_batches_too(pretrain, data, tmp_p
     assert prepared(pretrain, *same)[0] == want == prepared(pretrain, *same, "--mesh=expert:2")[0]
     code, lines = refused(pretrain, [*same, "--mesh=data:4"])
     assert code == 2 and "stage 'context 32x' are multiples of 2, want of 4" in lines[0]
+    assert lines[0].endswith(" begins with --batch_multiple=4"), "stages of contexts round up, whatever --batch_size is"
+
+
+def test_rows_are_shuffled_in_small_groups_where_skipping_the_rest_would_end_a_source(pretrain, data, tmp_path):  # noqa: F811
+    """Lengths change in a plan, and `verse` may give few epochs."""
+    cases = {"cosine": [*SHORT, "--epochs=verse:90"], "free": PLAN, "limited": [*PLAN, "--epochs=verse:90"]}
+    found = {}
+    for name, arguments in cases.items():
+        with flagsaver.flagsaver():
+            argv = ["pretrain.py", f"--data={data}", *arguments, f"--out={tmp_path / name}"]
+            found[name] = pretrain.prepare(pretrain.parse_flags(argv)).data
+    verse = found["free"].sources["verse"].tokens
+    assert {name: of.mixture.group_tokens for name, of in found.items()} == {
+        "cosine": 2**20, "free": 2**20, "limited": verse // 8
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(not MORE, reason="a long case")

@@ -398,6 +398,14 @@ def test_the_plan_stands_once():
     assert TrainSchedule.__dataclass_fields__.keys() >= set(CURVES)
 
 
+def test_the_smallest_batch_of_each_stage():
+    rate = (Piece(100, 1e-3, 1e-3),)
+    sizes = (Piece(40, 2, 6, "linear"), Piece(60, 6, 6), Piece(80, 3, 3))  # a ramp inside of a stage; none for the last one
+    stages = (Stage("a", 50, 4), Stage("b", 70, 4), Stage("c", 100, 4))
+    found = TrainSchedule(rate, sizes, rate, rate, rate, stages).least_sizes
+    assert found == (2, 3, 3) and TrainSchedule(rate, sizes[1:], rate, rate, rate, stages[:1]).least_sizes == (6,)
+
+
 def test_each_stage_may_have_its_own_multiple():
     given = {"tokens": 2_000_000, "batch_size": 32, "seq_len": 64, "learning_rate": 3e-3, "context_steps": 2}
     plan = scale_schedule(PAPER_SCHEDULE, **given, batch_multiple=[8, 1, 1])

@@ -41,8 +41,8 @@ CASES = [
 
 
 @functools.cache
-def on_one_device():
-    return gradients(CFG, None, *batch())
+def on_one_device(model):
+    return gradients(MODELS[model][0], None, *batch(model))
 
 
 def on_a_mesh(axes, schedule, nodes, dtype, model, times=1):
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_one_device(case, tmp_path):
     run_clients(clients, "tests/train/run_step.py", [tmp_path, devices, axes, schedule, nodes, dtype, model])
     got = np.load(tmp_path / "step.npz")
     inside, here = on_a_mesh(axes, schedule, nodes, dtype, model) if devices * clients <= 4 else (None, None)
-    want, ref = on_one_device() if dtype == "float32" else (inside, here)
+    want, ref = on_one_device(model) if dtype == "float32" else (inside, here)
     assert_close(got["loss"], ref.loss)
     for path, leaf in tree.items(want):
         assert_close(got[path], leaf, 1e-5, path)
