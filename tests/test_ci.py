@@ -4,7 +4,6 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-WAITING = {"tests/rl/test_reasoning_example.py"}  # until its long case is shorter
 
 
 def test_files_with_long_cases_are_run_with_them():
@@ -14,4 +13,4 @@ def test_files_with_long_cases_are_run_with_them():
         if re.search(r"^from tests\.more import ", path.read_text(encoding="utf-8"), re.M)
     }  # fmt: skip
     assert len(listed) == len(set(listed)) > 20 and all((ROOT / name).exists() for name in listed)
-    assert users - set(listed) <= WAITING
+    assert users <= set(listed)
