@@ -1,4 +1,4 @@
-"""The recipe of reasoning: its commands, what it refuses, and a short run of every stage, too short to learn much."""
+"""The recipe of reasoning: its commands, what it refuses, and a short run of a seed, too short to learn much."""
 
 import json
 import os
@@ -15,9 +15,8 @@ from tests.more import LONG
 
 ROOT = Path(__file__).parents[2]
 SHORT = [  # fewer steps of pretraining leave too few right answers to learn from, even of two numbers
-    "--seeds=1", "--students=1", "--level=pair", "--texts=5000", "--pretrain_steps=600", "--worked=60", "--cold_epochs=12",
-    "--explorations=2", "--max_new_tokens=64", "--asked=0", "--traces=4", "--trace_epochs=4", "--student_epochs=4",
-    "--measured=15", "--out=out",
+    "--seeds=1", "--nozero", "--level=pair", "--texts=5000", "--pretrain_steps=600", "--worked=60", "--cold_epochs=12",
+    "--explorations=2", "--max_new_tokens=64", "--asked=0", "--traces=4", "--trace_epochs=4", "--measured=15", "--out=out",
 ]  # fmt: skip
 STAGES = "pretrain sft grpo traces sft2 zero student student_sft student_grpo teacher_traces student_traces student_logits"
 DATA = ("texts.jsonl", "worked.jsonl", "problems.jsonl", "heldout.jsonl", "student.json", "template.jinja")
@@ -220,14 +219,14 @@ def short(tmp_path_factory):
 
 
 @LONG
-def test_all_stages_run(short):
+def test_the_stages_of_one_seed_run(short):
     folder, out = short
     found = {name: rows[0]["accuracy"] for name, rows in json.loads((folder / "out" / "results.json").read_text()).items()}
-    assert set(found) == {name for name in STAGES if "traces" not in name} | {"student_traces"}
+    assert set(found) == {"pretrain", "sft", "grpo", "sft2"}
     assert all(0 <= accuracy <= 1 for accuracy in found.values())
     table = (folder / "out" / "table.txt").read_text()
     assert table in out and len(table.splitlines()) == len(found) + 1
-    for name in STAGES:
+    for name in STAGES[:5]:
         assert f" seed 0 {name}: python examples/" in out
     assert (folder / "out" / "plots" / "reasoning.png").stat().st_size > 10_000
     assert "An answer that corrects itself" in (folder / "out" / "report.html").read_text()
