@@ -239,7 +239,7 @@ def test_what_is_done_is_not_done_again(short):
     assert code == 0 and "python examples/" not in again, err
     assert (folder / "out" / "table.txt").read_text() in again
     code, _, err = call(folder, *SHORT, "--explorations=7")
-    assert code == 2 and "--explorations is 7, but 'out' was begun with 3" in err
+    assert code == 2 and "--explorations is 7, but 'out' was begun with 2" in err
 
 
 @LONG
