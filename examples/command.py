@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sys
@@ -14,6 +15,7 @@ from absl import flags
 from dsv3.checks import check
 from dsv3.data import Document, chunk_documents
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest size of a file
 MANY, PIECE = 100, 65536  # documents that are held out whole; characters of a piece of a long one
 
 
@@ -41,9 +43,9 @@ def failure_line(program: str) -> Callable[[object, int], int]:
 
 
 def what_failed(error: ValueError | OSError, out: str | os.PathLike) -> str:
-    """What an error says; one of the system that names no file, as of a full disk, is told with the folder of the output."""
-    bare = isinstance(error, OSError) and error.errno is not None and error.filename is None
-    return f"cannot write in {str(out)!r} ({error.strerror})" if bare else str(error)
+    """What an error says; where a disk is full and the system names no file, it is told with the folder of the output."""
+    full = isinstance(error, OSError) and error.errno in FULL and error.filename is None
+    return f"cannot write in {str(out)!r} ({error.strerror})" if full else str(error)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
