@@ -7,6 +7,7 @@ import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -122,6 +123,14 @@ def check_fresh(out: Path, saved: Any, program: str, inputs: Mapping[str, str | 
         files = [one for one in path.iterdir() if one.is_file()] if path.is_dir() else []  # which may be links
         inside = any(one.resolve().is_relative_to(home) for one in (path, *files))
         check(not inside, f"--fresh would delete --{flag} {value!r}, which lies in --out {str(out)!r}; want another --out")
+
+
+def read_time(text: str | None, where: object) -> datetime | None:
+    """The moment that a chat template is told, the same in all parts of a run: when the run was begun."""
+    try:
+        return None if text is None else datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"the `time` of {where} is {text!r}, want one such as 2025-01-31T12:00:00") from None
 
 
 def cut_corpus(source: Iterable[Document]) -> list[Document]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -79,18 +81,20 @@ def read_questions(path: str, kind: str) -> list[Question]:
 
 
 def make_tasks(
-    questions: Sequence[Question], tokenizer: Tokenizer, template: str, turn_template: str, chat: str | None = None
-) -> list[Task]:
+    questions: Sequence[Question], tokenizer: Tokenizer, template: str, turn_template: str, chat: str | None = None,
+    time: datetime | None = None,
+) -> list[Task]:  # fmt: skip
     """Returns what the loop needs of each question.
 
     Args:
       questions: see `Question`.
       tokenizer: the model's. What it puts first, as the begin-of-sentence token, comes before the first turn alone.
       template, turn_template: text around the first turn and later ones, with `{question}`.
-      chat: a checkpoint directory, whose chat template asks instead.
+      chat: a checkpoint directory, whose chat template asks instead. time: the moment that it is told; None: the present.
     """
     if chat is not None:
-        return chat_tasks(questions, chat_codec(tokenizer, find_chat_template(chat, tokenizer)))
+        found = dataclasses.replace(find_chat_template(chat, tokenizer), time=time)
+        return chat_tasks(questions, chat_codec(tokenizer, found))
     for name, value in (("template", template), ("turn_template", turn_template)):
         check("{question}" in value, f"--{name} is {value!r}, want a text with {{question}} in it")
     tasks = []

@@ -8,11 +8,12 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from command import check_fresh, lock_folder, say, write_text
+from command import check_fresh, lock_folder, read_time, say, write_text
 from grpo_problems import (
     LANGUAGE,
     answer_ends,
@@ -42,14 +43,14 @@ RUN_FILE = "run.json"
 PARTS = (*"checkpoints tensorboard plots export".split(), *"log.jsonl trouble.jsonl report.html".split(), RUN_FILE)
 # Flags that decide the numbers of a run; the others may change from one part of it to the next.
 DECIDING = (
-    "model problems_format made digits heldout chat template turn_template lr weight_decay clip_norm mtp_weight "
-    "balance_weight bias_rate dtype speculative"
+    "model problems_format made digits heldout chat template turn_template lr lr_end warmup_steps weight_decay clip_norm "
+    "mtp_weight balance_weight bias_rate dtype speculative"
 ).split()
 EXPLORING = (
     "prompts group_size max_new_tokens temperature seed minibatches epochs rows std eps skip_saturated max_draws truncated "
     "old replay reference_every"
 ).split()
-FREE = ("explorations", "measure_every")  # settings that a run may change when it goes on
+FREE = ("explorations", "measure_every")  # settings that a run may change when it goes on, the first without --lr_end
 LOSS = ("clip_low", "clip_high", "dual_clip", "kl", "kl_weight", "average")
 
 
@@ -86,6 +87,7 @@ def prepare(argv: Sequence[str]) -> Setup:
     take_recipe()
     never = FLAGS.reference_every and not FLAGS.kl_weight
     check(not never, f"--reference_every {FLAGS.reference_every}, but with --kl_weight 0 there is no reference")
+    check_rate()
     stop = [unescaped(text) for text in FLAGS.stop]
     settings = GrpoSettings(**{name: FLAGS[name].value for name in (*EXPLORING, *FREE)}, stop=stop)
     cfg = ModelConfig.from_hf(FLAGS.model)
@@ -101,7 +103,9 @@ def prepare(argv: Sequence[str]) -> Setup:
     options.check()
     named = FLAGS.reward or ["accuracy:1" if FLAGS.problems else "number:1"]
     reward = read_rewards(named, tokenizer=tokenizer, max_new_tokens=settings.max_new_tokens, threads=FLAGS.reward_threads)
-    tasks, heldout = split_tasks(*make_all_tasks(tokenizer), settings)
+    saved = None if FLAGS.fresh else read_run(Path(FLAGS.out))
+    time = saved.get("time") if isinstance(saved, dict) else datetime.now().isoformat()
+    tasks, heldout = split_tasks(*make_all_tasks(tokenizer, read_time(time, RUN_FILE)), settings)
     ends = answer_ends(cfg.eos_ids, tokenizer, FLAGS.model if FLAGS.chat else None)
     settings = dataclasses.replace(settings, stop_tokens=ends)
     prompts = [task.prompt(i) for i, task in enumerate([*tasks, *heldout])]
@@ -109,12 +113,30 @@ def prepare(argv: Sequence[str]) -> Setup:
     check_references([*tasks, *heldout], reward)
     loss = {name: FLAGS[name].value for name in LOSS} | {"length": loss_length(settings)}
     agreed = {name: FLAGS[name].value for name in (*DECIDING, *EXPLORING, *LOSS, *LANGUAGE, "stop")}
-    agreed |= {"program": "grpo", "reward": named, "problems": digest([*tasks, *heldout])}
+    if FLAGS.lr_end is not None:
+        agreed["explorations"] = settings.explorations  # it decides the learning rate of each step
+    agreed |= {"program": "grpo", "time": time, "reward": named, "problems": digest([*tasks, *heldout])}
     out = claim_folder(Path(FLAGS.out), agreed)
     say(f"model {FLAGS.model}: {cfg.num_layers} layers, {cfg.moe.router.num_experts} experts, {cfg.num_mtp_layers} MTP")
     first = f"{tasks[0].text!r:.70}, {tasks[0].reference!r:.40}"
     say(f"problems: {len(tasks)} to train on, {len(heldout)} held out; the first: {first}")
     return Setup(cfg, tokenizer, policy, out, settings, loss, tasks, heldout, reward, options, agreed)
+
+
+def check_rate() -> None:
+    """Checks the flags of the learning rate."""
+    for name in ("lr", "lr_end"):
+        value = FLAGS[name].value
+        check(value is None or math.isfinite(value), f"--{name} is {value}, want a number")
+    last = FLAGS.lr if FLAGS.lr_end is None else FLAGS.lr_end
+    check(last <= FLAGS.lr, f"--lr is {FLAGS.lr:g} and --lr_end {last:g}, want at most --lr")
+    warm, steps = FLAGS.warmup_steps, optimizer_steps()
+    check(warm < steps, f"--warmup_steps is {warm}, want fewer than all steps of the optimiser, which are {steps}")
+
+
+def optimizer_steps() -> int:
+    """Steps of the optimiser in all explorations."""
+    return FLAGS.explorations * FLAGS.epochs * FLAGS.minibatches
 
 
 def take_recipe() -> None:
@@ -135,14 +157,14 @@ def loss_length(settings: GrpoSettings) -> int | None:
     return settings.max_new_tokens if FLAGS.average == "fixed" else None
 
 
-def make_all_tasks(tokenizer: Tokenizer) -> tuple[list[Task], list[Any]]:
-    """The problems of the flags, in the order of the file or of the seed, and their questions' keys."""
+def make_all_tasks(tokenizer: Tokenizer, time: datetime | None) -> tuple[list[Task], list[Any]]:
+    """The problems of the flags, in the order of the file or of the seed, asked at a moment, and their questions' keys."""
     if FLAGS.problems:
         questions = read_questions(FLAGS.problems, FLAGS.problems_format)
     else:
         questions = made_up_sums(FLAGS.made, FLAGS.digits, FLAGS.seed)
     chat = FLAGS.model if FLAGS.chat else None
-    tasks = make_tasks(questions, tokenizer, unescaped(FLAGS.template), unescaped(FLAGS.turn_template), chat)
+    tasks = make_tasks(questions, tokenizer, unescaped(FLAGS.template), unescaped(FLAGS.turn_template), chat, time)
     return tasks, [question.key for question in questions]
 
 

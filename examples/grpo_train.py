@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 from absl import flags
-from grpo_setup import Setup, every, say
+from grpo_setup import Setup, every, optimizer_steps, say
 
 from dsv3 import adamw
 from dsv3.pretrained import load_pretrained
@@ -21,6 +21,7 @@ from dsv3.train.optim import Optimizer
 from dsv3.train.progress import stop_on_signals
 from dsv3.train.records import RunLog
 from dsv3.train.saving import BackgroundSaver
+from dsv3.train.schedule import Curve, Piece, curve_schedule
 from dsv3.train.step import train_state
 
 FLAGS = flags.FLAGS
@@ -60,8 +61,17 @@ def train(setup: Setup) -> GrpoResult:
 
 
 def make_optimizer() -> Optimizer:
-    """AdamW as the flags say."""
-    return adamw(FLAGS.lr, weight_decay=FLAGS.weight_decay, clip_norm=FLAGS.clip_norm or None)
+    """AdamW as the flags say; its learning rate follows from the steps that it has taken."""
+    rate = curve_schedule(rate_curve(optimizer_steps()))
+    how = {"weight_decay": FLAGS.weight_decay, "clip_norm": FLAGS.clip_norm or None}
+    return adamw(rate, schedule_unit="updates", **how)
+
+
+def rate_curve(steps: int) -> Curve:
+    """Linear warm-up, then a cosine to --lr_end, or --lr as it is."""
+    warm = (Piece(FLAGS.warmup_steps, 0.0, FLAGS.lr, "linear"),) if FLAGS.warmup_steps else ()
+    last = FLAGS.lr if FLAGS.lr_end is None else FLAGS.lr_end
+    return (*warm, Piece(steps, FLAGS.lr, last, "cosine"))
 
 
 def make_worker(setup: Setup, stack: contextlib.ExitStack) -> Any:

@@ -16,9 +16,10 @@ With --students a smaller student follows, of as many of the seeds, on the same 
   student         pretrain.py
   student_sft     sft.py: the worked solutions
   student_grpo    grpo.py: rewards alone
-  student_traces  sft.py on the pretrained student: right answers of the teacher, which is sft2
-  student_logits  distill.py on the pretrained student: the teacher's distributions on the same answers
-  student_policy  distill.py --on_policy: the teacher's distributions on the student's own answers
+  student_traces  sft.py on the pretrained student: the same answers of the teacher that sft2 has learned
+  student_logits  distill.py on the pretrained student: the distributions of sft2 on these answers
+  student_policy  distill.py --on_policy after that: the distributions of sft2 on the student's own answers
+  student_both    grpo.py after student_logits: rewards
 
 After each, solve.py measures the model on held-out problems, whose numbers no text for training has. All is repeated with
 --seeds other models, data and samples. In --out are a folder for each seed with its stages, table.txt, results.json, plots,
@@ -80,15 +81,15 @@ flags.DEFINE_integer("texts", 80_000, "Documents to pretrain on.", 100)
 flags.DEFINE_integer("pretrain_steps", 5000, "Steps of pretraining, of 8 sequences of 256 tokens.", 1)
 flags.DEFINE_integer("worked", 128, "Worked solutions of the cold start.", 8)
 flags.DEFINE_float("cold_epochs", 5.0, "How often they are learned.")
-flags.DEFINE_integer("explorations", 140, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
+flags.DEFINE_integer("explorations", 130, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
 flags.DEFINE_float("rl_lr", 3e-4, "Its learning rate.")
-flags.DEFINE_float("rl_lr_end", 3e-5, "Learning rate at the end of on-policy distillation.")
+flags.DEFINE_float("rl_lr_end", 3e-5, "Learning rate at its end.")
 flags.DEFINE_float("kl_weight", 0.01, "Weight of the divergence from where it began.", 0.0)
 flags.DEFINE_integer("max_new_tokens", 192, "Tokens of an answer at most.", 16)
-flags.DEFINE_integer("asked", 600, "Problems to learn from whose answers are sampled for the second fine-tuning; 0: all.", 0)
+flags.DEFINE_integer("asked", 0, "Problems to learn from whose answers are sampled for the second fine-tuning; 0: all.", 0)
 flags.DEFINE_integer("traces", 4, "Right answers to each of them that it learns, of twice as many samples.", 1)
-flags.DEFINE_float("trace_epochs", 2.0, "How often.")
-flags.DEFINE_float("student_epochs", 3.0, "How often a student learns the teacher's answers.")
+flags.DEFINE_float("trace_epochs", 1.0, "How often.")
+flags.DEFINE_float("student_epochs", 4.0, "How often a student learns the teacher's answers.")
 flags.DEFINE_integer("measured", 250, "Held-out problems that are measured, by four answers to each; 0: all.", 0)
 FREE = ("out", "fresh", "seeds", "students", "jobs", "write_docs")  # what may change when a command goes on
 

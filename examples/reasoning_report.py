@@ -25,14 +25,16 @@ SHOWN = {
     "pretrain": "pretrained", "sft": "cold start", "grpo": "GRPO", "sft2": "second fine-tuning",
     "zero": "GRPO, no cold start", "student": "student, pretrained", "student_sft": "student, cold start",
     "student_grpo": "student, GRPO", "student_traces": "student, teacher's answers",
-    "student_logits": "student, teacher's logits", "student_policy": "student, on-policy",
+    "student_logits": "student, teacher's logits", "student_policy": "student, logits, on-policy",
+    "student_both": "student, logits, GRPO",
 }  # fmt: skip
 PATH = ("pretrain", "sft", "grpo", "sft2")
 COLUMNS = {
     "accuracy": "accuracy", "tokens": "tokens", "checked": "checks", "tries": "tries", "tried_again": "rejects a try",
     "right_after_rejecting": "then right", "corrected": "corrected", "misjudged": "misjudged", "wrong_steps": "wrong steps",
+    "seconds": "seconds",
 }  # fmt: skip
-COUNTS = ("tokens", "tries")  # the others are shares
+COUNTS = {"tokens": 1, "tries": 1, "seconds": 0}  # with so many decimals; the others are shares
 
 
 def report(out: Path, plan: Mapping[int, Sequence[Any]], facts: Mapping[str, Any], *, docs: bool) -> None:
@@ -82,22 +84,24 @@ def minutes(plan: Mapping[int, Sequence[Any]], *, students: bool) -> int:
 
 
 def measurements(plan: Mapping[int, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Stage → what was measured, a seed each."""
+    """Stage → what was measured and the seconds that its training took, a seed each."""
     found: dict[str, list[dict[str, Any]]] = {}
     for stages in plan.values():
+        took = {stage.name: json.loads(stage.done.read_text())["seconds"] for stage in stages}
         for stage in stages:
             if stage.measures is not None:
-                found.setdefault(stage.measures, []).append(json.loads((stage.folder / "results.json").read_text()))
+                results = json.loads((stage.folder / "results.json").read_text())
+                found.setdefault(stage.measures, []).append(results | {"seconds": took[stage.measures]})
     return found
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, ...]]:
     """A line for each stage: means over seeds, and accuracies of each."""
     rows = [("held-out problems", *COLUMNS.values(), "accuracy by seed")]
-    for name, results in found.items():
+    for stage, results in found.items():
         means = {column: statistics.fmean(result[column] for result in results) for column in COLUMNS}
-        cells = (f"{value:.1f}" if column in COUNTS else f"{value:.1%}" for column, value in means.items())
-        rows.append((SHOWN[name], *cells, " ".join(f"{result['accuracy']:.1%}" for result in results)))
+        cells = (f"{value:.{COUNTS[name]}f}" if name in COUNTS else f"{value:.1%}" for name, value in means.items())
+        rows.append((SHOWN[stage], *cells, " ".join(f"{result['accuracy']:.1%}" for result in results)))
     return rows
 
 
@@ -181,7 +185,8 @@ are drawn at temperature 0.6, that of DeepSeek-R1's evaluation; those to learn f
 `checks`: share of answers whose thinking has a try, a line that ends in `yes` or `no`; `tries`: how many an answer has.
 `rejects a try`: share of answers with a `no`; `then right`: of those, the share that ends with a right answer; `corrected`:
 share of all answers that reject a try and end right. `misjudged`: tries whose last value is the target and that say `no`, or
-the reverse. `wrong steps`: sums of two numbers that are wrong.
+the reverse. `wrong steps`: sums of two numbers that are wrong. `seconds`: of this stage's training, with the start of its
+program.
 
 ![accuracy, rewards and lengths](reasoning.png)
 
@@ -202,10 +207,11 @@ An answer that corrects itself:
 6. **Without a cold start**: GRPO from the pretrained model, asked as conversations are written in its text (R1-Zero).
 
 With `--students` a **student** of two thirds of the width and a layer less is pretrained on the same text. It learns from
-the worked solutions (cold start) and then from rewards alone (GRPO), as the teacher did; or, from the pretrained student,
-the right answers of the teacher after its second fine-tuning as text (`sft.py`), or the teacher's distribution of each token
-of them (`distill.py`); and after that the teacher's distributions on its own answers (`distill.py --on_policy`). See
-`docs/distillation.md`.
+the worked solutions (cold start) and then from rewards alone (GRPO), as the teacher did. Or the pretrained student learns
+what the teacher's second fine-tuning has learned, as DeepSeek-R1's students did: the teacher's right answers as text
+(`sft.py`), or the distribution of each token of them that the teacher has after that fine-tuning (`distill.py`). The second
+goes on with half as many explorations as GRPO by itself has: with the teacher's distributions on the student's own answers
+(`distill.py --on_policy`), or with rewards (GRPO). See `docs/distillation.md`.
 
 The commands of the first seed:
 

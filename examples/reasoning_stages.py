@@ -120,15 +120,15 @@ def make_stages(folder: Path, seed: int) -> list[Stage]:
 
 
 def make_student_stages(folder: Path, seed: int) -> list[Stage]:
-    """What a smaller student learns from worked solutions, by itself, and in three ways from the end of `make_stages`."""
+    """What a smaller student learns from worked solutions, by itself, and in four ways from the end of `make_stages`."""
     make = Maker(folder, seed)
     teacher = {"teacher": folder / "sft2" / "export"}
     small = {"config": folder / "student.json", "tokenizer": folder / "pretrain" / "tokenizer"}
-    copied = make.traced | make.template | {"data": folder / "teacher_traces" / "rows.jsonl", "epochs": FLAGS.student_epochs}
-    copied |= {"lr": 5e-4, "lr_end": 5e-5}
-    own = {"on_policy": True, "problems": folder / "problems.jsonl", "explorations": FLAGS.explorations, "prompts": 256,
-           "max_batch": 256, "max_new_tokens": FLAGS.max_new_tokens, "lr": FLAGS.rl_lr, "lr_end": FLAGS.rl_lr_end,
-           "heldout": 0.1, "eval_every": 0, "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
+    copied = make.traced | make.template | {"epochs": FLAGS.student_epochs, "lr": 1e-3, "lr_end": 5e-5}
+    half = {"explorations": max(1, FLAGS.explorations // 2)}  # of those that GRPO has, which begins from less
+    own = {"on_policy": True, "problems": folder / "problems.jsonl", "prompts": 256, "max_batch": 256,
+           "max_new_tokens": FLAGS.max_new_tokens, "lr": FLAGS.rl_lr, "lr_end": FLAGS.rl_lr_end, "heldout": 0.1,
+           "eval_every": 0, "samples": 0, "save_every": 0, "seed": seed}  # fmt: skip
     return [
         make.stage("student", "pretrain", make.pretrain | small),
         make.measured("student", PLAIN),
@@ -136,13 +136,14 @@ def make_student_stages(folder: Path, seed: int) -> list[Stage]:
         make.measured("student_sft"),
         make.stage("student_grpo", "grpo", make.model("student_sft") | make.learn | CHAT),
         make.measured("student_grpo"),
-        make.stage("teacher_traces", "solve", make.model("sft2") | make.kept),
         make.stage("student_traces", "sft", make.model("student") | copied),
         make.measured("student_traces"),
         make.stage("student_logits", "distill", make.model("student") | teacher | copied),
         make.measured("student_logits"),
-        make.stage("student_policy", "distill", make.model("student_logits") | teacher | own),
+        make.stage("student_policy", "distill", make.model("student_logits") | teacher | own | half),
         make.measured("student_policy"),
+        make.stage("student_both", "grpo", make.model("student_logits") | make.learn | CHAT | half),
+        make.measured("student_both"),
     ]
 
 
@@ -161,7 +162,8 @@ class Maker:
         self.cold = tune | {"data": folder / "worked.jsonl", "epochs": FLAGS.cold_epochs, "lr": 1e-3, "lr_end": 1e-4}
         self.traced = {"data": folder / "traces" / "rows.jsonl", "epochs": FLAGS.trace_epochs} | tune
         self.learn = {"problems": folder / "problems.jsonl", "explorations": FLAGS.explorations, "prompts": 16,
-                      "group_size": 16, "rows": 32, "lr": FLAGS.rl_lr, "kl_weight": FLAGS.kl_weight, "heldout": 0,
+                      "group_size": 16, "rows": 32, "lr": FLAGS.rl_lr, "lr_end": FLAGS.rl_lr_end,
+                      "kl_weight": FLAGS.kl_weight, "heldout": 0,
                       "save_every": 0, "measure_every": 10} | self.judged  # fmt: skip
         self.kept = {"problems": folder / "problems.jsonl", "limit": FLAGS.asked, "samples": 2 * FLAGS.traces,
                      "keep": FLAGS.traces}  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
+from command import read_time
 from pretrain_setup import RUN_FILE, agree, claim_folder, delete_run, say, write_run
 from tokenizers import Tokenizer
 
@@ -286,14 +287,6 @@ def model_digest(model: Path) -> str:
             ends = stream.read(EDGE) + (stream.read() if size <= 2 * EDGE else _last(stream, size))
         name.update(f"{file.name} {size} ".encode() + ends)
     return name.hexdigest()
-
-
-def read_time(text: str | None, where: str = RUN_FILE) -> datetime | None:
-    """The moment that the template is told, the same in all parts of a run: when the run was begun."""
-    try:
-        return None if text is None else datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"the `time` of {where} is {text!r}, want one such as 2025-01-31T12:00:00") from None
 
 
 def rows_digest(*parts: PackedDocuments) -> str:

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import grpo_problems
 from absl import app, flags, logging
-from command import aligned, failure_line, flag_parser, lock_folder, say, what_failed, write_text
+from command import aligned, failure_line, flag_parser, lock_folder, read_time, say, what_failed, write_text
 from grpo_problems import (
     LANGUAGE,
     Question,
@@ -52,7 +52,7 @@ from grpo_problems import (
     unescaped,
 )
 from pretrain_setup import checkpoint_digest
-from solve_answers import PART, Answer, add_to_part, conversation, kept_answers, open_part, row, summary
+from solve_answers import PART, Answer, add_to_part, begun_at, conversation, kept_answers, open_part, row, summary
 from tqdm import tqdm
 
 from dsv3.checks import check
@@ -140,14 +140,15 @@ def prepare(argv: Sequence[str]) -> Setup:
     reward = read_rewards(FLAGS.reward, tokenizer=tokenizer, **how)
     questions = read_questions(FLAGS.problems, FLAGS.problems_format)[: FLAGS.limit or None]
     templates = unescaped(FLAGS.template), unescaped(FLAGS.turn_template)
-    tasks = make_tasks(questions, tokenizer, *templates, FLAGS.model if FLAGS.chat else None)
+    moment = begun_at(Path(FLAGS.out))
+    tasks = make_tasks(questions, tokenizer, *templates, FLAGS.model if FLAGS.chat else None, read_time(moment, PART))
     prompts = [task.prompt(number) for number, task in enumerate(tasks)]
     check_prompts(prompts, max_new_tokens=FLAGS.max_new_tokens, max_length=cfg.max_length)
     check_references(tasks, reward)
     lock_folder(Path(FLAGS.out))
     speculative = min(1, cfg.num_mtp_layers) if FLAGS.speculative is None else FLAGS.speculative
     settings = {name: FLAGS[name].value for name in (*DECIDING, *LANGUAGE)} | {"speculative": speculative}
-    settings |= {"program": "solve", "model": checkpoint_digest(FLAGS.model), "problems": digest(tasks)}
+    settings |= {"program": "solve", "time": moment, "model": checkpoint_digest(FLAGS.model), "problems": digest(tasks)}
     done = open_part(Path(FLAGS.out), settings)
     cfg, params, router = load_pretrained(FLAGS.model, dtype=FLAGS.dtype)
     how = {"policy": default_policy().replace(dtype=FLAGS.dtype), "tokenizer": tokenizer, "max_batch": FLAGS.max_batch}

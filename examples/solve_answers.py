@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,16 @@ class Answer(NamedTuple):
         return next(iter(self.parts.values())) >= 1
 
 
+def begun_at(out: Path) -> str | None:
+    """When the answers were begun with which a run goes on; without such, the present."""
+    file = out / PART
+    head = None
+    if file.exists() and not FLAGS.fresh:
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            head = _parsed(lines.readline())
+    return head["settings"].get("time") if _is_head(head) else datetime.now().isoformat()
+
+
 def open_part(out: Path, settings: dict[str, Any]) -> list[Answer]:
     """Begins the file of answers as they come, or goes on with it; returns the answers to problems that have them all.
 
@@ -63,8 +74,7 @@ def open_part(out: Path, settings: dict[str, Any]) -> list[Answer]:
         file.unlink(missing_ok=True)
     if file.exists():
         head, *lines = map(_parsed, file.read_text(encoding="utf-8", errors="replace").split("\n"))
-        good = isinstance(head, dict) and "settings" in head
-        check(good, f"{str(file)!r} does not begin with settings, want it moved away, or --fresh")
+        check(_is_head(head), f"{str(file)!r} does not begin with settings, want it moved away, or --fresh")
         try:
             check_settings(head["settings"], settings, where=f"the answers in {str(file)!r}")
         except ValueError as error:
@@ -87,6 +97,10 @@ def add_to_part(out: Path, answers: Sequence[Answer]) -> None:
 
 def _lines(answers: Sequence[Answer]) -> str:
     return "".join(json.dumps(answer._asdict()) + "\n" for answer in answers)
+
+
+def _is_head(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("settings"), dict)
 
 
 def _parsed(line: str) -> Any:

@@ -17,6 +17,7 @@ from dsv3.typing import Tree
 
 Schedule = Callable[[tf.Tensor], tf.Tensor]
 """A scalar as a function of the tokens seen so far, a float64 scalar: exact up to 2⁵³, where float32 ends at 2²⁴."""
+SCHEDULE_UNITS = ("tokens", "updates")
 
 
 class AdamState(NamedTuple):
@@ -70,6 +71,7 @@ def adamw(
     clip_norm: float | None = 1.0,
     decay_mask: Callable[[str], bool] = decays,
     moment_dtype: tf.DType | str = tf.float32,
+    schedule_unit: str = "tokens",
     fuse: bool = True,
 ) -> Optimizer:
     """AdamW with decoupled weight decay; the defaults are the paper's.
@@ -78,11 +80,12 @@ def adamw(
     `min(1, clip_norm/‖g‖)` over all parameters.
 
     Args:
-      learning_rate: a float, or a schedule of the tokens seen.
+      learning_rate: a float, or a schedule of what `schedule_unit` says.
       b1, b2, eps, weight_decay: see the formula.
       clip_norm: largest global gradient norm, or `None`.
       decay_mask: from a parameter's path to whether it decays; default: all but norms and biases.
       moment_dtype: storage dtype of the moments (the paper: bfloat16).
+      schedule_unit: `"tokens"` seen, or `"updates"` done: for losses on samples, whose tokens nobody knows before.
       fuse: compile each leaf's update as one kernel (not under XLA).
 
     Returns:
@@ -92,6 +95,10 @@ def adamw(
     """
     check(0 <= b1 < 1 and 0 <= b2 < 1, f"adamw: b1={b1} and b2={b2}, want both in [0, 1)")
     check(clip_norm is None or clip_norm > 0, f"adamw: `clip_norm` is {clip_norm}, want > 0 or None")
+    check(
+        schedule_unit in SCHEDULE_UNITS,
+        f"adamw: `schedule_unit` is {schedule_unit!r}, want one of {', '.join(map(repr, SCHEDULE_UNITS))}",
+    )
 
     how = {"b1": b1, "b2": b2, "eps": eps, "fuse": fuse}
     leaf_of = [functools.partial(_adamw_leaf, wd=wd, **how) for wd in (0.0, weight_decay)]  # two functions, for all steps
@@ -106,7 +113,8 @@ def adamw(
     ) -> tuple[Tree, AdamState, OptimStats]:
         want = tree.to_dict(params)
         check_same_tree("adamw.update", "grads", tree.to_dict(grads), want)
-        lr = tf.cast(learning_rate(tokens) if callable(learning_rate) else learning_rate, tf.float32)
+        seen = tokens if schedule_unit == "tokens" else tf.cast(state.count, tf.float64)
+        lr = tf.cast(learning_rate(seen) if callable(learning_rate) else learning_rate, tf.float32)
         scale = tf.constant(1.0) if clip_norm is None else tf.minimum(1.0, clip_norm / (norm + 1e-12))
         count = state.count + tf.cast(take, state.count.dtype)
         steps = tf.cast(state.count + 1, tf.float32)

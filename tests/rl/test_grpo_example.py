@@ -56,8 +56,9 @@ RUN = (
     "--out=run --explorations=3 --prompts=2 --group_size=4 --max_new_tokens=4 --made=30 --heldout=4 --lr=0.01 --kl_weight=0 "
     "--measure_every=0 --eval_every=2 --reward=language:0.5,number:0 --rows=8 --samples=2"
 ).split()
-GOOD = {"ended": RUN, "stopped": RUN, "gone on": RUN}
-QUICK = [*RUN, "--explorations=1"]  # to the end, in a folder where nothing ends it
+TIMED = [*RUN, "--chat", "--model=clock", "--lr_end=0.001"]  # the template tells the microsecond
+GOOD = {"ended": TIMED, "stopped": TIMED, "gone on": TIMED}
+QUICK = [*RUN, "--explorations=1", "--lr_end=0.001"]  # to the end, in a folder where nothing ends it
 SPLIT = "--problems=split.jsonl --heldout=1 --prompts=1 --max_new_tokens=4".split()
 BAD = {
     "no reference": ([*RUN, "--reference_every=5"], "--reference_every 5, but with --kl_weight 0 there is no reference"),
@@ -89,6 +90,11 @@ BAD = {
                     "turns.jsonl:1 has 12 tokens and wants room for 2 answers of 12, that is 36"),
     "temperature": (["--temperature=0"], "GrpoSettings: `temperature` is 0.0, want above 0"),
     "other settings": ([*QUICK, "--lr=0.02"], "`lr` is 0.02 here, 0.01 there"),
+    "other explorations": ([*QUICK, "--explorations=2"], "`explorations` is 2 here, 1 there"),
+    "a rate that rises": (["--lr=1e-3", "--lr_end=0.01"], "--lr is 0.001 and --lr_end 0.01, want at most --lr"),
+    "no rate": (["--lr_end=nan"], "--lr_end is nan, want a number"),
+    "a long warm-up": (["--warmup_steps=6", "--explorations=3", "--minibatches=2"],
+                       "--warmup_steps is 6, want fewer than all steps of the optimiser, which are 6"),
     "no resuming": ([*QUICK, "--noresume"], "--noresume, but --out 'run' holds a run"),
     "fresh on its own model": (["--out=own", "--fresh", "--model=own/export", "--max_new_tokens=4"],
                                "--fresh would delete --model 'own/export', which lies in --out 'own'"),
@@ -104,7 +110,7 @@ def write_inputs(folder):
     save_sums_model(folder / "model", template, modules=0, length=32)
     for name, source in (
         ("failing", "{% if '3' in messages[0].content %}{{ raise_exception('no threes') }}{% endif %}" + template),
-        ("breaking", "{{ messages.__class__ }}"),
+        ("breaking", "{{ messages.__class__ }}"), ("clock", "{{ strftime_now('%f') }}" + template),
     ):
         shutil.copytree(folder / "model", folder / name)
         (folder / name / "chat_template.jinja").write_text(source)
@@ -178,14 +184,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_end(results):
     first = rows[1]
     assert set(first["parts"]) == {"language", "number"} and first["reward"] == 0.5 * first["parts"]["language"] > 0
     assert first["taken"] == 1 and len(rows[2]["samples"]) >= 2
-    assert rows[2]["samples"][0]["prompt"].endswith("=\n")
+    assert rows[2]["samples"][0]["prompt"].endswith("=")
+    rates = [row["learning_rate"] for row in rows if row["kind"] == "grpo"]
+    assert rates == pytest.approx([0.01, 0.01 - 0.009 / 4, 0.01 - 0.009 * 3 / 4]), "a cosine over all explorations"
     assert [checkpoint_step(path) for path in list_checkpoints(folder / "run" / "checkpoints")] == [2, 3]
     assert {path.name for path in (folder / "run" / "plots").iterdir()} == {
         "reward.png", "policy.png", "samples.png", "sampling.png"
     }  # fmt: skip
     assert len((folder / "polled").read_text()) >= 3, "a checkpoint is ended while the next exploration runs"
     names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    assert all((folder / "run" / "export" / name).read_text() == (folder / "model" / name).read_text() for name in names)
+    assert all((folder / "run" / "export" / name).read_text() == (folder / "clock" / name).read_text() for name in names)
     assert all(name not in row for row in rows for name in ("kl", "penalty")), "without a reference nothing is measured"
     page = (folder / "run" / "report.html").read_text()
     assert "accuracy, held-out problems" in page and "--- exploration 1, problem" in page and "group_size" in page

@@ -18,9 +18,9 @@ SHORT = [  # fewer steps of pretraining leave too few right answers to learn fro
     "--seeds=1", "--nozero", "--level=pair", "--texts=5000", "--pretrain_steps=600", "--worked=60", "--cold_epochs=12",
     "--explorations=2", "--max_new_tokens=64", "--asked=0", "--traces=4", "--trace_epochs=4", "--measured=15", "--out=out",
 ]  # fmt: skip
-STAGES = "pretrain sft grpo traces sft2 zero student student_sft student_grpo teacher_traces student_traces student_logits"
+STAGES = "pretrain sft grpo traces sft2 zero student student_sft student_grpo student_traces student_logits"
 DATA = ("texts.jsonl", "worked.jsonl", "problems.jsonl", "heldout.jsonl", "student.json", "template.jinja")
-STAGES = (STAGES + " student_policy").split()
+STAGES = (STAGES + " student_policy student_both").split()
 # A stage that notes each signal and saves at the first, as those that learn do; one that fails.
 SLOW = """
 import pathlib, signal, sys, time

@@ -103,6 +103,7 @@ GOOD = {
     "kept": RUN, "measured": [*RUN, "--keep=0", "--out=other"], "plain": PLAIN,
     "opening": [*RUN, "--model=opening", "--out=opened"],
     "stopped": [*TORN, "@1"], "others": [*TORN, "--temperature=0.5"], "gone on": [*TORN, "~"],
+    "clock stopped": [*TORN, "--model=clock", "--out=clock", "@1"], "clock": [*TORN, "--model=clock", "--out=clock"],
     "stopped again": [*TORN, "--out=anew", "@1"], "fresh": [*TORN, "--out=anew", "--temperature=0.5", "--fresh"],
     "best": [*GRADED, "--keep=1", "--out=best"], "enough": [*GRADED, "--keep=3", "--keep_total=1", "--out=enough"],
     "three": [*RUN, "--keep=3", "--out=three"],
@@ -131,6 +132,7 @@ def write_inputs(folder):
     for name, source in (
         ("failing", "{% if '9' in messages[0].content %}{{ raise_exception('no nines') }}{% endif %}"),
         ("breaking", "{{ messages.__class__ }}"),
+        ("clock", "{{ bos_token }}{{ strftime_now('%f') }}{% for m in messages %}{{ m.content }}{% endfor %}"),
     ):
         shutil.copytree(folder / "model", folder / name)
         (folder / name / "chat_template.jinja").write_text(source)
@@ -232,6 +234,15 @@ def test_an_interrupted_run_goes_on_with_what_is_left(results):
     assert whole == torn and not (folder / "torn" / "answers.part.jsonl").exists()
     code, _, _, _, calls = found["fresh"]
     assert found["stopped again"][0] == 130 and code == 0 and len(calls) == 2, "--fresh draws all anew"
+
+
+@LONG
+def test_a_template_that_tells_the_time_is_told_when_the_run_was_begun(results):
+    _, found = results
+    (*_, stopped), (code, _, err, _, gone_on) = found["clock stopped"], found["clock"]
+    assert code == 0, err
+    (first,), (second,) = ({tuple(prompt) for prompt in calls[0]} for calls in (stopped, gone_on))
+    assert first[:7] == second[:7] and first != second, "begin-of-sentence and six digits"
 
 
 @LONG

@@ -55,6 +55,18 @@ def test_adamw_matches_the_equations(clip, fuse):
         assert_close(state.nu[name], nu[name], what=name)
 
 
+def test_a_schedule_of_updates_counts_those_that_were_taken():
+    params, grads = ({"w": tf.constant([value])} for value in (1.0, 0.5))
+    optimizer = adamw(lambda updates: 0.1 * (1.0 + updates), schedule_unit="updates")
+    state, rates = optimizer.init(params), []
+    for take in (True, False, True):
+        params, state, stats = optimizer.update(
+            grads, state, params, tf.constant(1e9, tf.float64), tf.constant(0.5), tf.constant(take)
+        )
+        rates.append(float(stats.learning_rate))
+    assert_close(np.array(rates), np.array([0.1, 0.2, 0.2]))
+
+
 def test_moments_in_bfloat16():
     params, grads = example(0), example(1)
     optimizer = adamw(0.01, moment_dtype=tf.bfloat16, clip_norm=None, fuse=False)
@@ -103,6 +115,8 @@ def test_wrong_settings_are_named():
         adamw(0.1, b1=1.0)
     with pytest.raises(ValueError, match="adamw: `clip_norm` is 0"):
         adamw(0.1, clip_norm=0)
+    with pytest.raises(ValueError, match="adamw: `schedule_unit` is 'steps', want one of 'tokens', 'updates'"):
+        adamw(0.1, schedule_unit="steps")
     with pytest.raises(ValueError, match="end at 30 tokens, want at most total_tokens=20"):
         warmup_cosine(1.0, warmup_tokens=10, constant_tokens=20, total_tokens=20)
     optimizer = adamw(0.1)
