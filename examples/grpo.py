@@ -92,7 +92,7 @@ flags.DEFINE_enum("old", "sampler", ["sampler", "recomputed"], "Log-probabilitie
 flags.DEFINE_bool("replay", True, "Train with the experts that sampled.")
 
 flags.DEFINE_float("lr", 1e-6, "Learning rate.", 0.0)
-flags.DEFINE_float("lr_end", None, "Learning rate at the end of a cosine over all explorations. Default: --lr, always.", 0.0)
+flags.DEFINE_float("lr_end", None, "Learning rate to which --lr falls by a cosine, over all steps. Default: --lr.", 0.0)
 flags.DEFINE_integer("warmup_steps", 0, "Optimiser steps of linear warm-up before --lr.", 0)
 flags.DEFINE_float("weight_decay", 0.0, "Decoupled weight decay.", 0.0)
 flags.DEFINE_float("clip_norm", 1.0, "Largest norm of the gradient; 0: do not clip.", 0.0)

@@ -105,7 +105,8 @@ def prepare(argv: Sequence[str]) -> Setup:
     reward = read_rewards(named, tokenizer=tokenizer, max_new_tokens=settings.max_new_tokens, threads=FLAGS.reward_threads)
     saved = None if FLAGS.fresh else read_run(Path(FLAGS.out))
     time = saved.get("time") if isinstance(saved, dict) else datetime.now().isoformat()
-    tasks, heldout = split_tasks(*make_all_tasks(tokenizer, read_time(time, RUN_FILE)), settings)
+    moment = read_time(time, Path(FLAGS.out) / RUN_FILE)
+    tasks, heldout = split_tasks(*make_all_tasks(tokenizer, moment), settings)
     ends = answer_ends(cfg.eos_ids, tokenizer, FLAGS.model if FLAGS.chat else None)
     settings = dataclasses.replace(settings, stop_tokens=ends)
     prompts = [task.prompt(i) for i, task in enumerate([*tasks, *heldout])]
@@ -129,7 +130,7 @@ def check_rate() -> None:
         value = FLAGS[name].value
         check(value is None or math.isfinite(value), f"--{name} is {value}, want a number")
     last = FLAGS.lr if FLAGS.lr_end is None else FLAGS.lr_end
-    check(last <= FLAGS.lr, f"--lr is {FLAGS.lr:g} and --lr_end {last:g}, want at most --lr")
+    check(last <= FLAGS.lr, f"--lr is {FLAGS.lr:g} and --lr_end {last:g}, want --lr_end at most --lr")
     warm, steps = FLAGS.warmup_steps, optimizer_steps()
     check(warm < steps, f"--warmup_steps is {warm}, want fewer than all steps of the optimiser, which are {steps}")
 
@@ -220,7 +221,7 @@ def read_run(out: Path) -> Any:
     """What the run in the folder says of itself; `None` where there is none, or it cannot be read."""
     try:
         return json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
 
 

@@ -43,6 +43,7 @@ import hush  # noqa: F401 (it comes before all that loads TensorFlow)
 
 # isort: split
 import json
+import math
 import os
 import shlex
 import shutil
@@ -65,7 +66,7 @@ from dsv3.train.progress import stop_on_signals
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
-MINUTES = {"pretrain": 12, "grpo": 10, "distill": 4}  # about, of the default settings; another program: 1
+MINUTES = {"pretrain": 13, "grpo": 9, "solve": 2, "sft": 2, "distill": 5}  # about, of the default settings
 
 flags.DEFINE_string("out", "runs/reasoning", "Folder of everything.")
 flags.DEFINE_bool("fresh", False, "Delete what is in --out and start anew.")
@@ -82,8 +83,8 @@ flags.DEFINE_integer("pretrain_steps", 5000, "Steps of pretraining, of 8 sequenc
 flags.DEFINE_integer("worked", 128, "Worked solutions of the cold start.", 8)
 flags.DEFINE_float("cold_epochs", 5.0, "How often they are learned.")
 flags.DEFINE_integer("explorations", 130, "Of reinforcement learning, each of 16 problems and 16 answers to each.", 1)
-flags.DEFINE_float("rl_lr", 3e-4, "Its learning rate.")
-flags.DEFINE_float("rl_lr_end", 3e-5, "Learning rate at its end.")
+flags.DEFINE_float("rl_lr", 3e-4, "Learning rate, of on-policy distillation, too.", 0.0)
+flags.DEFINE_float("rl_lr_end", 3e-5, "The same at the end.", 0.0)
 flags.DEFINE_float("kl_weight", 0.01, "Weight of the divergence from where it began.", 0.0)
 flags.DEFINE_integer("max_new_tokens", 192, "Tokens of an answer at most.", 16)
 flags.DEFINE_integer("asked", 0, "Problems to learn from whose answers are sampled for the second fine-tuning; 0: all.", 0)
@@ -100,6 +101,8 @@ def main(argv: list[str]) -> int:
         check(len(argv) == 1, f"unexpected argument {argv[1:2]}, want flags only (--help shows them)")
         few = FLAGS.students <= FLAGS.seeds
         check(few, f"--students is {FLAGS.students}, want at most --seeds, which is {FLAGS.seeds}")
+        rates = f"--rl_lr is {FLAGS.rl_lr:g} and --rl_lr_end {FLAGS.rl_lr_end:g}"
+        check(FLAGS.rl_lr_end <= FLAGS.rl_lr < math.inf, f"{rates}, want --rl_lr_end at most --rl_lr")
         out = Path(FLAGS.out)
         claim(out)
     except (ValueError, OSError) as error:

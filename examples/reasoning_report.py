@@ -79,7 +79,7 @@ def duration(facts: Mapping[str, Any]) -> str:
 def minutes(plan: Mapping[int, Sequence[Any]], *, students: bool) -> int:
     """Minutes of all stages of the path, or of the students, added up."""
     every = [stage for stages in plan.values() for stage in stages]
-    wanted = [stage for stage in every if stage.name.startswith(("student", "teacher")) == students]
+    wanted = [stage for stage in every if stage.name.startswith("student") == students]
     return round(sum(json.loads(stage.done.read_text())["seconds"] for stage in wanted) / 60)
 
 

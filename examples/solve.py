@@ -140,16 +140,18 @@ def prepare(argv: Sequence[str]) -> Setup:
     reward = read_rewards(FLAGS.reward, tokenizer=tokenizer, **how)
     questions = read_questions(FLAGS.problems, FLAGS.problems_format)[: FLAGS.limit or None]
     templates = unescaped(FLAGS.template), unescaped(FLAGS.turn_template)
-    moment = begun_at(Path(FLAGS.out))
-    tasks = make_tasks(questions, tokenizer, *templates, FLAGS.model if FLAGS.chat else None, read_time(moment, PART))
+    out = Path(FLAGS.out)
+    begun = begun_at(out)
+    moment = read_time(begun, out / PART)
+    tasks = make_tasks(questions, tokenizer, *templates, FLAGS.model if FLAGS.chat else None, moment)
     prompts = [task.prompt(number) for number, task in enumerate(tasks)]
     check_prompts(prompts, max_new_tokens=FLAGS.max_new_tokens, max_length=cfg.max_length)
     check_references(tasks, reward)
-    lock_folder(Path(FLAGS.out))
+    lock_folder(out)
     speculative = min(1, cfg.num_mtp_layers) if FLAGS.speculative is None else FLAGS.speculative
     settings = {name: FLAGS[name].value for name in (*DECIDING, *LANGUAGE)} | {"speculative": speculative}
-    settings |= {"program": "solve", "time": moment, "model": checkpoint_digest(FLAGS.model), "problems": digest(tasks)}
-    done = open_part(Path(FLAGS.out), settings)
+    settings |= {"program": "solve", "time": begun, "model": checkpoint_digest(FLAGS.model), "problems": digest(tasks)}
+    done = open_part(out, settings)
     cfg, params, router = load_pretrained(FLAGS.model, dtype=FLAGS.dtype)
     how = {"policy": default_policy().replace(dtype=FLAGS.dtype), "tokenizer": tokenizer, "max_batch": FLAGS.max_batch}
     engine = Engine(cfg, params, router, speculative=speculative, chunk_sizes=(32, 128), smallest_cache=64, **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -53,11 +54,9 @@ class Answer(NamedTuple):
 
 def begun_at(out: Path) -> str | None:
     """When the answers were begun with which a run goes on; without such, the present."""
-    file = out / PART
     head = None
-    if file.exists() and not FLAGS.fresh:
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            head = _parsed(lines.readline())
+    with contextlib.suppress(OSError), open(out / PART, encoding="utf-8", errors="replace") as lines:
+        head = None if FLAGS.fresh else _parsed(lines.readline())
     return head["settings"].get("time") if _is_head(head) else datetime.now().isoformat()
 
 

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from dsv3 import tree
-from dsv3.checks import check, check_same_tree
+from dsv3.checks import check, check_choice, check_same_tree
 from dsv3.compiled import update_leaves
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
 from dsv3.typing import Tree
 
 Schedule = Callable[[tf.Tensor], tf.Tensor]
-"""A scalar as a function of the tokens seen so far, a float64 scalar: exact up to 2⁵³, where float32 ends at 2²⁴."""
+"""A scalar as a function of the tokens seen so far, or of the updates done (`SCHEDULE_UNITS`), a float64 scalar: exact up to
+2⁵³, where float32 ends at 2²⁴."""
 SCHEDULE_UNITS = ("tokens", "updates")
 
 
@@ -39,9 +40,9 @@ class Optimizer(NamedTuple):
     """A pair of pure functions.
 
     `init(params) -> state`; `update(grads, state, params, tokens, norm, take) -> (params, state, OptimStats)`, where
-    `tokens` is the number of tokens seen so far (float64), which schedules are functions of, `norm` that of all gradients
-    (`global_norm`), and `take` a bool scalar: where it is false, as for a loss that is not finite, parameters and state come
-    back as they were.
+    `tokens` is the number of tokens seen so far (float64), which schedules are functions of unless they count updates,
+    `norm` that of all gradients (`global_norm`), and `take` a bool scalar: where it is false, as for a loss that is not
+    finite, parameters and state come back as they were.
 
     `last_update(params, state, learning_rate) -> list` gives what the last update has taken from each parameter, up to
     rounding, from what is there after it; `None` where an optimiser cannot tell.
@@ -95,10 +96,7 @@ def adamw(
     """
     check(0 <= b1 < 1 and 0 <= b2 < 1, f"adamw: b1={b1} and b2={b2}, want both in [0, 1)")
     check(clip_norm is None or clip_norm > 0, f"adamw: `clip_norm` is {clip_norm}, want > 0 or None")
-    check(
-        schedule_unit in SCHEDULE_UNITS,
-        f"adamw: `schedule_unit` is {schedule_unit!r}, want one of {', '.join(map(repr, SCHEDULE_UNITS))}",
-    )
+    check_choice("adamw", "schedule_unit", schedule_unit, SCHEDULE_UNITS)
 
     how = {"b1": b1, "b2": b2, "eps": eps, "fuse": fuse}
     leaf_of = [functools.partial(_adamw_leaf, wd=wd, **how) for wd in (0.0, weight_decay)]  # two functions, for all steps

@@ -56,7 +56,8 @@ RUN = (
     "--out=run --explorations=3 --prompts=2 --group_size=4 --max_new_tokens=4 --made=30 --heldout=4 --lr=0.01 --kl_weight=0 "
     "--measure_every=0 --eval_every=2 --reward=language:0.5,number:0 --rows=8 --samples=2"
 ).split()
-TIMED = [*RUN, "--chat", "--model=clock", "--lr_end=0.001"]  # the template tells the microsecond
+# The template tells the microsecond; with a weight of balance no exploration is without a gradient, and each has a rate.
+TIMED = [*RUN, "--chat", "--model=clock", "--lr_end=0.001", "--balance_weight=1e-4"]
 GOOD = {"ended": TIMED, "stopped": TIMED, "gone on": TIMED}
 QUICK = [*RUN, "--explorations=1", "--lr_end=0.001"]  # to the end, in a folder where nothing ends it
 SPLIT = "--problems=split.jsonl --heldout=1 --prompts=1 --max_new_tokens=4".split()
@@ -91,7 +92,9 @@ BAD = {
     "temperature": (["--temperature=0"], "GrpoSettings: `temperature` is 0.0, want above 0"),
     "other settings": ([*QUICK, "--lr=0.02"], "`lr` is 0.02 here, 0.01 there"),
     "other explorations": ([*QUICK, "--explorations=2"], "`explorations` is 2 here, 1 there"),
-    "a rate that rises": (["--lr=1e-3", "--lr_end=0.01"], "--lr is 0.001 and --lr_end 0.01, want at most --lr"),
+    "a rate that rises": (["--lr=1e-3", "--lr_end=0.01"], "--lr is 0.001 and --lr_end 0.01, want --lr_end at most --lr"),
+    "a file": (["--out=split.jsonl", "--max_new_tokens=4"], "cannot write to --out 'split.jsonl'"),
+    "no time": (["--out=timeless", "--max_new_tokens=4"], "the `time` of timeless/run.json is 5, want one such as"),
     "no rate": (["--lr_end=nan"], "--lr_end is nan, want a number"),
     "a long warm-up": (["--warmup_steps=6", "--explorations=3", "--minibatches=2"],
                        "--warmup_steps is 6, want fewer than all steps of the optimiser, which are 6"),
@@ -124,6 +127,8 @@ def write_inputs(folder):
     (folder / "turns.jsonl").write_text("\n".join(rows))
     shutil.copytree(folder / "model", folder / "own" / "export")
     (folder / "own" / "run.json").write_text('{"program": "grpo"}')
+    (folder / "timeless").mkdir()
+    (folder / "timeless" / "run.json").write_text('{"program": "grpo", "time": 5}')
     (folder / "tuned").mkdir()
     (folder / "tuned" / "run.json").write_text('{"program": "sft"}')
 

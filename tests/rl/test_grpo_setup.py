@@ -11,11 +11,12 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 # Flags are the process's own.
 DRIVER = r"""
 import json, pathlib, sys
-import grpo, grpo_setup
+import grpo, grpo_setup, grpo_train
 from absl.testing import flagsaver
 from grpo_problems import made_up_sums, opening_of, read_questions, read_rewards
 from dsv3.rl.explore import Task
 from dsv3.rl.settings import GrpoSettings
+from dsv3.train.schedule import curve_at
 
 def split(count, keys):
     grpo.parse_flags(["grpo.py", "--model=model", f"--heldout={count}"])
@@ -42,7 +43,13 @@ def language(text, *flags):
         grpo.parse_flags(["grpo.py", "--model=model", *flags])
         return read_rewards(["language"], tokenizer=None, max_new_tokens=8)("", text, None).total
 
+def rates(*flags):
+    with flagsaver.flagsaver():
+        grpo.parse_flags(["grpo.py", "--model=model", "--lr=0.1", "--warmup_steps=4", *flags])
+        return [round(curve_at(grpo_train.rate_curve(12), step), 9) for step in (0, 2, 4, 8, 12)]
+
 print(json.dumps({
+    "rates": [rates(), rates("--lr_end=0.01")],
     "languages": [
         language("Wir wissen doch \u5f88"), language("Wir wissen doch \u5f88", "--language=zh"),
         language("Wir wissen doch \u5f88", "--language=de", "--language_unit=characters"), language("12"),
@@ -71,6 +78,7 @@ def test_problems(tmp_path):
     assert found["rows"] == ["a\u2028b\x85c", "d"], "line separators in a text end no row"
     assert found["languages"] == [3 / 4, 1 / 4, 13 / 14, 0, 0.25]
     assert found["names"][0].startswith("the made-up sum ") and found["names"][1:] == ["rows.jsonl:1", "rows.jsonl:3"]
+    assert found["rates"] == [[0, 0.05, 0.1, 0.1, 0.1], [0, 0.05, 0.1, 0.055, 0.01]]
     assert found["digests"] == 3, "tokens of prompts and turns count"
     assert found["recipes"] == [[8, 16, 16, 1, 25, 0.001, 10.0], [8, 16, 4, 1, 0, 0.0, 10.0]]
     assert found["openings"] == ["<think>\n", "", "<think>"]

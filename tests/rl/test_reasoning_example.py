@@ -139,7 +139,7 @@ def call(folder, *arguments):
 
 def test_every_stage_begins_with_one_that_is_done(tmp_path):
     (rows,) = python(PRINT, folder=tmp_path)
-    made = {f"here/seed-3/{name}" for name in DATA}
+    made, given = {f"here/seed-3/{name}" for name in DATA}, {}
     assert [name for name, measures, _ in rows if measures is None] == STAGES
     for name, measures, command in rows:
         flags = dict(part.removeprefix("--").partition("=")[::2] for part in command[2:])
@@ -151,6 +151,11 @@ def test_every_stage_begins_with_one_that_is_done(tmp_path):
         out = flags["out"]
         made |= {out, f"{out}/export", f"{out}/tokenizer", f"{out}/rows.jsonl"}
         assert (ROOT / command[1]).exists() and flags["seed"] == "3"
+        given[name] = flags
+    data = {given[name]["data"] for name in ("sft2", "student_traces", "student_logits")}
+    assert data == {"here/seed-3/traces/rows.jsonl"}, "students learn what the teacher's second fine-tuning has learned"
+    counts = [int(given[name]["explorations"]) for name in ("student_grpo", "student_both", "student_policy")]
+    assert counts[0] // 2 == counts[1] == counts[2]
 
 
 def test_times_of_several_commands_add_up(tmp_path):
@@ -175,6 +180,7 @@ def test_bad_input_is_one_line(tmp_path):
         (["--out=tuned"], "'tuned/run.json' is of another program's run"),
         (["--out=tuned", "--fresh"], "'tuned/run.json' is of another program's run"),
         (["--level=hard"], "should be one of"),
+        (["--rl_lr=1e-5"], "--rl_lr is 1e-05 and --rl_lr_end 3e-05, want --rl_lr_end at most --rl_lr"),
         (["what"], "unexpected argument ['what']"),
     ]
     found = python(BAD, json.dumps([arguments for arguments, _ in cases]), folder=tmp_path)
@@ -221,7 +227,11 @@ def short(tmp_path_factory):
 @LONG
 def test_the_stages_of_one_seed_run(short):
     folder, out = short
-    found = {name: rows[0]["accuracy"] for name, rows in json.loads((folder / "out" / "results.json").read_text()).items()}
+    measured = {name: rows[0] for name, rows in json.loads((folder / "out" / "results.json").read_text()).items()}
+    for name, numbers in measured.items():
+        stage = json.loads((folder / "out" / "seed-0" / name / ".done").read_text())
+        assert numbers["seconds"] == stage["seconds"], "of the training, not of the measurement"
+    found = {name: numbers["accuracy"] for name, numbers in measured.items()}
     assert set(found) == {"pretrain", "sft", "grpo", "sft2"}
     assert all(0 <= accuracy <= 1 for accuracy in found.values())
     table = (folder / "out" / "table.txt").read_text()

@@ -103,7 +103,7 @@ GOOD = {
     "kept": RUN, "measured": [*RUN, "--keep=0", "--out=other"], "plain": PLAIN,
     "opening": [*RUN, "--model=opening", "--out=opened"],
     "stopped": [*TORN, "@1"], "others": [*TORN, "--temperature=0.5"], "gone on": [*TORN, "~"],
-    "clock stopped": [*TORN, "--model=clock", "--out=clock", "@1"], "clock": [*TORN, "--model=clock", "--out=clock"],
+    "clock stopped": [*TORN, "--model=clock", "--out=timed", "@1"], "clock": [*TORN, "--model=clock", "--out=timed"],
     "stopped again": [*TORN, "--out=anew", "@1"], "fresh": [*TORN, "--out=anew", "--temperature=0.5", "--fresh"],
     "best": [*GRADED, "--keep=1", "--out=best"], "enough": [*GRADED, "--keep=3", "--keep_total=1", "--out=enough"],
     "three": [*RUN, "--keep=3", "--out=three"],
