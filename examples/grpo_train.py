@@ -21,7 +21,7 @@ from dsv3.train.optim import Optimizer
 from dsv3.train.progress import stop_on_signals
 from dsv3.train.records import RunLog
 from dsv3.train.saving import BackgroundSaver
-from dsv3.train.schedule import Curve, Piece, curve_schedule
+from dsv3.train.schedule import Curve, curve_schedule, warmup_cosine
 from dsv3.train.step import train_state
 
 FLAGS = flags.FLAGS
@@ -69,9 +69,8 @@ def make_optimizer() -> Optimizer:
 
 def rate_curve(steps: int) -> Curve:
     """Linear warm-up, then a cosine to --lr_end, or --lr as it is."""
-    warm = (Piece(FLAGS.warmup_steps, 0.0, FLAGS.lr, "linear"),) if FLAGS.warmup_steps else ()
     last = FLAGS.lr if FLAGS.lr_end is None else FLAGS.lr_end
-    return (*warm, Piece(steps, FLAGS.lr, last, "cosine"))
+    return warmup_cosine(FLAGS.lr, warmup_tokens=FLAGS.warmup_steps, total_tokens=steps, final=last)
 
 
 def make_worker(setup: Setup, stack: contextlib.ExitStack) -> Any:
