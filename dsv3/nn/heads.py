@@ -16,10 +16,26 @@ def rope_halves(x: tf.Tensor, rope_dim: int) -> tf.Tensor:
     return tf.concat([nope, rot], -1)
 
 
-# These transpose first: XLA on a CPU writes a transposition at the end of a chain element by element.
+# These transpose first: XLA on a CPU writes a transposition at the end of a chain element by element. Differentiation would
+# put it there, so the way back is written by hand.
 
 
 @fused
+def _heads_back(d, cos, sin, *, rope_dim, scale):
+    """`[B, H, T, P+R]` to `[B, T, H·(P+R)]`, turned back and scaled."""
+    d = tf.transpose(d, [0, 2, 1, 3])
+    nope, a, b = tf.split(d, [d.shape[-1] - rope_dim, rope_dim // 2, rope_dim // 2], axis=-1)
+    cos, sin = (tf.expand_dims(tf.cast(t, d.dtype), 2) for t in (cos, sin))
+    d = tf.concat([nope, a * cos + b * sin, b * cos - a * sin], -1)
+    d = tf.cast(tf.cast(d, tf.float32) * scale, d.dtype)
+    return tf.reshape(d, [*lead_dims(d), d.shape[2] * d.shape[3]])
+
+
+def _heads_first_gradient(q, cos, sin, d, *, heads, rope_dim, scale):
+    return _heads_back(d, cos, sin, rope_dim=rope_dim, scale=scale, fuse=True), None, None
+
+
+@fused(gradient=_heads_first_gradient)
 def heads_first(q, cos, sin, *, heads, rope_dim, scale):
     """`[B, T, H·(P+R)]` with pairs in halves to rotated and scaled `[B, H, T, P+R]`, in halves too."""
     q = tf.transpose(tf.reshape(q, [*lead_dims(q), heads, q.shape[-1] // heads]), [0, 2, 1, 3])
@@ -30,6 +46,17 @@ def heads_first(q, cos, sin, *, heads, rope_dim, scale):
 
 
 @fused
+def _sum_heads(d_k, *, nope_dim):
+    """The shared rotary keys' gradient `[B, S, R]`, of `[B, H, S, P+R]`."""
+    return tf.cast(tf.reduce_sum(tf.cast(d_k[..., nope_dim:], tf.float32), 1), d_k.dtype)
+
+
+def _keys_values_gradient(kv, k_rope, d_k, d_v, *, heads, nope_dim):
+    d_kv = tf.transpose(tf.concat([d_k[..., :nope_dim], d_v], -1), [0, 2, 1, 3])  # plain: TensorFlow's own are the faster
+    return tf.reshape(d_kv, tf.shape(kv)), _sum_heads(d_k, nope_dim=nope_dim, fuse=True)
+
+
+@fused(gradient=_keys_values_gradient)
 def keys_values(kv, k_rope, *, heads, nope_dim):
     """`[B, S, H·(P+U)]` and the shared rotary keys `[B, S, R]` to `[B, H, S, P+R]` and `[B, H, S, U]`."""
     kv = tf.transpose(tf.reshape(kv, [*lead_dims(kv), heads, kv.shape[-1] // heads]), [0, 2, 1, 3])

@@ -30,6 +30,20 @@ def swiglu(gate_up: TensorLike, *, fuse: bool = False) -> tf.Tensor:
 
 
 @fused
+def _halves_grad(gate_up, d):
+    """The gradients of gate and up."""
+    gate, up = tf.split(tf.cast(gate_up, tf.float32), 2, axis=-1)
+    d, sig = tf.cast(d, tf.float32), tf.sigmoid(gate)
+    d_gate = d * up * sig * (1.0 + gate * (1.0 - sig))
+    return tf.cast(d_gate, gate_up.dtype), tf.cast(d * gate * sig, gate_up.dtype)
+
+
+def _swiglu_gradient(gate_up, d):
+    # Put together outside the kernel, which would choose between the halves at each element.
+    return [tf.concat(_halves_grad(gate_up, d, fuse=True), -1)]
+
+
+@fused(gradient=_swiglu_gradient)
 def _swiglu(gate_up):
     return tf.cast(swiglu_float32(gate_up), gate_up.dtype)
 

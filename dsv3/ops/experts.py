@@ -84,9 +84,14 @@ def weighted_swiglu(h, w):
     return tf.cast(swiglu_float32(h) * tf.expand_dims(w, -1), h.dtype)
 
 
-@fused
-def weighted_swiglu_grad(h, w, d_act):
+def weighted_swiglu_grad(h, w, d_act, *, fuse: bool = False):
     """From d(act) without the gate value: (weighted act, d(gate value), dh)."""
+    act, d_weight, *d_h = _swiglu_grads(h, w, d_act, fuse=fuse)
+    return act, d_weight, tf.concat(d_h, -1)  # outside the kernel, which would choose between the halves at each element
+
+
+@fused
+def _swiglu_grads(h, w, d_act):
     gate, up = tf.split(tf.cast(h, tf.float32), 2, axis=-1)
     d_act, w = tf.cast(d_act, tf.float32), tf.expand_dims(w, -1)
     sig = tf.sigmoid(gate)
@@ -94,8 +99,7 @@ def weighted_swiglu_grad(h, w, d_act):
     d_weight = row_sum(act * up * d_act)[:, 0]
     d_act *= w
     d_gate = d_act * up * sig * (1.0 + gate * (1.0 - sig))
-    d_h = tf.concat([d_gate, d_act * act], -1)
-    return tf.cast(act * up * w, h.dtype), d_weight, tf.cast(d_h, h.dtype)
+    return tf.cast(act * up * w, h.dtype), d_weight, tf.cast(d_gate, h.dtype), tf.cast(d_act * act, h.dtype)
 
 
 def _sorted(x, weights, plan: Dispatch, gate_up, down, *, fuse: bool) -> tf.Tensor:
@@ -111,11 +115,11 @@ def _sorted(x, weights, plan: Dispatch, gate_up, down, *, fuse: bool) -> tf.Tens
 
         def grad(dy):
             dy_rows = gather_rows(dy, plan.tokens, fuse=fuse)
-            d_act = grouped_matmul(dy_rows, downs, plan.rows, transpose=True)
+            d_act = grouped_matmul(dy_rows, downs, plan.rows, transpose=True, fuse=fuse)
             act, d_w, d_h = weighted_swiglu_grad(h, w, d_act, fuse=fuse)
             d_down = grouped_outer(act, dy_rows, plan.rows)
             d_gate_up = grouped_outer(gather_rows(x, plan.tokens, fuse=fuse), d_h, plan.rows)
-            d_x = grouped_matmul(d_h, gate_ups, plan.rows, transpose=True)
+            d_x = grouped_matmul(d_h, gate_ups, plan.rows, transpose=True, fuse=fuse)
             d_x = combine_rows(d_x, plan.slots, fuse=fuse)
             return d_x, tf.gather(d_w, plan.slots), d_gate_up, d_down
 

@@ -16,14 +16,18 @@ import tensorflow as tf
 from dsv3.ops.reduce import cpu_kernel
 
 
-def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
+def fused(fn: Callable[..., Any] | None = None, *, gradient: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Wraps a pure function of tensors, so that `fuse=True` compiles it and its gradient.
 
     `fn(*tensors, **static)` takes tensors by position and Python scalars by keyword. The result takes one more keyword,
     `fuse` (default False). Without it, or inside a function that is compiled as a whole, `fn` simply runs.
 
-    The compiled form is differentiable once.
+    The compiled form is differentiable once. Where the kernel that differentiation makes is slow, `gradient` is written by
+    hand: `gradient(*tensors, *grads, **static)` returns a gradient, or `None`, for each tensor. It is a plain function,
+    whose own chains are `fused`.
     """
+    if fn is None:
+        return functools.partial(fused, gradient=gradient)
 
     @functools.lru_cache(maxsize=4096)
     def compiled(static: tuple[tuple[str, Any], ...], signature: tuple[tf.TensorSpec, ...]) -> Callable[..., Any]:
@@ -53,6 +57,8 @@ def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
         @tf.custom_gradient
         def call(*tensors):
             def grad(*grads):
+                if gradient is not None:
+                    return gradient(*tensors, *grads, **kwargs)
                 outs = grads[0] if len(grads) == 1 else list(grads)
                 found = compiled_backward()(list(tensors), outs)
                 return [g if t.dtype.is_floating else None for g, t in zip(found, tensors)]

@@ -43,9 +43,36 @@ def rms_norm(
 
 
 @fused
+def _input_grad(x, weight, dy, *, eps):
+    """`dx = s·(g − x̂·mean(g·x̂))` with `g = dy·weight`, `x̂ = s·x` and s one over the root mean square, in float32."""
+    x_hat, s = _normalized(x, eps)
+    g = tf.cast(dy, tf.float32) * tf.cast(weight, tf.float32)
+    return tf.cast(s * (g - x_hat * (row_sum(g * x_hat) / tf.cast(tf.shape(x)[-1], tf.float32))), x.dtype)
+
+
+@fused
+def _weight_terms(x, dy, *, eps, rows):
+    """`dy·x̂`, `[..., D]` float32, summed over so many neighbouring rows: the rest is left to TensorFlow's own sum."""
+    terms = tf.reshape(tf.cast(dy, tf.float32) * _normalized(x, eps)[0], [-1, rows, x.shape[-1]])
+    return tf.add_n(tf.unstack(terms, axis=1))
+
+
+def _rms_norm_gradient(x, weight, dy, *, eps, rounding):
+    size = x.shape.num_elements()
+    rows = 8 if size and size // x.shape[-1] % 8 == 0 else 1
+    d_weight = tf.reduce_sum(_weight_terms(x, dy, eps=eps, rows=rows, fuse=True), 0)
+    return _input_grad(x, weight, dy, eps=eps, fuse=True), tf.cast(d_weight, weight.dtype)
+
+
+def _normalized(x, eps):
+    x = tf.cast(x, tf.float32)
+    s = tf.math.rsqrt(row_sum(tf.square(x)) / tf.cast(tf.shape(x)[-1], tf.float32) + eps)
+    return x * s, s
+
+
+@fused(gradient=_rms_norm_gradient)
 def _rms_norm(x, weight, *, eps, rounding):
-    y = tf.cast(x, tf.float32)
-    y *= tf.math.rsqrt(row_sum(tf.square(y)) / tf.cast(tf.shape(x)[-1], tf.float32) + eps)
+    y, _ = _normalized(x, eps)
     if rounding == "before_weight":
         return tf.cast(y, x.dtype) * tf.cast(weight, x.dtype)
     return tf.cast(y * tf.cast(weight, tf.float32), x.dtype)

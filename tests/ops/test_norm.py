@@ -37,11 +37,37 @@ def test_gradient(rounding):
     )
 
 
-@pytest.mark.parametrize("width", [1, 9, 33, 64])
-def test_fused_kernel_is_the_same(width):
-    x, weight = normal(0, 2, 3, width), normal(1, width)
-    assert_close(rms_norm(x, tf.constant(weight), fuse=True), oracles.rms_norm(x, weight))
-    check_gradient(lambda x, w: rms_norm(x, w, fuse=True), oracles.rms_norm, [x, weight])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("rows", "width"), [(3, 1), (3, 9), (8, 33), (12, 64), (16, 64)])
+def test_fused_kernel_is_the_same(rows, width, rounding):
+    x, weight, how = normal(0, 2, rows, width), normal(1, width), {"eps": 1e-3, "rounding": rounding}
+    assert_close(rms_norm(x, tf.constant(weight), fuse=True, **how), oracles.rms_norm(x, weight, 1e-3))
+    check_gradient(lambda x, w: rms_norm(x, w, fuse=True, **how), lambda x, w: oracles.rms_norm(x, w, 1e-3), [x, weight])
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_fused_gradient_of_bfloat16(rounding):
+    """Within the rounding of inputs and result; weights in float32 get theirs in float32, summed in float32."""
+    x, dy, weight = tf.cast(normal(0, 16, 64), tf.bfloat16), tf.cast(normal(2, 16, 64), tf.bfloat16), normal(1, 64)
+    with tf.GradientTape() as tape:
+        given = [x, tf.constant(weight)]
+        tape.watch(given)
+        y = rms_norm(*given, rounding=rounding, fuse=True)
+    d_x, d_weight = tape.gradient(y, given, dy)
+    want = gradients(lambda x, w: rms_norm(x, w), [tf.cast(x, tf.float32), weight], tf.cast(dy, tf.float32))
+    assert d_x.dtype == tf.bfloat16 and d_weight.dtype == tf.float32
+    assert_close(d_x, want[0], 2**-8)
+    assert_close(d_weight, want[1], 2e-6)
+
+
+def test_fused_gradient_with_unknown_rows():
+    def grads(x, w):
+        return gradients(lambda *t: rms_norm(*t, fuse=True), [x, w])
+
+    fn = tf.function(grads, input_signature=[tf.TensorSpec([None, 5]), tf.TensorSpec([5])], autograph=False)
+    x, weight = normal(0, 4, 5), normal(1, 5)
+    for got, want in zip(fn(x, weight), gradients(rms_norm, [x, weight])):
+        assert_close(got, want, 1e-5)
 
 
 def test_zeros_stay_zeros():
