@@ -13,6 +13,7 @@ from dsv3.checks import check, check_choice, check_same_tree
 from dsv3.compiled import update_leaves
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import row_sum
 from dsv3.typing import Tree
 
 Schedule = Callable[[tf.Tensor], tf.Tensor]
@@ -98,8 +99,9 @@ def adamw(
     check(clip_norm is None or clip_norm > 0, f"adamw: `clip_norm` is {clip_norm}, want > 0 or None")
     check_choice("adamw", "schedule_unit", schedule_unit, SCHEDULE_UNITS)
 
-    how = {"b1": b1, "b2": b2, "eps": eps, "fuse": fuse}
-    leaf_of = [functools.partial(_adamw_leaf, wd=wd, **how) for wd in (0.0, weight_decay)]  # two functions, for all steps
+    how = {"b1": b1, "b2": b2, "fuse": fuse}  # three functions, for all leaves and steps
+    moments = functools.partial(_moments_leaf, **how)
+    param_of = [functools.partial(_param_leaf, eps=eps, wd=wd, **how) for wd in (0.0, weight_decay)]
 
     def init(params: Tree) -> AdamState:
         zeros = tree.map_leaves(lambda p: tf.zeros(p.shape, moment_dtype), params)
@@ -117,10 +119,12 @@ def adamw(
         count = state.count + tf.cast(take, state.count.dtype)
         steps = tf.cast(state.count + 1, tf.float32)
         scalars = tf.stack([scale, lr, 1.0 - b1**steps, 1.0 - b2**steps, tf.cast(take, tf.float32)])
+        write = update_leaves if fuse else lambda fn, leaves, *args: fn(*leaves, *args)
         new = []
         for (path, p), g, m, v in zip(want.items(), *map(tree.flatten, (grads, state.mu, state.nu))):
-            leaf = leaf_of[bool(decay_mask(path))]
-            new.append(update_leaves(leaf, (p, m, v), g, scalars) if fuse else leaf(p, m, v, g, scalars))
+            (p,) = write(param_of[bool(decay_mask(path))], (p,), m, v, g, scalars)
+            with tf.control_dependencies([p]):  # the old moments have been read: they are overwritten where they are
+                new.append((p, *write(moments, (m, v), g, scalars)))
         params, mu, nu = (tree.unflatten_as(params, leaves) for leaves in zip(*new))
         return params, AdamState(count, mu, nu), OptimStats(norm, lr)
 
@@ -137,16 +141,29 @@ def adamw(
     return Optimizer(init, update, last_update)
 
 
-@fused
-def _adamw_leaf(p, m, v, g, scalars, *, b1, b2, eps, wd):
-    scale, lr, c1, c2, take = tf.unstack(scalars)
+# Two kernels a leaf: one that writes all three copies the old moments first, which its parts read one after the other.
+
+
+def _new_moments(m, v, g, scale, b1, b2):
+    """The moments in float32, not yet rounded."""
     g = tf.cast(g, tf.float32) * scale
-    mu = b1 * tf.cast(m, tf.float32) + (1 - b1) * g
-    nu = b2 * tf.cast(v, tf.float32) + (1 - b2) * g * g
+    return b1 * tf.cast(m, tf.float32) + (1 - b1) * g, b2 * tf.cast(v, tf.float32) + (1 - b2) * g * g
+
+
+@fused
+def _param_leaf(p, m, v, g, scalars, *, b1, b2, eps, wd):
+    scale, lr, c1, c2, take = tf.unstack(scalars)
+    mu, nu = _new_moments(m, v, g, scale, b1, b2)
     p32 = tf.cast(p, tf.float32)
     delta = lr * ((mu / c1) / (tf.sqrt(nu / c2) + eps) + wd * p32)
-    new = tf.cast(p32 - delta, p.dtype), tf.cast(mu, m.dtype), tf.cast(nu, v.dtype)
-    return tuple(tf.where(take > 0, value, old) for value, old in zip(new, (p, m, v)))
+    return (tf.where(take > 0, tf.cast(p32 - delta, p.dtype), p),)
+
+
+@fused
+def _moments_leaf(m, v, g, scalars, *, b1, b2):
+    scale, _, _, _, take = tf.unstack(scalars)
+    new = _new_moments(m, v, g, scale, b1, b2)
+    return tuple(tf.where(take > 0, tf.cast(value, old.dtype), old) for value, old in zip(new, (m, v)))
 
 
 def global_norm(grads: Tree, *, fuse: bool = False) -> tf.Tensor:
@@ -162,13 +179,11 @@ def square_sums(grads: Tree, *, fuse: bool = False) -> tf.Tensor:
 def square_sum(g: tf.Tensor, *, fuse: bool) -> tf.Tensor:
     """Returns `Σ g²`, float32; `fuse` compiles it as one kernel."""
     # For float32 TensorFlow's own kernel is faster than a compiled one; for bfloat16 it adds in bfloat16.
-    return 2.0 * tf.nn.l2_loss(g) if fuse and g.dtype == tf.float32 else _square_sum_kernel(g, fuse=fuse)
+    return 2.0 * tf.nn.l2_loss(g) if fuse and g.dtype == tf.float32 else tf.reduce_sum(_row_squares(g, fuse=fuse))
 
 
 @fused
-def _square_sum_kernel(g):
-    squares = tf.square(tf.cast(tf.reshape(g, [-1]), tf.float32))
-    # Short sums stay in the kernel; a long one would first store all squares.
-    while squares.shape[0] and squares.shape[0] % 32 == 0:
-        squares = tf.reduce_sum(tf.reshape(squares, [-1, 32]), -1)
-    return tf.reduce_sum(squares)
+def _row_squares(g):
+    """Each row's `Σ g²`, `[rows]` float32: a product with ones, which reads the rows without storing their squares."""
+    rows = tf.reshape(tf.cast(g, tf.float32), [-1, max(g.shape[-1], 1) if g.shape.rank else 1])
+    return row_sum(tf.square(rows))[:, 0]

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from dsv3 import adamw, model_specs, tree
+from dsv3.compiled import compile_step
 from dsv3.train.optim import decays, global_norm
 from dsv3.train.schedule import curve_schedule, warmup_cosine
 from tests.compare import assert_close, normal
@@ -78,6 +79,29 @@ def test_moments_in_bfloat16():
     want, mu, _ = oracle(params, [grads], lr=lambda t: 0.01, clip=None)
     assert_close(got["w"], want["w"], 1e-5)  # the step itself is taken before the moments are rounded
     assert_close(state.mu["w"], mu["w"], 2**-8)
+
+
+def test_an_update_in_place_copies_no_leaf():
+    """Old and new values of a leaf, and of its moments, are the same memory."""
+    leaf = tf.fill([1024, 1024], 0.5)
+    optimizer, zero, grads = adamw(0.01, clip_norm=None), tf.constant(0.0), {"w": tf.cast(leaf, tf.bfloat16)}
+
+    def update(state, grads):
+        params, opt = state
+        return optimizer.update(grads, opt, params, zero, zero, tf.constant(True))[:2], ()
+
+    step = compile_step(update)
+    state = ({"w": leaf}, optimizer.init({"w": leaf}))
+    for _ in range(2):
+        state, _ = step(state, grads)
+    try:
+        tf.config.experimental.reset_memory_stats("CPU:0")
+    except ValueError:
+        pytest.skip("this TensorFlow does not count the memory of a CPU")
+    held = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    step(state, grads)
+    more = tf.config.experimental.get_memory_info("CPU:0")["peak"] - held
+    assert more < 1 << 20, f"{more:,} bytes beside a leaf of {4 << 20:,}"
 
 
 def test_what_decays():

@@ -114,9 +114,12 @@ def test_squares_of_each_parameter_make_the_norm():
 
 
 def test_square_sums_are_those_of_each_leaf():
-    leaves = {"a": tf.constant([3.0, 4.0]), "b": tf.constant([[2.0]], tf.bfloat16)}
+    leaves = {
+        "a": tf.constant([3.0, 4.0]), "b": tf.constant([[2.0]], tf.bfloat16), "c": tf.constant(3.0, tf.bfloat16),
+        "d": tf.zeros([0, 4], tf.bfloat16), "e": tf.zeros([4, 0]), "f": tf.fill([3, 5, 64], tf.constant(2.0, tf.bfloat16)),
+    }  # fmt: skip
     for fuse in (False, True):
-        assert square_sums(leaves, fuse=fuse).numpy().tolist() == [25.0, 4.0]
+        assert square_sums(leaves, fuse=fuse).numpy().tolist() == [25.0, 4.0, 9.0, 0.0, 0.0, 3840.0]
 
 
 def test_limits_are_the_largest_that_pass():
