@@ -212,7 +212,7 @@ def build_attention(batch: int, heads: int, length: int, qk: int, v: int, dtype:
             tape.watch([q, k, values])
             out = attention(
                 q, k, values, causal_mask(length), scale=qk**-0.5, causal=True,
-                block=policy.attention_block, max_unroll=policy.attention_unroll, keep=policy.attention_keep,
+                block=policy.query_block(length), max_unroll=policy.attention_unroll, keep=policy.attention_keep,
                 fuse=policy.fuse,
             )  # fmt: skip
         return out, tape.gradient(out, [q, k, values], output_gradients=d_out)

@@ -29,10 +29,11 @@ class ComputePolicy:
       jit: compile whole steps with XLA. fuse: compile element-wise chains inside a plain graph (pointless with `jit`).
       experts: kernel of the routed experts, `"sorted"` or `"blocks"` (see `ops.experts`).
       max_rows: at most so many (token, choice) rows, as in decoding, use the kernel `"rows"`; 0 never does.
-      attention_block: queries of a block. attention_unroll: with more blocks, or a cache of more slots than they have, loops
-        over tiles take over. attention_keep: up to so many keys the backward gets probabilities from the forward pass
-        instead of computing them again.
-      loss_chunk: tokens whose logits exist at one time in the loss.
+      attention_block: queries of a block, at most. attention_unroll: with more blocks, or a cache of more slots than they
+        have, loops over tiles take over. attention_keep: up to so many keys the backward gets probabilities from the forward
+        pass instead of computing them again.
+      loss_chunk: tokens whose logits exist at one time in the loss. loss_keep: up to so many logits of all tokens wait for
+        the backward in the compute dtype instead of being computed again.
       remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
       fp8: what linear layers compute in FP8; `None`: nothing. The absorbed form of attention, which decoding takes,
         multiplies by kv_b in the compute dtype.
@@ -51,6 +52,7 @@ class ComputePolicy:
     attention_unroll: int = 16
     attention_keep: int = 1024
     loss_chunk: int = 1024
+    loss_keep: int = 2**25
     remat: str = "none"
     loop: str = "unroll"
     fp8: Fp8Recipe | None = None
@@ -66,6 +68,7 @@ class ComputePolicy:
             check_type("ComputePolicy", "fp8", self.fp8, Fp8Recipe)
         check(self.attention_block > 0, f"ComputePolicy: `attention_block` is {self.attention_block}, want > 0")
         check(self.loss_chunk > 0, f"ComputePolicy: `loss_chunk` is {self.loss_chunk}, want > 0")
+        check(self.loss_keep >= 0, f"ComputePolicy: `loss_keep` is {self.loss_keep}, want >= 0 logits")
         check(
             not self.jit or self.experts == "blocks",
             "ComputePolicy: jit=True wants experts='blocks', as products of unlike sizes have no static shape",
@@ -79,6 +82,11 @@ class ComputePolicy:
     def compute_dtype(self) -> tf.DType | None:
         """`dtype` as a `tf.DType`, or `None`."""
         return None if self.dtype is None else tf.as_dtype(self.dtype)
+
+    def query_block(self, length: int) -> int:
+        """Queries of a block of causal attention over a sequence of `length`: short ones get about four, so that less is
+        computed behind the diagonal."""
+        return min(self.attention_block, max(128, 32 * -(-length // 128)))
 
     def row_multiple(self, rows: int, num_experts: int) -> int:
         """Rows that an expert's share is rounded up to: products see few sizes, at the price of about 2% more rows."""

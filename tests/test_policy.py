@@ -25,6 +25,7 @@ def test_bad_policies_are_refused():
         ({"loop": "while"}, "ComputePolicy: `loop` is 'while'"),
         ({"attention_block": 0}, "ComputePolicy: `attention_block` is 0, want > 0"),
         ({"loss_chunk": 0}, "ComputePolicy: `loss_chunk` is 0, want > 0"),
+        ({"loss_keep": -1}, "ComputePolicy: `loss_keep` is -1, want >= 0 logits"),
         ({"jit": True}, "ComputePolicy: jit=True wants experts='blocks'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -38,6 +39,12 @@ def test_replace_and_dtype():
         policy.dtype = None
     with pytest.raises(ValueError, match="`loop` is 'x'"):
         policy.replace(loop="x")
+
+
+def test_short_sequences_get_smaller_blocks_of_queries():
+    policy = ComputePolicy()
+    assert [policy.query_block(length) for length in (1, 512, 513, 800, 1024, 4096)] == [128, 128, 160, 224, 256, 256]
+    assert policy.replace(attention_block=64).query_block(512) == 64
 
 
 @pytest.mark.parametrize("experts", ["sorted", "blocks"])

@@ -11,6 +11,7 @@ from dsv3.graph import plain
 from dsv3.nn.fp8 import fp8_linear, fp8_swiglu_linear
 from dsv3.nn.fp8_delayed import DelayedWeight, check_attached, delayed_linear
 from dsv3.ops.activation import swiglu
+from dsv3.ops.products import matmul_linear
 from dsv3.ops.quantized import QuantizedWeight, quantized_matmul
 from dsv3.recipe import Fp8Recipe
 from dsv3.spec import ParamSpec
@@ -48,7 +49,7 @@ def linear_apply(
         check(fp8 is None, "linear_apply: `weight` is quantised, want fp8=None: FP8 products quantise weights of training")
         y = quantized_matmul(rows, weight)
     elif fp8 is None:
-        y = tf.matmul(rows, tf.cast(weight, x.dtype))
+        y = matmul_linear(rows, tf.cast(weight, x.dtype), fuse=fuse)
     else:
         check_attached("linear_apply", weight, fp8)
         if isinstance(weight, DelayedWeight):

@@ -367,10 +367,10 @@ def _expanded(params, q, entry, cache, segments, *, cfg, policy, naive, tile) ->
     if naive or q.shape[2] is None or k.shape[2] is None:
         heads = attention_naive(q, k, v, mask, scale=1.0)
     else:
+        block = policy.query_block(q.shape[2]) if cache is None else policy.attention_block
         heads = attention(
             q, k, v, mask, scale=1.0, causal=cache is None,
-            block=policy.attention_block, max_unroll=policy.attention_unroll, keep=policy.attention_keep,
-            fuse=policy.fuse,
+            block=block, max_unroll=policy.attention_unroll, keep=policy.attention_keep, fuse=policy.fuse,
         )  # fmt: skip
     return heads_last(heads, fuse=policy.fuse)
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from dsv3.ops.products import matmul_transposed
 from dsv3.typing import TensorLike
 
 
 def in_chunks(
-    hidden: TensorLike, head: TensorLike, beside: Sequence[tf.Tensor], *, chunk: int, outputs: int,
-    forward: Callable[..., Sequence[tf.Tensor]], backward: Callable[..., tf.Tensor],
+    hidden: TensorLike, head: TensorLike, beside: Sequence[tf.Tensor], *, chunk: int, keep: int, outputs: int,
+    told: int = 0, forward: Callable[..., Sequence[tf.Tensor]], backward: Callable[..., tf.Tensor], fuse: bool,
 ) -> list[tf.Tensor]:  # fmt: skip
     """Computes float32 numbers of each token's logits, `[N]` each, for `chunk` tokens at a time.
 
@@ -19,16 +20,20 @@ def in_chunks(
       hidden: `[N, D]`, static N. head: `[D, V]`, in `hidden`'s dtype.
       beside: what else is known of the tokens, `[N, ...]` each, without a gradient. The last chunk is filled with zeros.
       chunk: tokens whose logits exist at one time.
-      outputs: how many.
-      forward: `forward(logits, *beside) -> outputs`. backward: `backward(logits, *beside, *gradients) -> d_logits`.
+      keep: up to so many logits, N·V, wait for the backward as they came from the product, which else is computed again.
+      outputs, told: how many; of those told, how many more numbers the forward finds, for the backward.
+      forward: `forward(logits, *beside) -> (*outputs, *told)`.
+      backward: `backward(logits, *beside, *told, *gradients) -> d_logits`.
+      fuse: choose the product that is fastest outside XLA.
 
     Returns:
       The outputs, differentiable (once) in `hidden` and `head`.
     """
     hidden, head = tf.convert_to_tensor(hidden), tf.convert_to_tensor(head)
-    n = hidden.shape[0]
+    n, vocab = hidden.shape[0], head.shape[1]
     size = min(chunk, max(n, 1))
     chunks = -(-n // size)
+    kept = vocab is not None and n * vocab <= keep
 
     def split(x: tf.Tensor) -> tf.Tensor:
         pad = [[0, chunks * size - n], *([[0, 0]] * (x.shape.rank - 1))]
@@ -41,18 +46,23 @@ def in_chunks(
         pieces = split(hidden)
 
         def one(i, *arrays):
-            found = forward(tf.matmul(pieces[i], head), *(x[i] for x in known))
-            return i + 1, *(array.write(i, value) for array, value in zip(arrays, found))
+            logits = tf.matmul(pieces[i], head)
+            found = [*forward(logits, *(x[i] for x in known)), *([logits] if kept else [])]
+            return i + 1, *(array.write(i, value) for array, value in zip(arrays, found, strict=True))
 
-        arrays = tuple(tf.TensorArray(tf.float32, chunks, element_shape=[size]) for _ in range(outputs))
-        found = [array.stack() for array in _loop(chunks, one, arrays)]
+        arrays = [tf.TensorArray(tf.float32, chunks, element_shape=[size]) for _ in range(outputs + told)]
+        if kept:
+            arrays.append(tf.TensorArray(hidden.dtype, chunks, element_shape=[size, vocab]))
+        arrays = _loop(chunks, one, tuple(arrays))
+        found = [array.stack() for array in arrays[: outputs + told]]
 
         def grad(*d_outs):
-            d_chunks = [split(d) for d in d_outs]
+            given = [*known, *found[outputs:], *(split(d) for d in d_outs)]
 
             def back(i, d_hidden, d_head):
-                d_logits = backward(tf.matmul(pieces[i], head), *(x[i] for x in known), *(d[i] for d in d_chunks))
-                d_piece = tf.matmul(d_logits, head, transpose_b=True)
+                logits = arrays[-1].read(i) if kept else tf.matmul(pieces[i], head)
+                d_logits = backward(logits, *(x[i] for x in given))
+                d_piece = matmul_transposed(d_logits, head, fuse=fuse)
                 d_head += tf.cast(tf.matmul(pieces[i], d_logits, transpose_a=True), tf.float32)
                 return i + 1, d_hidden.write(i, d_piece), d_head
 
@@ -61,7 +71,7 @@ def in_chunks(
             d_hidden = tf.reshape(d_hidden.stack(), [chunks * size, hidden.shape[1]])[:n]
             return d_hidden, tf.cast(d_head, head.dtype)
 
-        return [tf.reshape(out, [chunks * size])[:n] for out in found], grad
+        return [tf.reshape(out, [chunks * size])[:n] for out in found[:outputs]], grad
 
     return run(hidden, head)
 

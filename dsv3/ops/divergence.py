@@ -89,7 +89,7 @@ def top_k_logprobs(
 @plain
 def divergence(
     hidden: TensorLike, head: TensorLike, teacher: TopK | tuple[TensorLike, TensorLike], *, kind: str = "forward",
-    mix: float = 0.5, temperature: TensorLike = 1.0, chunk: int = 1024, fuse: bool = False,
+    mix: float = 0.5, temperature: TensorLike = 1.0, chunk: int = 1024, keep: int = 0, fuse: bool = False,
 ) -> tf.Tensor:  # fmt: skip
     """Divergence between a teacher's next-token distribution p and the student's q, at each token, in nats.
 
@@ -99,9 +99,9 @@ def divergence(
     - reverse: `KL(q‖p)`: the student must not have what the teacher has not;
     - jsd: `β·KL(p‖m) + (1−β)·KL(q‖m)` with `m = β·p + (1−β)·q` and β = `mix`, which stays below log 2.
 
-    Logits of student and teacher exist for `chunk` tokens at a time, forward and backward (which computes them again). The
-    gradient falls with 1/temperature and the logits' differences too: a loss usually multiplies by temperature², so that its
-    gradient keeps its size. That is left to the loss.
+    Logits of student and teacher exist for `chunk` tokens at a time, forward and backward (which computes them again, unless
+    the student's are kept). The gradient falls with 1/temperature and the logits' differences too: a loss usually multiplies
+    by temperature², so that its gradient keeps its size. That is left to the loss.
 
     Args:
       hidden: `[N, D]`, static N.
@@ -111,7 +111,7 @@ def divergence(
       kind: "forward", "reverse" or "jsd".
       mix: β of "jsd", in (0, 1).
       temperature: a number or a scalar tensor above 0, without a gradient; of both.
-      chunk: tokens whose logits exist at one time.
+      chunk, keep: as of `token_nll`; the student's logits.
       fuse: compile the softmax kernels (not under XLA).
 
     Returns:
@@ -139,7 +139,7 @@ def divergence(
 
     count = len(beside)
     found = in_chunks(
-        hidden, head, beside, chunk=chunk, outputs=1,
+        hidden, head, beside, chunk=chunk, keep=keep, fuse=fuse, outputs=1,
         forward=lambda logits, *known: (forward(logits, temperature, *given(*known), **how),),
         backward=lambda logits, *known: backward(logits, temperature, known[count], *given(*known[:count]), **how),
     )  # fmt: skip

@@ -25,6 +25,7 @@ from dsv3.ops.float8_dot import float8_matmul
 from dsv3.ops.fp8 import COLUMN_BLOCK, ROW_BLOCK, WEIGHT_BLOCK, Fp8Tensor, fp8_dequantize
 from dsv3.ops.fp8_formats import FORMATS
 from dsv3.ops.fuse import fused
+from dsv3.ops.products import matmul_transposed
 
 Block = tuple[int, int] | None
 DTYPES = tuple(fmt.dtype.name for fmt in FORMATS.values())
@@ -223,6 +224,8 @@ def _product(
         interval = _shared_interval(blocks, transpose)
     elif accumulate == "float32":
         a, b = (fp8_expand(*x, block=block, fuse=fuse) for x, block in zip((a, b), blocks))
+        if transpose == (False, True) and a.shape.rank == b.shape.rank == 2:
+            return tf.cast(matmul_transposed(a, b, fuse=fuse), dtype)
         return tf.cast(tf.matmul(a, b, transpose_a=transpose[0], transpose_b=transpose[1]), dtype)
     scales = []
     for x, block, along_rows, name in zip((a, b), blocks, (transpose[0], not transpose[1]), names):

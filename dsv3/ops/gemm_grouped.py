@@ -78,7 +78,7 @@ def fp8_grouped_gemm(
         y = _gemm_blocks(a, b, rows, multiple, options | {"fuse": fuse})
     elif options.get("accumulate", "float32") == "float32":
         kernels = [fp8_expand(*w, block=WEIGHT_BLOCK, fuse=fuse) for w in zip(*map(tf.unstack, b))]
-        y = grouped_matmul(fp8_expand(*a, block=ROW_BLOCK, fuse=fuse), kernels, rows, transpose=transpose_b)
+        y = grouped_matmul(fp8_expand(*a, block=ROW_BLOCK, fuse=fuse), kernels, rows, transpose=transpose_b, fuse=fuse)
     else:
         *parts, tail = zip(*(grouped_split(t, rows) for t in a))
         matrices = zip(*map(tf.unstack, b))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from dsv3.ops.products import matmul_transposed
 from dsv3.typing import TensorLike
 
 
@@ -21,7 +22,7 @@ def grouped_split(buffer: tf.Tensor, rows: TensorLike) -> list[tf.Tensor]:
 
 
 def grouped_matmul(
-    buffer: tf.Tensor, kernels: Sequence[tf.Tensor], rows: TensorLike, *, transpose: bool = False
+    buffer: tf.Tensor, kernels: Sequence[tf.Tensor], rows: TensorLike, *, transpose: bool = False, fuse: bool = False
 ) -> tf.Tensor:
     """Multiplies each expert's rows by its matrix; the tail becomes zeros.
 
@@ -30,12 +31,16 @@ def grouped_matmul(
       kernels: E matrices `[D, F]`, `[F, D]` with `transpose`.
       rows: `[E]` int32, an expert's rows.
       transpose: multiply by the matrices' transposes.
+      fuse: choose what is fastest outside XLA.
 
     Returns:
       `[C, F]`.
     """
-    parts = grouped_split(buffer, rows)
-    out = [tf.matmul(p, w, transpose_b=transpose) for p, w in zip(parts, kernels)]
+    parts, share = grouped_split(buffer, rows), buffer.shape[0] // max(len(kernels), 1)
+    if transpose:
+        out = [matmul_transposed(p, w, fuse=fuse, rows=share) for p, w in zip(parts, kernels)]
+    else:
+        out = [tf.matmul(p, w) for p, w in zip(parts, kernels)]
     width = kernels[0].shape[0] if transpose else kernels[0].shape[1]
     out.append(tf.zeros([tf.shape(parts[-1])[0], width], buffer.dtype))
     return tf.ensure_shape(tf.concat(out, 0), [buffer.shape[0], width])

@@ -10,25 +10,26 @@ from dsv3.checks import Dims, check, check_token_ids, is_concrete
 from dsv3.graph import plain
 from dsv3.ops.chunks import in_chunks
 from dsv3.ops.fuse import fused
-from dsv3.ops.reduce import row_max, row_sum
+from dsv3.ops.reduce import row_max, row_parts, row_sum
 from dsv3.typing import TensorLike
 
 
 @plain
 def token_nll(
-    hidden: TensorLike, head: TensorLike, targets: TensorLike, *, chunk: int = 1024, fuse: bool = False
+    hidden: TensorLike, head: TensorLike, targets: TensorLike, *, chunk: int = 1024, keep: int = 0, fuse: bool = False
 ) -> tf.Tensor:
     """Negative log-likelihood of each target token, in nats.
 
     `nll_n = logsumexp(hidden_n @ head) − (hidden_n @ head)[target_n]`
 
-    Logits exist for `chunk` tokens at a time, forward and backward (which computes them again).
+    Logits exist for `chunk` tokens at a time, forward and backward (which computes them again, unless they are kept).
 
     Args:
       hidden: `[N, D]`, static N.
       head: `[D, V]`, in `hidden`'s dtype.
       targets: `[N]` int, in [0, V).
-      chunk: tokens whose logits exist at one time.
+      chunk: tokens whose logits exist at one time in float32.
+      keep: up to so many logits, N·V, wait for the backward in `hidden`'s dtype; 0 always computes them again.
       fuse: compile the softmax kernels (not under XLA).
 
     Returns:
@@ -36,9 +37,8 @@ def token_nll(
     """
     _check_tokens("token_nll", hidden, head, targets, chunk)
     found = in_chunks(
-        hidden, head, [tf.cast(targets, tf.int32)], chunk=chunk, outputs=1,
-        forward=lambda logits, t: (_chunk_nll(logits, t, fuse=fuse),),
-        backward=functools.partial(_chunk_grad, fuse=fuse),
+        hidden, head, [tf.cast(targets, tf.int32)], chunk=chunk, keep=keep, fuse=fuse, outputs=1, told=1,
+        forward=functools.partial(_chunk_nll, fuse=fuse), backward=functools.partial(_chunk_grad, fuse=fuse),
     )  # fmt: skip
     return found[0]
 
@@ -46,7 +46,7 @@ def token_nll(
 @plain
 def target_logprobs(
     hidden: TensorLike, head: TensorLike, targets: TensorLike, *, temperature: TensorLike = 1.0, chunk: int = 1024,
-    fuse: bool = False,
+    keep: int = 0, fuse: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:  # fmt: skip
     """Log-probability of each target token under `p = softmax(hidden @ head / temperature)`, and the entropy of p, in nats.
 
@@ -57,7 +57,7 @@ def target_logprobs(
       head: `[D, V]`, in `hidden`'s dtype.
       targets: `[N]` int, in [0, V).
       temperature: a number or a scalar tensor above 0, without a gradient.
-      chunk: tokens whose logits exist at one time.
+      chunk, keep: as of `token_nll`.
       fuse: compile the softmax kernels (not under XLA).
 
     Returns:
@@ -68,7 +68,7 @@ def target_logprobs(
         check(float(temperature) > 0, f"target_logprobs: `temperature` is {float(temperature)}, want above 0")
     temperature = tf.stop_gradient(tf.cast(temperature, tf.float32))
     logprobs, entropy = in_chunks(
-        hidden, head, [tf.cast(targets, tf.int32)], chunk=chunk, outputs=2,
+        hidden, head, [tf.cast(targets, tf.int32)], chunk=chunk, keep=keep, fuse=fuse, outputs=2,
         forward=lambda logits, t: _chunk_logprobs(logits, t, temperature, fuse=fuse),
         backward=lambda logits, t, *d: _chunk_logprobs_grad(logits, t, temperature, *d, fuse=fuse),
     )  # fmt: skip
@@ -87,18 +87,17 @@ def _check_tokens(function: str, hidden: TensorLike, head: TensorLike, targets: 
 
 @fused
 def _chunk_nll(logits, targets):
-    logits = tf.cast(logits, tf.float32)
-    top = row_max(logits)
-    lse = (tf.math.log(row_sum(tf.exp(logits - top))) + top)[:, 0]
-    hot = tf.equal(tf.expand_dims(targets, -1), tf.range(logits.shape[-1]))
-    return lse - row_sum(tf.where(hot, logits, 0.0))[:, 0]
+    """The tokens' `-log p`, and what the backward is told: the log of the softmax's denominator."""
+    picked = tf.cast(tf.gather(logits, targets, batch_dims=1), tf.float32)
+    parts = [tf.cast(part, tf.float32) for part in row_parts(logits)]
+    top = row_max(functools.reduce(tf.maximum, parts))
+    lse = (tf.math.log(row_sum(tf.add_n([tf.exp(part - top) for part in parts]))) + top)[:, 0]
+    return lse - picked, lse
 
 
 @fused
-def _chunk_grad(logits, targets, d_nll):
-    logits_f32 = tf.cast(logits, tf.float32)
-    probs = tf.exp(logits_f32 - row_max(logits_f32))
-    probs /= row_sum(probs)
+def _chunk_grad(logits, targets, lse, d_nll):
+    probs = tf.exp(tf.cast(logits, tf.float32) - tf.expand_dims(lse, -1))
     hot = tf.equal(tf.expand_dims(targets, -1), tf.range(logits.shape[-1]))
     return tf.cast((probs - tf.cast(hot, tf.float32)) * tf.expand_dims(d_nll, -1), logits.dtype)
 

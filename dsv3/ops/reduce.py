@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import tensorflow as tf
 
 _IN_KERNEL = contextvars.ContextVar("dsv3_in_cpu_kernel", default=False)
-_LANES = 32
+_LANES, _PARTS = 32, 8
 
 
 @contextlib.contextmanager
@@ -41,6 +41,16 @@ def row_max(x: tf.Tensor) -> tf.Tensor:
         lead = [s if s is not None else tf.shape(x)[i] for i, s in enumerate(x.shape[:-1])]
         return tf.expand_dims(tf.reduce_max(tf.reduce_max(tf.reshape(x, [*lead, size // _LANES, _LANES]), -1), -1), -1)
     return tf.reduce_max(x, -1, keepdims=True)
+
+
+def row_parts(x: tf.Tensor) -> list[tf.Tensor]:
+    """Cuts the last dim into parts, for sums and maxima of costly values: of the parts first, then of what is left.
+
+    A product with ones would have a kernel store exponentials before it adds them up; the sum of a few parts is one pass.
+    """
+    size = x.shape[-1]
+    whole = not _IN_KERNEL.get() or size is None or size % (_PARTS * _LANES)
+    return [x] if whole else tf.split(x, _PARTS, -1)
 
 
 def halving_max(x: tf.Tensor, dim: int) -> tf.Tensor:

@@ -87,7 +87,7 @@ def token_logprobs(
     rows = tf.reshape(out.hidden, [-1, out.hidden.shape[-1]])
     logprobs, entropy = target_logprobs(
         rows, tf.cast(head_weight(params), rows.dtype), tf.reshape(targets, [-1]), temperature=temperature,
-        chunk=policy.loss_chunk, fuse=policy.fuse,
+        chunk=policy.loss_chunk, keep=policy.loss_keep, fuse=policy.fuse,
     )  # fmt: skip
     balance, load = tf.constant(0.0), tf.zeros_like(router.moe)
     used = tf.zeros([0, *inputs.shape, cfg.moe.router.top_k], tf.int32)

@@ -124,7 +124,7 @@ def distill_loss(
         given = _rows(said.hidden), tf.cast(head_weight(teacher.params), said.hidden.dtype)
     apart = divergence(
         _rows(out.hidden), head, given, kind=kind, mix=mix, temperature=temperature, chunk=policy.loss_chunk,
-        fuse=policy.fuse,
+        keep=policy.loss_keep, fuse=policy.fuse,
     )  # fmt: skip
     counts = tf.reshape(weights, [-1])
     found = tf.reduce_sum(tf.where(tf.equal(counts, 0.0), 0.0, counts * apart)) / total

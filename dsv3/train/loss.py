@@ -187,7 +187,8 @@ def weighted_nll(
 ) -> tf.Tensor:
     """Returns `Σ weights·nll / total`: the cross-entropy of `[B, T]` targets under `head(hidden)`, a float32 scalar."""
     rows = tf.reshape(hidden, [-1, hidden.shape[-1]])
-    nll = token_nll(rows, head, tf.reshape(targets, [-1]), chunk=policy.loss_chunk, fuse=policy.fuse)
+    how = {"chunk": policy.loss_chunk, "keep": policy.loss_keep, "fuse": policy.fuse}
+    nll = token_nll(rows, head, tf.reshape(targets, [-1]), **how)
     return tf.reduce_sum(nll * tf.reshape(weights, [-1])) / total
 
 

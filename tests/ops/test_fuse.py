@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.ops.fuse import fused
-from dsv3.ops.reduce import cpu_kernel, halving_max, row_max, row_sum
+from dsv3.ops.reduce import cpu_kernel, halving_max, row_max, row_parts, row_sum
 from tests.compare import SWEEP, assert_close, check_gradient, gradients, normal
 
 runs = []
@@ -50,6 +50,19 @@ def test_one_result_alone():
     assert_close(gradients(lambda x: double(x, fuse=True), INPUTS[:1])[0], np.full([2, 5], 2.0))
 
 
+def test_a_gradient_written_by_hand_is_taken_where_the_kernel_is():
+    def gradient(x, shift, d, *, power):
+        return tf.fill(x.shape, 7.0) * d * power, None
+
+    square = fused(lambda x, shift, *, power: x**power + tf.cast(shift, tf.float32), gradient=gradient)
+    x, shift = tf.constant([3.0, 4.0]), tf.constant([1, 2])
+    assert_close(square(x, shift, power=2, fuse=True), np.array([10.0, 18.0]))
+    assert_close(gradients(lambda x: square(x, shift, power=2, fuse=True), [x])[0], np.array([14.0, 14.0]))
+    assert_close(gradients(lambda x: square(x, shift, power=2), [x])[0], np.array([6.0, 8.0]))
+    decorated = fused(gradient=lambda x, d: (3.0 * d,))(lambda x: x)
+    assert_close(gradients(lambda x: decorated(x, fuse=True), [x])[0], np.full([2], 3.0))
+
+
 def test_each_signature_is_traced_once():
     x, y, shift = map(tf.constant, INPUTS)
     chain(x, y, shift, power=3, fuse=True)
@@ -88,6 +101,17 @@ def test_reductions_are_the_same_in_a_kernel(lead, width, seed):
     np.testing.assert_array_equal(top, x.max(-1, keepdims=True))
     np.testing.assert_array_equal(row_max(tf.constant(x)), top)
     assert np.abs(row_sum(tf.constant(x)) - total).max() <= 2e-6 * np.abs(x).sum(-1).max()
+
+
+@SWEEP
+@given(st.sampled_from([1, 32, 255, 256, 512, 768]), st.integers(0, 99))
+def test_parts_make_up_the_row(size, seed):
+    x = normal(seed, 2, size)
+    with cpu_kernel():
+        parts = row_parts(tf.constant(x))
+    assert len(parts) == (8 if size % 256 == 0 else 1)
+    np.testing.assert_array_equal(tf.concat(parts, -1), x)
+    np.testing.assert_array_equal(row_parts(tf.constant(x))[0], x)
 
 
 @SWEEP

@@ -25,11 +25,14 @@ def test_matches_the_formula(tokens, width, vocab, chunk):
     assert_close(token_nll(hidden, head, targets, chunk=chunk), want, 1e-5)
 
 
-@pytest.mark.parametrize(("chunk", "vocab", "fuse"), [(2, 7, False), (2, 64, True), (5, 7, True), (9, 7, False)])
-def test_gradient(chunk, vocab, fuse):
+@pytest.mark.parametrize("keep", [0, 5 * 256])
+@pytest.mark.parametrize(
+    ("chunk", "vocab", "fuse"), [(2, 7, False), (2, 64, True), (5, 7, True), (9, 7, False), (2, 256, True)]
+)
+def test_gradient(chunk, vocab, fuse, keep):
     hidden, head, targets = inputs(5, 3, vocab)
     check_gradient(
-        lambda h, w: token_nll(h, w, targets, chunk=chunk, fuse=fuse),
+        lambda h, w: token_nll(h, w, targets, chunk=chunk, keep=keep, fuse=fuse),
         lambda h, w: oracles.token_nll(h, w, targets),
         [hidden, head],
     )
@@ -54,11 +57,12 @@ def test_log_probabilities_and_entropy_match_the_formula(tokens, width, vocab, c
         assert_close(-got[0], token_nll(hidden, head, targets, chunk=chunk), 1e-5)
 
 
+@pytest.mark.parametrize("keep", [0, 5 * 64])
 @pytest.mark.parametrize(("chunk", "vocab", "fuse"), [(2, 7, False), (2, 64, True), (9, 7, False)])
-def test_gradient_of_log_probabilities_and_entropy(chunk, vocab, fuse):
+def test_gradient_of_log_probabilities_and_entropy(chunk, vocab, fuse, keep):
     hidden, head, targets = inputs(5, 3, vocab)
     check_gradient(
-        lambda h, w: tf.stack(target_logprobs(h, w, targets, temperature=1.7, chunk=chunk, fuse=fuse)),
+        lambda h, w: tf.stack(target_logprobs(h, w, targets, temperature=1.7, chunk=chunk, keep=keep, fuse=fuse)),
         lambda h, w: oracle_logprobs(h, w, targets, 1.7),
         [hidden, head],
     )
@@ -105,6 +109,17 @@ def test_logits_of_all_tokens_never_exist(fn):
 
     largest = max(sizes(value_and_grad.get_concrete_function().graph))
     assert 4 * 50 <= largest < 12 * 50
+
+
+@pytest.mark.parametrize("fn", [token_nll, target_logprobs])
+def test_kept_logits_are_not_multiplied_again(fn):
+    hidden, head, targets = inputs(4, 3, 50)
+
+    def count(keep):
+        run = tf.function(lambda: gradients(lambda h, w: fn(h, w, targets, keep=keep), [hidden, head]), autograph=False)
+        return sum(op.type == "MatMul" for op in run.get_concrete_function().graph.get_operations())
+
+    assert [count(keep) for keep in (0, 4 * 50 - 1, 4 * 50)] == [4, 4, 3]
 
 
 def test_wrong_input_is_named():
