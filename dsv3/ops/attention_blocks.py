@@ -70,7 +70,7 @@ def apply(
                 d_q.append(tf.matmul(d_scores, k[:, :, :e]))
                 d_k.append(tf.matmul(d_scores, q[:, :, a:b], transpose_a=True))
                 d_v.append(tf.matmul(probs, d_block, transpose_a=True))
-            return tf.concat(d_q, 2), _sum_prefixes(d_k, keys), _sum_prefixes(d_v, keys)
+            return tf.concat(d_q, 2), *(_sum_prefixes(*pieces, size=keys, fuse=fuse) for pieces in (d_k, d_v))
 
         return out, grad
 
@@ -79,15 +79,10 @@ def apply(
     return run(q, k, v)
 
 
-def _sum_prefixes(pieces: list[tf.Tensor], size: int) -> tf.Tensor:
-    """Sums `[B, H, e_i, ...]` pieces, each of which is the beginning of `[B, H, size, ...]`; the lengths e_i ascend."""
-    edges = sorted({piece.shape[2] for piece in pieces})
-    sizes = [b - a for a, b in zip([0, *edges], edges)]
-    parts = [[] for _ in sizes]
+@fused
+def _sum_prefixes(*pieces, size):
+    """Sums `[B, H, e_i, ...]` pieces, each of which is the beginning of `[B, H, size, ...]`, in float32."""
+    total = 0.0
     for piece in pieces:
-        count = edges.index(piece.shape[2]) + 1
-        for into, part in zip(parts, tf.split(piece, sizes[:count], axis=2)):
-            into.append(part)
-    total = tf.concat([tf.add_n(part) for part in parts], 2)
-    rest = size - edges[-1]
-    return tf.pad(total, [[0, 0], [0, 0], [0, rest], [0, 0]]) if rest else total
+        total += tf.pad(tf.cast(piece, tf.float32), [[0, 0], [0, 0], [0, size - piece.shape[2]], [0, 0]])
+    return tf.cast(total, pieces[0].dtype)
