@@ -32,8 +32,9 @@ class ComputePolicy:
       attention_block: queries of a block, at most. attention_unroll: with more blocks, or a cache of more slots than they
         have, loops over tiles take over. attention_keep: up to so many keys the backward gets probabilities from the forward
         pass instead of computing them again.
-      loss_chunk: tokens whose logits exist at one time in the loss. loss_keep: up to so many logits of all tokens wait for
-        the backward in the compute dtype instead of being computed again.
+      loss_chunk: tokens whose logits exist at one time in a loss, forward and again backward. loss_keep: up to so many
+        logits of all tokens are computed at once, and wait for the backward: in each loss, the model's and every MTP
+        module's.
       remat: `"none"` keeps what a layer's backward needs, `"block"` recomputes each block from its input.
       fp8: what linear layers compute in FP8; `None`: nothing. The absorbed form of attention, which decoding takes,
         multiplies by kv_b in the compute dtype.
@@ -86,7 +87,8 @@ class ComputePolicy:
     def query_block(self, length: int) -> int:
         """Queries of a block of causal attention over a sequence of `length`: short ones get about four, so that less is
         computed behind the diagonal."""
-        return min(self.attention_block, max(128, 32 * -(-length // 128)))
+        fewest = -(-length // max(self.attention_unroll, 1))  # with more blocks, tiles would take over
+        return min(self.attention_block, max(128, 32 * -(-length // 128), fewest))
 
     def row_multiple(self, rows: int, num_experts: int) -> int:
         """Rows that an expert's share is rounded up to: products see few sizes, at the price of about 2% more rows."""
@@ -97,7 +99,7 @@ class ComputePolicy:
 
 
 CPU = ComputePolicy()
-ACCELERATOR = ComputePolicy(jit=True, fuse=False, experts="blocks", max_rows=0)
+ACCELERATOR = ComputePolicy(jit=True, fuse=False, experts="blocks", max_rows=0, loss_keep=0)
 
 
 def default_policy(device: str | None = None) -> ComputePolicy:

@@ -45,6 +45,9 @@ def test_short_sequences_get_smaller_blocks_of_queries():
     policy = ComputePolicy()
     assert [policy.query_block(length) for length in (1, 512, 513, 800, 1024, 4096)] == [128, 128, 160, 224, 256, 256]
     assert policy.replace(attention_block=64).query_block(512) == 64
+    # Never more blocks than attention unrolls, unless there were more with the largest.
+    assert policy.replace(attention_unroll=1).query_block(250) == 250
+    assert policy.replace(attention_unroll=2).query_block(512) == 256
 
 
 @pytest.mark.parametrize("experts", ["sorted", "blocks"])

@@ -1,4 +1,4 @@
-"""Numbers of each token's logits, for a few tokens at a time, so that the logits of all never exist at once."""
+"""Numbers of each token's logits, for a few tokens at a time, so that the logits of many never exist at once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def in_chunks(
     hidden: TensorLike, head: TensorLike, beside: Sequence[tf.Tensor], *, chunk: int, keep: int, outputs: int,
     told: int = 0, forward: Callable[..., Sequence[tf.Tensor]], backward: Callable[..., tf.Tensor], fuse: bool,
 ) -> list[tf.Tensor]:  # fmt: skip
-    """Computes float32 numbers of each token's logits, `[N]` each, for `chunk` tokens at a time.
+    """Computes float32 numbers of each token's logits, `[N]` each, for `chunk` tokens at a time, or of few tokens at once.
 
     Args:
       hidden: `[N, D]`, static N. head: `[D, V]`, in `hidden`'s dtype.
       beside: what else is known of the tokens, `[N, ...]` each, without a gradient. The last chunk is filled with zeros.
       chunk: tokens whose logits exist at one time.
-      keep: up to so many logits, N·V, wait for the backward as they came from the product, which else is computed again.
+      keep: up to so many logits, N·V, are computed at once, and wait for the backward; others are computed again there.
       outputs, told: how many; of those told, how many more numbers the forward finds, for the backward.
       forward: `forward(logits, *beside) -> (*outputs, *told)`.
       backward: `backward(logits, *beside, *told, *gradients) -> d_logits`.
@@ -31,47 +31,60 @@ def in_chunks(
     """
     hidden, head = tf.convert_to_tensor(hidden), tf.convert_to_tensor(head)
     n, vocab = hidden.shape[0], head.shape[1]
+    known = [tf.stop_gradient(x) for x in beside]
+
+    def gradients(rows, head, d_logits):
+        return matmul_transposed(d_logits, head, fuse=fuse), tf.matmul(rows, d_logits, transpose_a=True)
+
+    @tf.custom_gradient
+    def at_once(hidden, head):
+        logits = tf.matmul(hidden, head)
+        found = forward(logits, *known)
+
+        def grad(*d_outs):
+            return gradients(hidden, head, backward(logits, *known, *found[outputs:], *d_outs))
+
+        return list(found[:outputs]), grad
+
+    if vocab is not None and 0 < n * vocab <= keep:
+        return at_once(hidden, head)
     size = min(chunk, max(n, 1))
     chunks = -(-n // size)
-    kept = vocab is not None and n * vocab <= keep
 
     def split(x: tf.Tensor) -> tf.Tensor:
         pad = [[0, chunks * size - n], *([[0, 0]] * (x.shape.rank - 1))]
         return tf.reshape(tf.pad(x, pad), [chunks, size, *x.shape[1:]])
 
-    known = [split(tf.stop_gradient(x)) for x in beside]
+    known_chunks = [split(x) for x in known]
 
     @tf.custom_gradient
     def run(hidden, head):
         pieces = split(hidden)
 
         def one(i, *arrays):
-            logits = tf.matmul(pieces[i], head)
-            found = [*forward(logits, *(x[i] for x in known)), *([logits] if kept else [])]
+            found = forward(tf.matmul(pieces[i], head), *(x[i] for x in known_chunks))[:outputs]
             return i + 1, *(array.write(i, value) for array, value in zip(arrays, found, strict=True))
 
-        arrays = [tf.TensorArray(tf.float32, chunks, element_shape=[size]) for _ in range(outputs + told)]
-        if kept:
-            arrays.append(tf.TensorArray(hidden.dtype, chunks, element_shape=[size, vocab]))
-        arrays = _loop(chunks, one, tuple(arrays))
-        found = [array.stack() for array in arrays[: outputs + told]]
+        arrays = tuple(tf.TensorArray(tf.float32, chunks, element_shape=[size]) for _ in range(outputs))
+        found = [array.stack() for array in _loop(chunks, one, arrays)]
 
         def grad(*d_outs):
-            given = [*known, *found[outputs:], *(split(d) for d in d_outs)]
+            d_chunks = [split(d) for d in d_outs]
 
             def back(i, d_hidden, d_head):
-                logits = arrays[-1].read(i) if kept else tf.matmul(pieces[i], head)
-                d_logits = backward(logits, *(x[i] for x in given))
-                d_piece = matmul_transposed(d_logits, head, fuse=fuse)
-                d_head += tf.cast(tf.matmul(pieces[i], d_logits, transpose_a=True), tf.float32)
-                return i + 1, d_hidden.write(i, d_piece), d_head
+                logits, given = tf.matmul(pieces[i], head), [x[i] for x in known_chunks]
+                # What it is told, too, is found again: a recomputed block would else have to go through the forward for it.
+                more = forward(logits, *given)[outputs:] if told else []
+                d_logits = backward(logits, *given, *more, *(d[i] for d in d_chunks))
+                d_piece, d_more = gradients(pieces[i], head, d_logits)
+                return i + 1, d_hidden.write(i, d_piece), d_head + tf.cast(d_more, tf.float32)
 
             d_hidden = tf.TensorArray(hidden.dtype, chunks, element_shape=[size, hidden.shape[1]])
             d_hidden, d_head = _loop(chunks, back, (d_hidden, tf.zeros(head.shape, tf.float32)))
             d_hidden = tf.reshape(d_hidden.stack(), [chunks * size, hidden.shape[1]])[:n]
             return d_hidden, tf.cast(d_head, head.dtype)
 
-        return [tf.reshape(out, [chunks * size])[:n] for out in found[:outputs]], grad
+        return [tf.reshape(out, [chunks * size])[:n] for out in found], grad
 
     return run(hidden, head)
 

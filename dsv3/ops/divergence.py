@@ -1,4 +1,4 @@
-"""How far a student's next-token distribution is from a teacher's, without the logits of all tokens at once.
+"""How far a student's next-token distribution is from a teacher's, without the logits of many tokens at once.
 
 The teacher is given by its hidden states and its head, or by its K most likely tokens, as they are stored. With those, all
 other tokens are one outcome more: both distributions are of K + 1 outcomes, and what is computed is a true divergence of

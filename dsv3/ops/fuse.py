@@ -1,8 +1,8 @@
 """`fused`: element-wise chains compiled as one XLA kernel inside a plain graph, with a recomputing backward.
 
 On a CPU TensorFlow runs a chain such as RMSNorm op by op, each with its own pass over memory, while matrix products are
-fastest outside XLA (oneDNN). So only the chains are compiled. The gradient is again one compiled kernel: it recomputes the
-chain from its inputs, so nothing in between is kept.
+fastest outside XLA (oneDNN). So only the chains are compiled. The gradient is again one compiled kernel, or a few that
+are written by hand: it recomputes the chain from its inputs, so nothing in between is kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cross-entropy and log-probabilities that never hold the logits of all tokens at once."""
+"""Cross-entropy and log-probabilities that never hold the logits of many tokens at once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def token_nll(
       hidden: `[N, D]`, static N.
       head: `[D, V]`, in `hidden`'s dtype.
       targets: `[N]` int, in [0, V).
-      chunk: tokens whose logits exist at one time in float32.
-      keep: up to so many logits, N·V, wait for the backward in `hidden`'s dtype; 0 always computes them again.
+      chunk: tokens whose logits exist at one time.
+      keep: up to so many logits, N·V, are computed at once, and wait for the backward in `hidden`'s dtype.
       fuse: compile the softmax kernels (not under XLA).
 
     Returns:

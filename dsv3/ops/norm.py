@@ -53,7 +53,8 @@ def _input_grad(x, weight, dy, *, eps):
 @fused
 def _weight_terms(x, dy, *, eps, rows):
     """`dy·x̂`, `[..., D]` float32, summed over so many neighbouring rows: the rest is left to TensorFlow's own sum."""
-    terms = tf.reshape(tf.cast(dy, tf.float32) * _normalized(x, eps)[0], [-1, rows, x.shape[-1]])
+    width = tf.shape(x)[-1] if x.shape[-1] is None else x.shape[-1]
+    terms = tf.reshape(tf.cast(dy, tf.float32) * _normalized(x, eps)[0], [-1, rows, width])
     return tf.add_n(tf.unstack(terms, axis=1))
 
 

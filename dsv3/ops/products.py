@@ -1,7 +1,7 @@
 """Products with a matrix that is stored transposed, as every gradient of a linear layer's input is.
 
 oneDNN reads the transposed operand of a float32 product in strides, and where those are powers of two the operand has few
-sets of the cache for itself: up to 2.9 times slower than copying it and multiplying. In bfloat16 it packs operands anyway.
+sets of the cache for itself: slower than copying it and multiplying. In bfloat16 it packs operands anyway.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ def matmul_transposed(x: tf.Tensor, w: tf.Tensor, *, fuse: bool = False, rows: i
     rows = x.shape[0] if rows is None else rows
     if not (fuse and x.dtype == tf.float32 and _copy_pays(rows, *w.shape)):
         return tf.matmul(x, w, transpose_b=True)
+    with tf.control_dependencies([x]):  # not before: else the copies of all layers' matrices were made first and waited
+        w = tf.identity(w)
     # Three dims: a graph optimiser would put a transposition of two back into the product.
-    copy = tf.squeeze(tf.transpose(tf.expand_dims(w, 0), [0, 2, 1]), 0)
-    return tf.matmul(x, copy)
+    return tf.matmul(x, tf.squeeze(tf.transpose(tf.expand_dims(w, 0), [0, 2, 1]), 0))
 
 
 def matmul_linear(x: tf.Tensor, w: tf.Tensor, *, fuse: bool = False) -> tf.Tensor:

@@ -112,8 +112,9 @@ def trace_policy(plan: Plan) -> ComputePolicy:
     The step has no FP8 products, and it recomputes either whole pieces (`"block"`) or nothing: for `"paper"` it keeps what
     the plan computes again.
     """
-    remat = "block" if plan.recompute == "block" else "none"
-    return ACCELERATOR.replace(dtype="bfloat16", loss_chunk=plan.loss_chunk, loss_keep=0, remat=remat)
+    return ACCELERATOR.replace(
+        dtype="bfloat16", loss_chunk=plan.loss_chunk, remat="block" if plan.recompute == "block" else "none"
+    )
 
 
 def plan_nodes(plan: Plan) -> int:

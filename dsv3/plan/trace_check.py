@@ -123,7 +123,7 @@ def step_differences(cfg: ModelConfig, specs: Tree, plan: Plan, trace: StepTrace
 def _attention(cfg: ModelConfig, plan: Plan, trace: StepTrace, piece: str) -> Iterator[Difference]:
     """Whole blocks of keys instead of those that a query sees; probabilities that short sequences keep."""
     length, policy, mla = plan.length, trace.policy, cfg.mla
-    block = policy.attention_block
+    block = policy.query_block(length)
     blocks = -(-length // block)
     unrolled = blocks <= policy.attention_unroll
     if unrolled:
@@ -177,12 +177,15 @@ def _experts(cfg: ModelConfig, plan: Plan, trace: StepTrace, piece: str) -> Iter
 
 
 def _loss(cfg: ModelConfig, plan: Plan, trace: StepTrace, piece: str) -> Iterator[Difference]:
-    """Logits exist chunk by chunk, so the backward pass computes them again; a loop over chunks makes both gradients."""
+    """Logits exist chunk by chunk, so the backward pass computes them again, unless it keeps them; a loop over chunks makes
+    both gradients."""
     logits = 2 * cfg.vocab_size * cfg.hidden_size
-    size = min(trace.policy.loss_chunk, plan.tokens)
+    kept = plan.tokens * cfg.vocab_size <= trace.policy.loss_keep  # then they are one chunk
+    size = plan.tokens if kept else min(trace.policy.loss_chunk, plan.tokens)
     chunks = -(-plan.tokens // size)
     more, all_in_one = chunks * size - plan.tokens, chunks > 1
-    yield Difference(piece, "logits computed again", Products(inputs=logits * plan.tokens))
+    if plan.recompute == "block" or not kept:
+        yield Difference(piece, "logits computed again", Products(inputs=logits * plan.tokens))
     if all_in_one:
         moved = logits * plan.tokens
         yield Difference(piece, "the head's gradient in the loop of its input's", Products(0, moved, -moved))

@@ -51,7 +51,7 @@ def token_logprobs(
     mtp_tokens: TensorLike | None = None,
     policy: ComputePolicy | None = None,
 ) -> TokenLogprobs:
-    """`log softmax(logits / temperature)` at each next token, without the logits of all tokens at once.
+    """`log softmax(logits / temperature)` at each next token, without the logits of many tokens at once.
 
     Args:
       params, router: the model.

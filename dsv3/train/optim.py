@@ -88,7 +88,7 @@ def adamw(
       decay_mask: from a parameter's path to whether it decays; default: all but norms and biases.
       moment_dtype: storage dtype of the moments (the paper: bfloat16).
       schedule_unit: `"tokens"` seen, or `"updates"` done: for losses on samples, whose tokens nobody knows before.
-      fuse: compile each leaf's update as one kernel (not under XLA).
+      fuse: compile each leaf's update as two kernels (not under XLA).
 
     Returns:
       `Optimizer`.
@@ -184,6 +184,8 @@ def square_sum(g: tf.Tensor, *, fuse: bool) -> tf.Tensor:
 
 @fused
 def _row_squares(g):
-    """Each row's `Σ g²`, `[rows]` float32: a product with ones, which reads the rows without storing their squares."""
-    rows = tf.reshape(tf.cast(g, tf.float32), [-1, max(g.shape[-1], 1) if g.shape.rank else 1])
-    return row_sum(tf.square(rows))[:, 0]
+    """The `Σ g²` of short rows, `[rows]` float32: a product with ones, which stores no squares; of long rows it would."""
+    size = g.shape.num_elements()
+    width = next((w for w in (1024, 512, 256, 128, 64) if size and size % w == 0), None)
+    width = width or (max(g.shape[-1], 1) if g.shape.rank else 1)
+    return row_sum(tf.square(tf.reshape(tf.cast(g, tf.float32), [-1, width])))[:, 0]

@@ -81,14 +81,15 @@ def test_matches_the_formula(tokens, width, vocab, chunk, temperature, kind, dat
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("chunk", "vocab", "k", "fuse"), [(2, 7, 3, False), (3, 7, 1, False), (9, 7, 7, False), (2, 64, 5, True)]
+    ("chunk", "vocab", "k", "fuse", "keep"),
+    [(2, 7, 3, False, 0), (3, 7, 1, False, 0), (9, 7, 7, False, 0), (2, 7, 3, False, 35), (2, 64, 5, True, 0)],
 )
-def test_gradient(kind, chunk, vocab, k, fuse):
+def test_gradient(kind, chunk, vocab, k, fuse, keep):
     hidden, head, *teacher = inputs(5, 3, vocab)
     p = probs(*teacher, 1.7)
     ids = best(p, k)
     stored = top_k_logprobs(*teacher, k=k, temperature=1.7)
-    how = {"kind": kind, "mix": MIX, "temperature": 1.7, "chunk": chunk, "fuse": fuse}
+    how = {"kind": kind, "mix": MIX, "temperature": 1.7, "chunk": chunk, "keep": keep, "fuse": fuse}
     for given_teacher, outcomes in ((tuple(teacher), lambda x: x), (stored, lambda x: bucketed(x, ids))):
         check_gradient(
             lambda h, w, t=given_teacher: divergence(h, w, t, **how),

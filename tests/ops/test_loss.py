@@ -122,6 +122,17 @@ def test_kept_logits_are_not_multiplied_again(fn):
     assert [count(keep) for keep in (0, 4 * 50 - 1, 4 * 50)] == [4, 4, 3]
 
 
+@pytest.mark.parametrize("keep", [0, 4 * 50])
+def test_gradients_may_be_taken_again(keep):
+    hidden, head, targets = inputs(4, 3, 50)
+    hidden = tf.constant(hidden)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(hidden)
+        nll = token_nll(hidden, head, targets, chunk=2, keep=keep)
+        total = tf.reduce_sum(nll)
+    assert_close(tape.gradient(nll, hidden), tape.gradient(total, hidden))
+
+
 def test_wrong_input_is_named():
     hidden, head, targets = inputs(4, 3, 8)
     for arguments, how, message in [

@@ -9,7 +9,7 @@ from tests.compare import assert_close, check_gradient, normal
 
 
 def products(fn, *shapes, dtype=tf.float32):
-    """The graph's products after optimisation: whether each has a transposed operand on the right."""
+    """The graph's products as they are written: whether each has a transposed operand on the right."""
     graph = tf.function(fn, autograph=False).get_concrete_function(*(tf.TensorSpec(s, dtype) for s in shapes))
     graph(*(tf.zeros([2 if d is None else d for d in s], dtype) for s in shapes))
     return [op.get_attr("transpose_b") for op in graph.graph.get_operations() if op.type == "MatMul"]
@@ -41,14 +41,37 @@ def test_a_copy_stays_one():
     run = fn.get_concrete_function(tf.TensorSpec(x.shape), tf.TensorSpec(w.shape))
     options = tf.compat.v1.ConfigProto()
     options.graph_options.rewrite_options.min_graph_nodes = -1
-    from tensorflow.python.grappler import tf_optimizer
-    from tensorflow.python.training.saver import export_meta_graph
-
-    meta = export_meta_graph(graph_def=run.graph.as_graph_def(), graph=run.graph)
+    tf_optimizer = pytest.importorskip("tensorflow.python.grappler.tf_optimizer")  # not public
+    saver = pytest.importorskip("tensorflow.python.training.saver")
+    meta = saver.export_meta_graph(graph_def=run.graph.as_graph_def(), graph=run.graph)
     meta.collection_def["train_op"].node_list.value.extend([run.outputs[0].name])
     nodes = tf_optimizer.OptimizeGraph(options, meta).node
     assert [n.attr["transpose_b"].b for n in nodes if n.op in ("MatMul", "_MklMatMul")] == [False]
     assert any("Transpose" in n.op for n in nodes)
+
+
+def test_copies_do_not_wait_beside_each_other():
+    """Eight layers' matrices are not all copied at the beginning of a step."""
+    layers, x = [tf.fill([1024, 1024], 1e-3) for _ in range(8)], tf.ones([64, 1024])
+
+    @tf.function(autograph=False)
+    def grads(x, layers):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = x
+            for w in layers:
+                y = tf.tanh(matmul_linear(y, w, fuse=True))
+        return tape.gradient(y, x)
+
+    grads(x, layers)
+    try:
+        tf.config.experimental.reset_memory_stats("CPU:0")
+    except ValueError:
+        pytest.skip("this TensorFlow does not count the memory of a CPU")
+    held = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    grads(x, layers)
+    more = tf.config.experimental.get_memory_info("CPU:0")["peak"] - held
+    assert more < 5 * (4 << 20), f"{more:,} bytes, where the copies of all eight are {32 << 20:,}"
 
 
 @pytest.mark.parametrize("fuse", [False, True])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dsv3 import tree
 from dsv3.nn.block import block_apply, block_specs
 from dsv3.nn.mla import mla_rope
+from dsv3.ops.loss import token_nll
 from dsv3.parallel.vjp import split_vjp
 from dsv3.policy import ComputePolicy
 from tests.compare import FUSED, PLAIN, assert_close, normal
@@ -121,6 +122,16 @@ def test_jit_compiles():
     vjp = split_vjp(lambda p, x: tf.strings.length(tf.strings.as_string(x)), {}, [x], jit=True)
     with pytest.raises(tf.errors.InvalidArgumentError):
         vjp.forward([], [x])
+
+
+@pytest.mark.parametrize("how", [{"chunk": 2}, {"keep": 6 * 16}])
+def test_a_loss_leaves_only_tensors_for_the_backward(how):
+    """What is in a list of tensors could not cross from one compiled program to another."""
+    inputs = [normal(1, 6, 8), np.array([0, 5, 15, 2, 1, 7], np.int32)]
+    check_split(
+        lambda p, x, t: token_nll(x, p["w"], t, **how), {"w": normal(0, 8, 16)}, inputs, [tf.constant(normal(2, 6))], 1e-5,
+        jit=True,
+    )  # fmt: skip
 
 
 def test_what_depends_on_parameters_alone_is_computed_again_and_not_kept():

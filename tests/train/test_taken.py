@@ -120,6 +120,8 @@ def test_square_sums_are_those_of_each_leaf():
     }  # fmt: skip
     for fuse in (False, True):
         assert square_sums(leaves, fuse=fuse).numpy().tolist() == [25.0, 4.0, 9.0, 0.0, 0.0, 3840.0]
+    long = tf.ones([20_000_000], tf.bfloat16)  # float32 adds ones up to 2^24 only
+    assert float(square_sums({"long": long}, fuse=True)[0]) == 2e7
 
 
 def test_limits_are_the_largest_that_pass():
