@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow as tf
 from hypothesis import settings
 
@@ -65,6 +66,17 @@ def assert_trees_close(got: Any, want: Any, tolerance: float = TOLERANCE) -> Non
     assert list(got) == list(want)
     for path, leaf in want.items():
         assert_close(got[path], leaf, tolerance, path)
+
+
+def memory_beside(fn: Callable[[], Any]) -> int:
+    """Returns how many bytes TensorFlow holds in `fn` beside those before; skips the test if it does not count them."""
+    try:
+        tf.config.experimental.reset_memory_stats("CPU:0")
+    except ValueError:
+        pytest.skip("this TensorFlow does not count the memory of a CPU")
+    held = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    fn()
+    return tf.config.experimental.get_memory_info("CPU:0")["peak"] - held
 
 
 def gradients(fn: Callable[..., Any], inputs: Sequence[Any], cotangents: Sequence[Any] | None = None) -> list[tf.Tensor]:

@@ -23,11 +23,8 @@ def rope_halves(x: tf.Tensor, rope_dim: int) -> tf.Tensor:
 @fused
 def _heads_back(d, cos, sin, *, rope_dim, scale):
     """`[B, H, T, P+R]` to `[B, T, H·(P+R)]`, turned back and scaled."""
-    d = tf.transpose(d, [0, 2, 1, 3])
-    nope, a, b = tf.split(d, [d.shape[-1] - rope_dim, rope_dim // 2, rope_dim // 2], axis=-1)
-    cos, sin = (tf.expand_dims(tf.cast(t, d.dtype), 2) for t in (cos, sin))
-    d = tf.concat([nope, a * cos + b * sin, b * cos - a * sin], -1)
-    d = tf.cast(tf.cast(d, tf.float32) * scale, d.dtype)
+    cos, sin = (tf.expand_dims(t, 2) for t in (cos, -sin))
+    d = _turn(tf.transpose(d, [0, 2, 1, 3]), cos, sin, rope_dim, scale)
     return tf.reshape(d, [*lead_dims(d), d.shape[2] * d.shape[3]])
 
 
@@ -39,10 +36,15 @@ def _heads_first_gradient(q, cos, sin, d, *, heads, rope_dim, scale):
 def heads_first(q, cos, sin, *, heads, rope_dim, scale):
     """`[B, T, H·(P+R)]` with pairs in halves to rotated and scaled `[B, H, T, P+R]`, in halves too."""
     q = tf.transpose(tf.reshape(q, [*lead_dims(q), heads, q.shape[-1] // heads]), [0, 2, 1, 3])
-    nope, a, b = tf.split(q, [q.shape[-1] - rope_dim, rope_dim // 2, rope_dim // 2], axis=-1)
-    cos, sin = (tf.expand_dims(tf.cast(t, q.dtype), 1) for t in (cos, sin))
-    q_rotated = tf.concat([nope, a * cos - b * sin, b * cos + a * sin], -1)
-    return tf.cast(tf.cast(q_rotated, tf.float32) * scale, q.dtype)  # a rounded scale would be another temperature
+    return _turn(q, *(tf.expand_dims(t, 1) for t in (cos, sin)), rope_dim, scale)
+
+
+def _turn(x, cos, sin, rope_dim, scale):
+    """Rotates the last `rope_dim` columns, pairs in halves, and scales all."""
+    nope, a, b = tf.split(x, [x.shape[-1] - rope_dim, rope_dim // 2, rope_dim // 2], axis=-1)
+    cos, sin = tf.cast(cos, x.dtype), tf.cast(sin, x.dtype)
+    rotated = tf.concat([nope, a * cos - b * sin, b * cos + a * sin], -1)
+    return tf.cast(tf.cast(rotated, tf.float32) * scale, x.dtype)  # a rounded scale would be another temperature
 
 
 @fused

@@ -31,11 +31,7 @@ def swiglu(gate_up: TensorLike, *, fuse: bool = False) -> tf.Tensor:
 
 @fused
 def _halves_grad(gate_up, d):
-    """The gradients of gate and up."""
-    gate, up = tf.split(tf.cast(gate_up, tf.float32), 2, axis=-1)
-    d, sig = tf.cast(d, tf.float32), tf.sigmoid(gate)
-    d_gate = d * up * sig * (1.0 + gate * (1.0 - sig))
-    return tf.cast(d_gate, gate_up.dtype), tf.cast(d * gate * sig, gate_up.dtype)
+    return tuple(tf.cast(half, gate_up.dtype) for half in swiglu_grad_float32(gate_up, tf.cast(d, tf.float32)))
 
 
 def _swiglu_gradient(gate_up, d):
@@ -56,3 +52,10 @@ def swiglu_float32(gate_up: tf.Tensor) -> tf.Tensor:
     gate, up = tf.split(gate_up, 2, axis=-1)
     gate = tf.cast(gate, tf.float32)
     return gate * tf.cast(up, tf.float32) * tf.sigmoid(gate)
+
+
+def swiglu_grad_float32(gate_up: tf.Tensor, d: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the gradients of gate and up, not yet rounded, of the activation's `d` in float32."""
+    gate, up = tf.split(tf.cast(gate_up, tf.float32), 2, axis=-1)
+    sig = tf.sigmoid(gate)
+    return d * up * sig * (1.0 + gate * (1.0 - sig)), d * gate * sig

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from dsv3.checks import Dims, check, check_choice
 from dsv3.graph import plain
-from dsv3.ops.activation import swiglu_float32
+from dsv3.ops.activation import swiglu_float32, swiglu_grad_float32
 from dsv3.ops.dispatch import Dispatch, combine_rows, dispatch_rows, gather_rows, scatter_weights
 from dsv3.ops.fuse import fused
 from dsv3.ops.grouped import grouped_matmul, grouped_outer, row_owner
@@ -92,14 +92,9 @@ def weighted_swiglu_grad(h, w, d_act, *, fuse: bool = False):
 
 @fused
 def _swiglu_grads(h, w, d_act):
-    gate, up = tf.split(tf.cast(h, tf.float32), 2, axis=-1)
-    d_act, w = tf.cast(d_act, tf.float32), tf.expand_dims(w, -1)
-    sig = tf.sigmoid(gate)
-    act = gate * sig
-    d_weight = row_sum(act * up * d_act)[:, 0]
-    d_act *= w
-    d_gate = d_act * up * sig * (1.0 + gate * (1.0 - sig))
-    return tf.cast(act * up * w, h.dtype), d_weight, tf.cast(d_gate, h.dtype), tf.cast(d_act * act, h.dtype)
+    act, d_act, w = swiglu_float32(h), tf.cast(d_act, tf.float32), tf.expand_dims(w, -1)
+    d_weight = row_sum(act * d_act)[:, 0]
+    return tf.cast(act * w, h.dtype), d_weight, *(tf.cast(half, h.dtype) for half in swiglu_grad_float32(h, d_act * w))
 
 
 def _sorted(x, weights, plan: Dispatch, gate_up, down, *, fuse: bool) -> tf.Tensor:

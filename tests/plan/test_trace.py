@@ -222,6 +222,12 @@ def test_kernels_differ_as_they_should(how, recompute):
     assert_agrees(SMALL["parts"], plan, trace_policy(plan).replace(**POLICIES[how]))
 
 
+def test_a_short_sequence_has_smaller_blocks():
+    plan = Plan(length=200)
+    assert trace_policy(plan).query_block(200) < trace_policy(plan).attention_block
+    assert_agrees(DENSE.replace(max_position_embeddings=256), plan)
+
+
 def test_without_mtp():
     plan = Plan(**MESHES["nodes"], length=20, mtp=False)
     assert_agrees(SMALL["parts"], plan)
