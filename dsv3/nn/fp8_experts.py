@@ -61,7 +61,7 @@ def fp8_experts(
         not whole or kernel == "sorted",
         f"fp8_experts: `kernel` is {kernel!r}, want 'sorted' where `recipe.interval` is None",
     )
-    plan = dispatch_rows(experts, gate_up.shape[0], multiple=multiple)
+    plan = dispatch_rows(experts, gate_up.shape[0], multiple=multiple, fuse=fuse and kernel == "sorted")
     groups = _groups(plan, recipe, {"kernel": kernel, "multiple": multiple, "fuse": fuse}, amax)
     return _apply(groups, x, weights, gate_up, down, *amax)
 

@@ -19,8 +19,8 @@ from dsv3.ops.router import (
     expert_load,
     router_scores,
     router_select,
+    router_weights,
     sequence_balance_loss,
-    take_experts,
 )
 from dsv3.policy import ComputePolicy, default_policy
 from dsv3.spec import ParamSpec
@@ -110,7 +110,9 @@ def moe_apply(
     """
     check_type("moe_apply", "params", params, MoEParams)
     policy = policy or default_policy()
-    routing, stats = moe_route(params.router, bias, x, cfg=cfg, mask=mask, segments=segments, experts=experts)
+    routing, stats = moe_route(
+        params.router, bias, x, cfg=cfg, mask=mask, segments=segments, experts=experts, fuse=policy.fuse
+    )
     x = tf.convert_to_tensor(x)
     out = _experts(params, tf.reshape(x, [-1, cfg.hidden_size]), routing, policy)
     out = tf.reshape(out, tf.shape(x))
@@ -129,12 +131,14 @@ def moe_route(
     mask: TensorLike | None = None,
     segments: TensorLike | None = None,
     experts: TensorLike | None = None,
+    fuse: bool = False,
 ) -> tuple[Routing, RouterStats]:
     """The router alone: which experts `moe_apply` sends each token to.
 
     Args:
       weight: `[D, E]`, the router's parameter.
       bias, x, cfg, mask, segments, experts: as in `moe_apply`.
+      fuse: compile the choice as a few kernels (not under XLA).
 
     Returns:
       `Routing` of the N = B·T tokens, and `RouterStats`.
@@ -153,16 +157,19 @@ def moe_route(
     if experts is None:
         routing = router_select(
             scores, bias, top_k=r.top_k, num_groups=r.num_groups, groups_kept=r.groups_kept,
-            scale=r.scale, normalize=r.normalize, group_mask=r.group_mask,
+            scale=r.scale, normalize=r.normalize, group_mask=r.group_mask, fuse=fuse,
         )  # fmt: skip
     else:
         dims("experts", experts, "B T K")
-        routing = _replay(scores, tf.reshape(tf.cast(experts, tf.int32), [-1, r.top_k]), r.scale, r.normalize)
+        chosen = tf.reshape(tf.cast(experts, tf.int32), [-1, r.top_k])
+        weights = router_weights(scores, chosen, scale=r.scale, normalize=r.normalize, fuse=fuse)
+        routing = Routing(weights, chosen, scores)
     shape = tf.shape(x)
     stats = RouterStats(
         load=expert_load(routing.experts, r.num_experts, mask),
         balance=sequence_balance_loss(
-            tf.reshape(scores, [shape[0], shape[1], r.num_experts]), top_k=r.top_k, mask=mask, segments=segments
+            tf.reshape(scores, [shape[0], shape[1], r.num_experts]), top_k=r.top_k, mask=mask, segments=segments,
+            fuse=fuse,
         ),
         experts=tf.reshape(routing.experts, [shape[0], shape[1], r.top_k]),
     )
@@ -191,11 +198,3 @@ def experts_compute(
     if policy.fp8 is not None:
         return fp8_experts(x, weights, experts, gate_up, down, recipe=policy.fp8, **how)
     return experts_apply(x, weights, experts, tf.cast(gate_up, x.dtype), tf.cast(down, x.dtype), **how)
-
-
-def _replay(scores: tf.Tensor, experts: tf.Tensor, scale: float, normalize: bool) -> Routing:
-    """Gate values for experts that were chosen elsewhere."""
-    weights = take_experts(scores, experts)
-    if normalize:
-        weights /= tf.reduce_sum(weights, -1, keepdims=True) + 1e-20
-    return Routing(weights * scale, experts, scores)

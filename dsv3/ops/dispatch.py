@@ -41,13 +41,14 @@ def dispatch_size(rows: int, num_experts: int, multiple: int) -> int:
 
 
 @plain
-def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1) -> Dispatch:
+def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1, fuse: bool = False) -> Dispatch:
     """Groups the rows of chosen experts by expert, in token order within an expert.
 
     Args:
       experts: `[N, K]` int32 with static N: the experts of each token; E stands for none, such a row lies behind all groups.
       num_experts: E.
       multiple: rows of an expert are rounded up to this.
+      fuse: choose what is fastest outside XLA.
 
     Returns:
       `Dispatch` with `C = dispatch_size(N·K, E, multiple)`.
@@ -63,16 +64,20 @@ def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1) -
     load = tf.math.unsorted_segment_sum(tf.ones([total], tf.int32), flat, num_experts + 1)
     rows = ((load + (multiple - 1)) // multiple) * multiple
     starts = tf.cumsum(rows, exclusive=True)
-    slots = _sorted_places(flat) + tf.gather(starts - tf.cumsum(load, exclusive=True), flat)
+    slots = _sorted_places(flat, num_experts + 1, fuse=fuse) + tf.gather(starts - tf.cumsum(load, exclusive=True), flat)
     tokens = tf.scatter_nd(
         tf.expand_dims(slots, -1), tf.range(total) // k, [dispatch_size(total, num_experts, multiple)]
     )
     return Dispatch(tf.reshape(slots, [n, k]), tokens, starts[:-1], rows[:-1], load[:-1])
 
 
-def _sorted_places(flat: tf.Tensor) -> tf.Tensor:
-    """Returns where each entry comes to stand when they are sorted, equal ones in order."""
-    order, size = tf.argsort(flat, stable=True), flat.shape[0]
+def _sorted_places(flat: tf.Tensor, kinds: int, *, fuse: bool = False) -> tf.Tensor:
+    """Returns where each entry, 0 to `kinds` − 1, comes to stand when they are sorted, equal ones in order."""
+    size = flat.shape[0]
+    if fuse:  # one pass over the entries; its parts have sizes that XLA cannot know
+        order = tf.ensure_shape(tf.concat(tf.dynamic_partition(tf.range(size), flat, kinds), 0), [size])
+    else:
+        order = tf.argsort(flat, stable=True)
     return tf.scatter_nd(tf.expand_dims(order, -1), tf.range(size), [size])
 
 
@@ -113,7 +118,7 @@ def dispatch_slots(
     check(capacity >= 1, f"dispatch_slots: `capacity` is {capacity}, want >= 1")
     flat, kinds, rows = tf.reshape(experts, [n * k]), num_experts + partial, num_experts * capacity
     load = tf.math.unsorted_segment_sum(tf.ones([n * k], tf.int32), flat, kinds)
-    slots = flat * capacity + _sorted_places(flat) - tf.gather(tf.cumsum(load, exclusive=True), flat)
+    slots = flat * capacity + _sorted_places(flat, kinds) - tf.gather(tf.cumsum(load, exclusive=True), flat)
     none = flat == num_experts
     places = tf.where(none, rows, slots) if partial else slots
     tokens = tf.scatter_nd(tf.expand_dims(places, -1), tf.range(n * k) // k, [rows + partial])[:rows]

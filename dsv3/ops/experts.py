@@ -61,7 +61,7 @@ def experts_apply(
         return tf.zeros_like(x)
     if kernel == "rows":
         return _rows(x, weights, experts, gate_up, down)
-    plan = dispatch_rows(experts, gate_up.shape[0], multiple=multiple)
+    plan = dispatch_rows(experts, gate_up.shape[0], multiple=multiple, fuse=fuse and kernel == "sorted")
     if kernel == "blocks":
         return _blocks(x, weights, plan, gate_up, down, block=multiple)
     return _sorted(x, weights, plan, gate_up, down, fuse=fuse)

@@ -9,7 +9,9 @@ import tensorflow as tf
 
 from dsv3.checks import Dims, check, check_choice
 from dsv3.graph import plain
+from dsv3.ops.fuse import fused
 from dsv3.ops.segments import segment_places
+from dsv3.ops.topk import LIMIT, best_keys, key_places, key_values, place_keys
 from dsv3.typing import TensorLike
 
 
@@ -55,6 +57,7 @@ def router_select(
     scale: float = 1.0,
     normalize: bool = True,
     group_mask: str = "-inf",
+    fuse: bool = False,
 ) -> Routing:
     """Chooses `top_k` experts a token, from its best groups, by biased scores; weighs them by unbiased ones.
 
@@ -69,6 +72,7 @@ def router_select(
       scale: factor of the weights.
       normalize: whether weights sum to `scale`; without it `w = scale·s`.
       group_mask: selection score of experts in left-out groups, `"-inf"` or `"zero"` (see `RouterConfig`).
+      fuse: compile as a few kernels (not under XLA).
 
     Returns:
       `Routing`. Ties go to the lower expert index.
@@ -94,14 +98,83 @@ def router_select(
         f"router_select: num_groups={num_groups} leaves one expert a group, want two, whose scores are the group's",
     )
     scores = tf.convert_to_tensor(scores)
-    choice = tf.stop_gradient(scores) + tf.stop_gradient(tf.cast(bias, tf.float32))
-    if groups_kept < num_groups:
-        choice = _mask_groups(choice, num_groups, groups_kept, 0.0 if group_mask == "zero" else -float("inf"))
-    experts = tf.math.top_k(choice, top_k).indices
+    given = tf.stop_gradient(scores), tf.stop_gradient(tf.cast(bias, tf.float32))
+    fill = 0.0 if group_mask == "zero" else -float("inf")
+    choose = _choose_by_keys if fuse and experts_total <= LIMIT else _choose
+    experts = choose(*given, top_k=top_k, num_groups=num_groups, groups_kept=groups_kept, fill=fill)
+    return Routing(router_weights(scores, experts, scale=scale, normalize=normalize, fuse=fuse), experts, scores)
+
+
+def _weights_gradient(scores, experts, d, *, scale, normalize):
+    return _scores_grad(scores, experts, d, scale=scale, normalize=normalize, fuse=True), None
+
+
+@fused
+def _scores_grad(scores, experts, d, *, scale, normalize):
+    if normalize:
+        chosen = tf.gather(scores, experts, batch_dims=1)
+        total = tf.reduce_sum(chosen, -1, keepdims=True) + 1e-20
+        d = (d - tf.reduce_sum(d * chosen, -1, keepdims=True) / total) / total
+    number = tf.range(scores.shape[-1])
+    return tf.add_n([tf.where(number == experts[:, k, None], scale * d[:, k, None], 0.0) for k in range(experts.shape[-1])])
+
+
+@fused(gradient=_weights_gradient)
+def router_weights(scores: tf.Tensor, experts: tf.Tensor, *, scale: float, normalize: bool) -> tf.Tensor:
+    """Returns the gate values `[N, K]` of chosen experts, float32.
+
+    Args:
+      scores: `[N, E]` float32. experts: `[N, K]` int32.
+      scale, normalize: as in `router_select`.
+      fuse: compile as one kernel.
+    """
     weights = take_experts(scores, experts)
     if normalize:
         weights /= tf.reduce_sum(weights, -1, keepdims=True) + 1e-20
-    return Routing(weights * scale, experts, scores)
+    return weights * scale
+
+
+def _choose(scores, bias, *, top_k: int, num_groups: int, groups_kept: int, fill: float) -> tf.Tensor:
+    choice = scores + bias
+    if groups_kept < num_groups:
+        choice = _mask_groups(choice, num_groups, groups_kept, fill)
+    return tf.math.top_k(choice, top_k).indices
+
+
+def _choose_by_keys(scores, bias, *, top_k: int, num_groups: int, groups_kept: int, fill: float) -> tf.Tensor:
+    """The same, in kernels that hold experts in rows and tokens in columns."""
+    keys = _score_keys(scores, bias, fuse=True)
+    if groups_kept < num_groups:
+        keys = tf.reshape(keys, [num_groups, keys.shape[0] // num_groups, -1])
+        groups = _group_keys(*best_keys(keys, 2), fuse=True)
+        keys = _mask_keys(keys, groups, best_keys(groups, groups_kept)[-1], fill=fill, fuse=True)
+    return _key_experts(*best_keys(keys, top_k), num_experts=scores.shape[-1], fuse=True)
+
+
+@fused
+def _score_keys(scores, bias):
+    return place_keys(tf.transpose(scores) + tf.expand_dims(bias, -1))
+
+
+@fused
+def _group_keys(best, second):
+    return place_keys(key_values(best) + key_values(second))
+
+
+@fused
+def _mask_keys(keys, groups, worst, *, fill):
+    left_out = tf.reshape(place_keys(tf.fill([keys.shape[0] * keys.shape[1], 1], fill)), [*keys.shape[:2], 1])
+    return tf.reshape(tf.where(tf.expand_dims(groups >= worst, 1), keys, left_out), [-1, tf.shape(keys)[-1]])
+
+
+@fused
+def _key_experts(*best, num_experts):
+    return tf.stack([key_places(keys, num_experts) for keys in best], 1)
+
+
+@fused
+def _key_chosen(keys, worst):
+    return tf.cast(keys >= worst, tf.float32)
 
 
 def _mask_groups(choice: tf.Tensor, num_groups: int, groups_kept: int, fill: float) -> tf.Tensor:
@@ -155,12 +228,14 @@ def expert_load(experts: TensorLike, num_experts: int, mask: TensorLike | None =
     dims = Dims("expert_load")
     dims("experts", experts, "N K")
     experts = tf.convert_to_tensor(experts)
-    hot = tf.equal(tf.expand_dims(experts, -1), tf.range(num_experts, dtype=experts.dtype))
+    counted = tf.ones_like(experts, tf.int32)
     if mask is not None:
-        mask = tf.reshape(tf.cast(mask, tf.bool), [-1])
+        mask = tf.reshape(tf.cast(mask, tf.int32), [-1])
         dims("mask", mask, "N")
-        hot = tf.logical_and(hot, tf.reshape(mask, [-1, 1, 1]))
-    return tf.reduce_sum(tf.cast(hot, tf.float32), [0, 1])
+        counted *= tf.expand_dims(mask, -1)
+    none = num_experts  # whatever is no expert is counted here
+    experts = tf.where((experts >= 0) & (experts < num_experts), experts, none)
+    return tf.cast(tf.math.unsorted_segment_sum(counted, experts, num_experts + 1)[:none], tf.float32)
 
 
 @plain
@@ -194,7 +269,7 @@ def router_update_bias(bias: TensorLike, load: TensorLike, *, rate: float | tf.T
 
 @plain
 def sequence_balance_loss(
-    scores: TensorLike, *, top_k: int, mask: TensorLike | None = None, segments: TensorLike | None = None
+    scores: TensorLike, *, top_k: int, mask: TensorLike | None = None, segments: TensorLike | None = None, fuse: bool = False
 ) -> tf.Tensor:
     """The sequence-wise balance loss without its factor α, averaged over the sequences that have a counted token.
 
@@ -205,6 +280,7 @@ def sequence_balance_loss(
       top_k: K.
       mask: `[B, T]` bool, tokens that count; T is then the number of counted tokens of a sequence.
       segments: `[B, T]` int, the documents of a packed row; each is then a sequence of its own.
+      fuse: compile the choice as a few kernels (not under XLA).
 
     Returns:
       A float32 scalar, 1 for perfectly even routing. The gradient reaches the scores through P.
@@ -216,8 +292,7 @@ def sequence_balance_loss(
     scores = tf.convert_to_tensor(scores)
     num_experts = scores.shape[-1]
     check(1 <= top_k <= num_experts, f"sequence_balance_loss: `top_k` is {top_k}, want 1 to {num_experts} [E]")
-    chosen = tf.math.top_k(tf.stop_gradient(scores), top_k).indices
-    hot = tf.reduce_sum(tf.one_hot(chosen, num_experts, dtype=tf.float32), -2)
+    hot = _chosen(tf.stop_gradient(scores), top_k, fuse)
     share = scores / (tf.reduce_sum(scores, -1, keepdims=True) + 1e-20)
     if mask is None:
         weight = tf.ones(tf.shape(scores)[:2], tf.float32)
@@ -237,3 +312,13 @@ def sequence_balance_loss(
     f = add(hot * weight) * (num_experts / top_k) / tokens
     p = add(share * weight) / tokens
     return tf.reduce_sum(f * p) / sequences
+
+
+def _chosen(scores: tf.Tensor, top_k: int, fuse: bool) -> tf.Tensor:
+    """Returns 1.0 where a score is among the `top_k` best of the last dim, else 0.0."""
+    num_experts = scores.shape[-1]
+    if fuse and num_experts <= LIMIT:
+        keys = _score_keys(tf.reshape(scores, [-1, num_experts]), tf.zeros([num_experts]), fuse=True)
+        hot = _key_chosen(keys, best_keys(keys, top_k)[-1], fuse=True)
+        return tf.reshape(tf.transpose(hot), tf.shape(scores))
+    return tf.reduce_sum(tf.one_hot(tf.math.top_k(scores, top_k).indices, num_experts, dtype=tf.float32), -2)

@@ -185,7 +185,7 @@ def square_sum(g: tf.Tensor, *, fuse: bool) -> tf.Tensor:
 
 @fused
 def _pair_squares(pairs):
-    """The `Σ g²` of short rows of pairs of bfloat16, as bits, `[rows]` float32: a product with ones, which stores no squares.
+    """The `Σ g²` of short rows of bfloat16 pairs' bits, `[rows]` float32: a product with ones, which stores no squares.
 
     A bfloat16 is the upper half of a float32. XLA vectorises shifts here, but no conversions (five times the time).
     """

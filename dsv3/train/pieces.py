@@ -107,7 +107,7 @@ def model_pieces(
 def _mix(block: BlockParams, bias, x, cfg: ModelConfig, table, policy: ComputePolicy, packed, *, nodes: int) -> Mixed:
     segments, mask = _where(packed)
     x, h, _ = block_attend(block, x, cfg=cfg, table=table, policy=policy, segments=segments)
-    routing, stats = moe_route(block.ffn.router, bias, h, cfg=cfg.moe, mask=mask, segments=segments)
+    routing, stats = moe_route(block.ffn.router, bias, h, cfg=cfg.moe, mask=mask, segments=segments, fuse=policy.fuse)
     experts = cfg.moe.router.num_experts
     load = stats.load if mask is None else expert_load(routing.experts, experts)  # padding is sent, too
     shared = mlp_apply(block.ffn.shared, h, fp8=policy.fp8, fuse=policy.fuse) if cfg.moe.num_shared else ()

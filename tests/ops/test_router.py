@@ -85,17 +85,19 @@ def test_bias_moves_the_choice_but_not_the_weights():
     assert_close(chosen.weights, np.array([[2 * 0.2 / 1.1, 2 * 0.9 / 1.1]]))
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_gradient_reaches_scores_through_the_weights_only(normalize):
+def test_gradient_reaches_scores_through_the_weights_only(normalize, fuse):
     scores, bias = np.random.default_rng(0).permutation(24).reshape(3, 8).astype(np.float32) / 32 + 0.1, np.zeros(8)
     experts = router_select(scores, bias, top_k=3, num_groups=4, groups_kept=2).experts.numpy()
     how = {"scale": 2.5, "normalize": normalize}
     check_gradient(
-        lambda s: router_select(s, bias, top_k=3, num_groups=4, groups_kept=2, **how).weights,
+        lambda s: router_select(s, bias, top_k=3, num_groups=4, groups_kept=2, fuse=fuse, **how).weights,
         lambda s: oracles.gate_weights(s, experts, **how),
         [scores],
     )
-    to_bias = gradients(lambda b: router_select(scores, b, top_k=3, **how).weights, [tf.constant(bias, tf.float32)])
+    bias = tf.constant(bias, tf.float32)
+    to_bias = gradients(lambda b: router_select(scores, b, top_k=3, fuse=fuse, **how).weights, [bias])
     assert not to_bias[0].numpy().any()
 
 
@@ -171,12 +173,12 @@ def test_balance_loss_is_one_for_even_routing_and_e_over_k_for_a_collapse():
     assert_close(sequence_balance_loss(collapsed, top_k=1), 4.0)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_balance_loss_gradient(masked):
+@pytest.mark.parametrize("masked, fuse", [(False, False), (True, False), (True, True)])
+def test_balance_loss_gradient(masked, fuse):
     scores = np.random.default_rng(1).permutation(60).reshape(2, 5, 6).astype(np.float32) / 64 + 0.02
     mask = np.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], bool) if masked else None
     check_gradient(
-        lambda s: sequence_balance_loss(s, top_k=2, mask=mask),
+        lambda s: sequence_balance_loss(s, top_k=2, mask=mask, fuse=fuse),
         lambda s: np.array(oracles.balance_loss(s, top_k=2, mask=mask)),
         [scores],
     )

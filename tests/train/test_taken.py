@@ -117,7 +117,8 @@ def test_square_sums_are_those_of_each_leaf():
     leaves = {
         "a": tf.constant([3.0, 4.0]), "b": tf.constant([[2.0]], tf.bfloat16), "c": tf.constant(3.0, tf.bfloat16),
         "d": tf.zeros([0, 4], tf.bfloat16), "e": tf.zeros([4, 0]), "f": tf.fill([3, 5, 64], tf.constant(2.0, tf.bfloat16)),
-        "g": tf.constant([[1.0, -2.0], [3.0, -4.0], [5.0, -6.0]], tf.bfloat16), "h": tf.constant([[1.0, 2.0, 3.0]], tf.bfloat16),
+        "g": tf.constant([[1.0, -2.0], [3.0, -4.0], [5.0, -6.0]], tf.bfloat16),
+        "h": tf.constant([1.0, 2.0, 3.0], tf.bfloat16),
     }  # fmt: skip
     for fuse in (False, True):
         assert square_sums(leaves, fuse=fuse).numpy().tolist() == [25.0, 4.0, 9.0, 0.0, 0.0, 3840.0, 91.0, 14.0]
