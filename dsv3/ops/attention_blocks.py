@@ -14,6 +14,11 @@ from dsv3.ops.softmax import row_softmax
 
 
 @fused
+def _biased(scores, bias):
+    return scores + bias
+
+
+@fused
 def _score_grad(probs, d_probs, delta):
     """d(probabilities) to d(scores)."""
     d_probs = tf.cast(d_probs, tf.float32)
@@ -43,7 +48,7 @@ def apply(
     def probabilities(q, k, i):
         a, b = spans[i]
         scores = tf.matmul(q[:, :, a:b], k[:, :, : biases[i].shape[-1]], transpose_b=True)
-        return row_softmax(scores + biases[i], fuse=fuse)
+        return row_softmax(_biased(scores, biases[i], fuse=fuse), fuse=fuse)
 
     def see(x, i):
         return x if sighted[i] is None else x * sighted[i]
