@@ -331,6 +331,11 @@ OPS = [
         unknown=("values", "experts"),
     ),
     Entry(
+        "dsv3.ops.router.router_weights", lambda: {"scores": SCORES, "experts": EXPERTS},
+        {"scale": 2.5}, lambda: {"scores": SCORES[0], "experts": EXPERTS[:2]},
+        unknown=("scores", "experts"),
+    ),
+    Entry(
         "dsv3.ops.router.expert_load", lambda: {"experts": EXPERTS, "mask": np.array([True, False, True])},
         {"num_experts": 4}, lambda: {"experts": EXPERTS[0], "mask": np.array([True, False])},
         unknown=("experts", "mask"),

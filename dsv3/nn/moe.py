@@ -162,7 +162,8 @@ def moe_route(
     else:
         dims("experts", experts, "B T K")
         chosen = tf.reshape(tf.cast(experts, tf.int32), [-1, r.top_k])
-        weights = router_weights(scores, chosen, scale=r.scale, normalize=r.normalize, fuse=fuse)
+        # Not compiled: on a CPU TensorFlow's gather refuses what is no expert, where XLA's would read another's score.
+        weights = router_weights(scores, chosen, scale=r.scale, normalize=r.normalize)
         routing = Routing(weights, chosen, scores)
     shape = tf.shape(x)
     stats = RouterStats(

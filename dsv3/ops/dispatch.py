@@ -48,7 +48,7 @@ def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1, f
       experts: `[N, K]` int32 with static N: the experts of each token; E stands for none, such a row lies behind all groups.
       num_experts: E.
       multiple: rows of an expert are rounded up to this.
-      fuse: choose what is fastest outside XLA.
+      fuse: choose what is fastest (not under XLA).
 
     Returns:
       `Dispatch` with `C = dispatch_size(N·K, E, multiple)`.
@@ -60,7 +60,7 @@ def dispatch_rows(experts: TensorLike, num_experts: int, *, multiple: int = 1, f
     check(n is not None, "dispatch_rows: `experts` has an unknown number of tokens, want a static [N, K]")
     check(multiple >= 1, f"dispatch_rows: `multiple` is {multiple}, want >= 1")
     total = n * k
-    flat = tf.reshape(experts, [total])
+    flat = tf.cast(tf.reshape(experts, [total]), tf.int32)
     load = tf.math.unsorted_segment_sum(tf.ones([total], tf.int32), flat, num_experts + 1)
     rows = ((load + (multiple - 1)) // multiple) * multiple
     starts = tf.cumsum(rows, exclusive=True)

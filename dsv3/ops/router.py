@@ -11,7 +11,7 @@ from dsv3.checks import Dims, check, check_choice
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
 from dsv3.ops.segments import segment_places
-from dsv3.ops.topk import LIMIT, best_keys, key_places, key_values, place_keys
+from dsv3.ops.topk import LIMIT, best_keys, key_places, key_values, many_rows, place_keys
 from dsv3.typing import TensorLike
 
 
@@ -100,6 +100,7 @@ def router_select(
     scores = tf.convert_to_tensor(scores)
     given = tf.stop_gradient(scores), tf.stop_gradient(tf.cast(bias, tf.float32))
     fill = 0.0 if group_mask == "zero" else -float("inf")
+    fuse = fuse and many_rows(scores.shape[0])
     choose = _choose_by_keys if fuse and experts_total <= LIMIT else _choose
     experts = choose(*given, top_k=top_k, num_groups=num_groups, groups_kept=groups_kept, fill=fill)
     return Routing(router_weights(scores, experts, scale=scale, normalize=normalize, fuse=fuse), experts, scores)
@@ -115,19 +116,36 @@ def _scores_grad(scores, experts, d, *, scale, normalize):
         chosen = tf.gather(scores, experts, batch_dims=1)
         total = tf.reduce_sum(chosen, -1, keepdims=True) + 1e-20
         d = (d - tf.reduce_sum(d * chosen, -1, keepdims=True) / total) / total
-    number = tf.range(scores.shape[-1])
-    return tf.add_n([tf.where(number == experts[:, k, None], scale * d[:, k, None], 0.0) for k in range(experts.shape[-1])])
+    number, d = tf.range(scores.shape[-1]), scale * d
+    columns = ([x[:, k : k + 1] for x in (experts, d)] for k in range(experts.shape[-1]))
+    return tf.add_n([tf.where(number == e, g, 0.0) for e, g in columns])
+
+
+@plain
+def router_weights(
+    scores: TensorLike, experts: TensorLike, *, scale: float = 1.0, normalize: bool = True, fuse: bool = False
+) -> tf.Tensor:
+    """Returns the gate values of chosen experts: `scale·s / (Σ s + 1e-20)`, `scale·s` without `normalize`.
+
+    Args:
+      scores: `[N, E]` float32, from `router_scores`.
+      experts: `[N, K]` int32.
+      scale, normalize: as in `router_select`.
+      fuse: compile as one kernel (not under XLA), which does not refuse what is no expert.
+
+    Returns:
+      `[N, K]` float32.
+
+    References: DeepSeek-V3 section 2.1.2, equations 13 and 14.
+    """
+    dims = Dims("router_weights")
+    dims("scores", scores, "N E")
+    dims("experts", experts, "N K")
+    return _weights(tf.convert_to_tensor(scores), tf.convert_to_tensor(experts), scale=scale, normalize=normalize, fuse=fuse)
 
 
 @fused(gradient=_weights_gradient)
-def router_weights(scores: tf.Tensor, experts: tf.Tensor, *, scale: float, normalize: bool) -> tf.Tensor:
-    """Returns the gate values `[N, K]` of chosen experts, float32.
-
-    Args:
-      scores: `[N, E]` float32. experts: `[N, K]` int32.
-      scale, normalize: as in `router_select`.
-      fuse: compile as one kernel.
-    """
+def _weights(scores, experts, *, scale, normalize):
     weights = take_experts(scores, experts)
     if normalize:
         weights /= tf.reduce_sum(weights, -1, keepdims=True) + 1e-20
@@ -173,7 +191,7 @@ def _key_experts(*best, num_experts):
 
 
 @fused
-def _key_chosen(keys, worst):
+def _not_below(keys, worst):
     return tf.cast(keys >= worst, tf.float32)
 
 
@@ -227,15 +245,15 @@ def expert_load(experts: TensorLike, num_experts: int, mask: TensorLike | None =
     """
     dims = Dims("expert_load")
     dims("experts", experts, "N K")
-    experts = tf.convert_to_tensor(experts)
-    counted = tf.ones_like(experts, tf.int32)
+    experts = tf.cast(experts, tf.int32)
+    counted = tf.ones_like(experts)
     if mask is not None:
-        mask = tf.reshape(tf.cast(mask, tf.int32), [-1])
+        mask = tf.reshape(tf.cast(mask, tf.bool), [-1])
         dims("mask", mask, "N")
-        counted *= tf.expand_dims(mask, -1)
-    none = num_experts  # whatever is no expert is counted here
-    experts = tf.where((experts >= 0) & (experts < num_experts), experts, none)
-    return tf.cast(tf.math.unsorted_segment_sum(counted, experts, num_experts + 1)[:none], tf.float32)
+        counted *= tf.expand_dims(tf.cast(mask, tf.int32), -1)
+    # Whatever is no expert is counted behind the last one.
+    experts = tf.where((experts >= 0) & (experts < num_experts), experts, num_experts)
+    return tf.cast(tf.math.unsorted_segment_sum(counted, experts, num_experts + 1)[:num_experts], tf.float32)
 
 
 @plain
@@ -317,8 +335,9 @@ def sequence_balance_loss(
 def _chosen(scores: tf.Tensor, top_k: int, fuse: bool) -> tf.Tensor:
     """Returns 1.0 where a score is among the `top_k` best of the last dim, else 0.0."""
     num_experts = scores.shape[-1]
-    if fuse and num_experts <= LIMIT:
+    rows = None if None in scores.shape[:-1] else scores.shape[:-1].num_elements()
+    if fuse and num_experts <= LIMIT and many_rows(rows):
         keys = _score_keys(tf.reshape(scores, [-1, num_experts]), tf.zeros([num_experts]), fuse=True)
-        hot = _key_chosen(keys, best_keys(keys, top_k)[-1], fuse=True)
+        hot = _not_below(keys, best_keys(keys, top_k)[-1], fuse=True)
         return tf.reshape(tf.transpose(hot), tf.shape(scores))
     return tf.reduce_sum(tf.one_hot(tf.math.top_k(scores, top_k).indices, num_experts, dtype=tf.float32), -2)

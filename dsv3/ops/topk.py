@@ -2,7 +2,7 @@
 
 TensorFlow's `top_k` goes through each row by itself. Here a value and its place are one integer, and a maximum over all
 columns, vectorised over the rows, is repeated among what is below the last one. The result is the same, ties included: the
-lower place is the better one.
+lower place is the better one. (Only a zero with a sign is below one without, and what is no number is somewhere.)
 
 Each maximum is a kernel of its own: within one kernel XLA would compute a maximum anew for each value compared with it.
 """
@@ -16,7 +16,12 @@ from dsv3.ops.reduce import halving_max
 
 LIMIT = 128
 """Columns up to which this is faster than `tf.math.top_k`, which reads a row once whatever K is."""
-_LOWEST = tf.int64.min
+_LOWEST, _MANY = tf.int64.min, 256
+
+
+def many_rows(rows: int | None) -> bool:
+    """Whether so many rows are worth the start of a kernel for each maximum; `None`: as many as there will be."""
+    return rows is None or rows >= _MANY
 
 
 def place_keys(values: tf.Tensor) -> tf.Tensor:

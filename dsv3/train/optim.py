@@ -87,7 +87,8 @@ def adamw(
       b1, b2, eps, weight_decay: see the formula.
       clip_norm: largest global gradient norm, or `None`.
       decay_mask: from a parameter's path to whether it decays; default: all but norms and biases.
-      moment_dtype: storage dtype of the moments (the paper: bfloat16); the step is taken from them as they are stored.
+      moment_dtype: storage dtype of the moments, float32 or bfloat16 (the paper's); the step is taken from them as they are
+        stored.
       schedule_unit: `"tokens"` seen, or `"updates"` done: for losses on samples, whose tokens nobody knows before.
       fuse: compile each leaf's update as two kernels (not under XLA).
 
@@ -99,6 +100,8 @@ def adamw(
     check(0 <= b1 < 1 and 0 <= b2 < 1, f"adamw: b1={b1} and b2={b2}, want both in [0, 1)")
     check(clip_norm is None or clip_norm > 0, f"adamw: `clip_norm` is {clip_norm}, want > 0 or None")
     check_choice("adamw", "schedule_unit", schedule_unit, SCHEDULE_UNITS)
+    # In float16 squares of small gradients would be zero, and the step as large as one divided by eps.
+    check_choice("adamw", "moment_dtype", tf.as_dtype(moment_dtype).name, ("float32", "bfloat16"))
 
     # Three functions, for all leaves and steps.
     moments = functools.partial(_moments_leaf, b1=b1, b2=b2, fuse=fuse)

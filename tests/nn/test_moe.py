@@ -95,6 +95,15 @@ def test_replay():
     assert_close(moe_apply(params, bias, x, cfg=cfg, experts=others.astype(np.int64), policy=PLAIN).out, want)
 
 
+@pytest.mark.parametrize("policy", [PLAIN, FUSED])
+def test_replay_refuses_what_is_no_expert(policy):
+    cfg, params, bias = setup()
+    for entry in (-1, 8):
+        experts = np.full([2, 3, cfg.router.top_k], entry)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=rf"{entry} is not in \[0, 8\)"):
+            moe_apply(params, bias, normal(0, 2, 3, cfg.hidden_size), cfg=cfg, experts=experts, policy=policy)
+
+
 def test_replay_has_the_same_gradient():
     cfg, params, bias = setup()
     x, leaves = normal(0, 2, 3, cfg.hidden_size), tree.flatten(params)

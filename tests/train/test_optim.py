@@ -84,6 +84,11 @@ def test_moments_in_bfloat16():
     assert_close(step, told, 1e-4)  # the parameters are a hundred times the step, and rounded to float32
 
 
+def test_moments_in_float16_are_refused():
+    with pytest.raises(ValueError, match="adamw: `moment_dtype` is 'float16', want one of"):
+        adamw(0.01, moment_dtype=tf.float16)
+
+
 def test_an_update_in_place_copies_no_leaf():
     """Old and new values of a leaf, and of its moments, are the same memory."""
     leaf = tf.fill([1024, 1024], 0.5)
