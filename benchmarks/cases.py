@@ -172,6 +172,7 @@ def _train(sizes: Sizes, all_modes: bool) -> list[Case]:
             f"train_{SHORT[dtype]}", "train",
             _both("train", _whole_modes(all_modes), batch=batch, length=length, dtype=dtype),
             [Bar(f"training step B{batch} × {length}, {SHORT[dtype]}", "ratio", PEER, *goals[dtype])],
+            burst=2, skip=1,
             note=_TRAIN_NOTE,
         )
         for dtype in DTYPES
@@ -186,6 +187,7 @@ def _prefill(sizes: Sizes, all_modes: bool) -> list[Case]:
             f"prefill_{SHORT[dtype]}", "prefill",
             _both("prefill", _whole_modes(all_modes), batch=batch, length=length, dtype=dtype),
             [Bar(f"prefill B{batch} × {length}, {SHORT[dtype]}", "ratio", PEER, *goals[dtype])],
+            burst=2, skip=1,
             note=_PREFILL_NOTE,
         )
         for dtype in DTYPES

@@ -246,7 +246,7 @@ def main() -> None:
     """Answers the driver."""
     threads = int(sys.argv[1])
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads + 1)  # as `examples/hush.py` does
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
     versions = {"Python": platform.python_version(), "dsv3": dsv3.__version__, "TensorFlow": tf.__version__}
     serve(BUILDERS, {"setup": setup, "logits": logits}, versions)
 

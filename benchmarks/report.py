@@ -17,10 +17,10 @@ HEADER = ("", "dsv3", "peer", "value", "must", "aim", "")
 ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what products of each dtype depend on
 _METHOD = """\
 The model is the preset `bench`. Each side runs in a process of its own and never while the other computes. They take turns,
-after a warm-up, with fresh inputs (and so another routing) every time. Times are medians of the turns, with the least and
-the largest. The value is the peer's time (or memory) over dsv3's, or dsv3's FLOP/s in percent of a large product's: more is
-better for dsv3. The peer is the fastest mode that a trial found. `pass`: what must be reached is reached; `aim`: the aim
-too; `below`: neither."""
+after a warm-up, with fresh inputs (and so another routing) every time. The first runs of a turn are not counted: the other
+process has just used the caches. Times are medians of the turns, with the least and the largest. The value is the peer's
+time (or memory) over dsv3's, or dsv3's FLOP/s in percent of a large product's: more is better for dsv3. The peer is the
+fastest mode that a trial found. `pass`: what must be reached is reached; `aim`: the aim too; `below`: neither."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _try(case, role, contender: Contender, workers: Workers, trial: Trial, *, ti
     worker, key = workers[contender.side], _key(role, contender)
     trial.build = worker.build(key, contender.build, contender.options, warmup=2, timeout=LIMIT)
     if timed:
-        turns = range(2 if case.burst == 1 else 1)
+        turns = range(2 if case.burst - case.skip == 1 else 1)
         times = [worker.run(key, 500_000 + i, burst=case.burst, skip=case.skip) for i in turns]
         trial.value = statistics.median(sum(times, []))
 

@@ -1,5 +1,4 @@
-"""Imported first, this loads TensorFlow: without the lines that its libraries write before any log level applies, and with
-one operation more at a time than there are cores, as one that waits for its compiled kernel counts."""
+"""Imported first, this loads TensorFlow without the lines that its libraries write before any log level applies."""
 
 from __future__ import annotations
 
@@ -8,8 +7,6 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-os.environ.setdefault("TF_NUM_INTEROP_THREADS", str(_cores + 1))
 
 
 @contextlib.contextmanager
