@@ -190,7 +190,7 @@ def square_sum(g: tf.Tensor, *, fuse: bool) -> tf.Tensor:
 def _pair_squares(pairs):
     """The `Σ g²` of short rows of bfloat16 pairs' bits, `[rows]` float32: a product with ones, which stores no squares.
 
-    A bfloat16 is the upper half of a float32. XLA vectorises shifts here, but no conversions (five times the time).
+    A bfloat16 is the upper half of a float32. XLA vectorises shifts here, but no conversions.
     """
     low = tf.bitcast(tf.bitwise.left_shift(pairs, tf.constant(16, tf.uint32)), tf.float32)
     high = tf.bitcast(tf.bitwise.bitwise_and(pairs, tf.constant(0xFFFF0000, tf.uint32)), tf.float32)
