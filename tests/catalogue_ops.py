@@ -298,6 +298,8 @@ OPS = [
     Entry("dsv3.ops.random.key_fold", lambda: {"key": KEY.numpy(), "data": int32(3)}, wrong=lambda: {"key": int32(3)}),
     Entry("dsv3.ops.random.uniform_draw", lambda: {"key": int32(3, 2)}, {"count": 4}, lambda: {"key": int32(2, 3)}),
     Entry("dsv3.ops.reduce.halving_max", lambda: {"x": normal(0, 3, 64)}, {"dim": -1}, any_shape=True),
+    Entry("dsv3.ops.reduce.dim_max", lambda: {"x": normal(0, 3, 64)}, {"dim": -2}, any_shape=True),
+    Entry("dsv3.ops.reduce.turned", lambda: {"bits": np.array([3, -2], np.int32)}, any_shape=True),
     Entry("dsv3.ops.reduce.row_max", lambda: {"x": normal(0, 3, 64)}, any_shape=True),
     Entry("dsv3.ops.reduce.row_sum", lambda: {"x": normal(0, 3, 64)}, any_shape=True),
     Entry("dsv3.ops.softmax.row_softmax", lambda: {"x": normal(0, 3, 7)}, any_shape=True),

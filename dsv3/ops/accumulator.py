@@ -12,6 +12,7 @@ import tensorflow as tf
 from dsv3.checks import check
 from dsv3.graph import plain
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import dim_max
 from dsv3.typing import TensorLike
 
 DEPTH = 32  # elements of K that one instruction multiplies
@@ -130,7 +131,7 @@ def _instruction(c: tf.Tensor, a: tf.Tensor, b: tf.Tensor, *, bits: int) -> tf.T
 
     As integers the terms are below 2^(bits + 1), their sum below 2^(bits + 7), which fits int32.
     """
-    top = tf.maximum(tf.reduce_max(_power(a) * _power(b), 0), _power(c))
+    top = tf.maximum(dim_max(_power(a) * _power(b), 0), _power(c))
     unit = tf.where(top > 0, top * 2.0 ** (1 - bits), 1.0)
     terms = tf.reduce_sum(tf.cast(a * b / unit, tf.int32), 0) + tf.cast(c / unit, tf.int32)
     wide = tf.bitcast(tf.cast(terms, tf.float64), tf.int64)

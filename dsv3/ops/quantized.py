@@ -23,6 +23,7 @@ from dsv3.graph import plain
 from dsv3.ops.fp8 import WEIGHT_BLOCK, fp8_quantize
 from dsv3.ops.fp8_bits import BITS_SCALE, fp8_to_bits, half_bits
 from dsv3.ops.fuse import fused
+from dsv3.ops.reduce import dim_max
 from dsv3.typing import TensorLike
 
 KINDS = ("fp8", "int8")
@@ -252,7 +253,7 @@ def _encode_int8(weight):
     pads = [[0, 0]] * (weight.shape.rank - 2) + [[0, -rows % GROUP], [0, 0]]
     lead = [tf.shape(weight)[i] if s is None else s for i, s in enumerate(weight.shape[:-2])]
     tiles = tf.reshape(tf.pad(weight, pads), [*lead, -(-rows // GROUP), GROUP, weight.shape[-1]])
-    scale = tf.maximum(tf.reduce_max(tf.abs(tiles), -2), _MIN_AMAX) / _LEVELS
+    scale = tf.maximum(dim_max(tf.abs(tiles), -2), _MIN_AMAX) / _LEVELS
     scaled = tf.clip_by_value(tf.round(tiles / tf.expand_dims(scale, -2)), -_LEVELS, _LEVELS)
     flat = tf.reshape(scaled, [*lead, -(-rows // GROUP) * GROUP, weight.shape[-1]])
     return tf.cast(flat[..., :rows, :], tf.int8), tf.expand_dims(scale, -2)

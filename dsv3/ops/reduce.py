@@ -1,20 +1,25 @@
 """Sums and maxima over a dim, in the formulation that the compiler at hand makes fast.
 
 XLA on a CPU turns a plain sum into a tree of windows and a maximum into a scalar loop, which breaks fused kernels; there a
-sum is a product with ones and a maximum takes two steps, or halves the dim. Anywhere else these are the plain reductions.
-The values are the same up to the order of summation.
+sum is a product with ones and a maximum is taken of parts first, or halves the dim. Anywhere else these are the plain
+reductions. The values are the same up to the order of summation.
+
+A maximum of floats is taken of their bits, as integers. XLA hands large reductions of floats to YNNPACK, and in TensorFlow
+2.21 a kernel with one may end the process when two operations run it at a time: its constants are put in a list that has
+no lock (`EmitYnnSubgraph`; later versions of XLA have one). A test looks for such kernels: tests/ops/test_kernels.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 
 import tensorflow as tf
 
 _IN_KERNEL = contextvars.ContextVar("dsv3_in_cpu_kernel", default=False)
-_LANES, _PARTS = 32, 8
+_LANES, _PARTS, _SLICES = 32, 8, 16
 
 
 @contextlib.contextmanager
@@ -29,18 +34,35 @@ def cpu_kernel() -> Iterator[None]:
 
 def row_sum(x: tf.Tensor) -> tf.Tensor:
     """Returns the sum over the last dim, kept as 1: `[..., 1]`; `x` is float32."""
-    if _IN_KERNEL.get() and x.shape[-1] is not None and x.shape[-1] > _LANES:
+    if _IN_KERNEL.get() and x.shape[-1] is not None:
         return tf.matmul(x, tf.ones([x.shape[-1], 1], x.dtype))
     return tf.reduce_sum(x, -1, keepdims=True)
 
 
 def row_max(x: tf.Tensor) -> tf.Tensor:
-    """Returns the maximum over `x`'s last dim, kept as 1: `[..., 1]`; no gradient is defined for the fast form's ties."""
+    """Returns the maximum over `x`'s last dim, kept as 1: `[..., 1]`; no gradient is defined.
+
+    In a kernel one that is no number may be passed over: what is computed of the row's own values is none either.
+    """
     size = x.shape[-1]
-    if _IN_KERNEL.get() and size is not None and size > _LANES and size % _LANES == 0:
-        lead = [s if s is not None else tf.shape(x)[i] for i, s in enumerate(x.shape[:-1])]
-        return tf.expand_dims(tf.reduce_max(tf.reduce_max(tf.reshape(x, [*lead, size // _LANES, _LANES]), -1), -1), -1)
-    return tf.reduce_max(x, -1, keepdims=True)
+    if _IN_KERNEL.get() and size is not None and size > 2 * _LANES:
+        width = -(-size // _SLICES)  # the last slices overlap, which a maximum allows
+        starts = [min(i * width, size - width) for i in range(_SLICES)]
+        x = functools.reduce(tf.maximum, [x[..., start : start + width] for start in starts])
+    return dim_max(x, -1, keepdims=True)
+
+
+def dim_max(x: tf.Tensor, dim: int, *, keepdims: bool = False) -> tf.Tensor:
+    """Returns the maximum of `x` over `dim`, which is gone, or 1 with `keepdims`; see `row_max`."""
+    if not _IN_KERNEL.get() or x.dtype != tf.float32:
+        return tf.reduce_max(x, dim, keepdims)
+    bits = tf.reduce_max(turned(tf.bitcast(x, tf.int32)), dim, keepdims)
+    return tf.bitcast(turned(bits), tf.float32)
+
+
+def turned(bits: tf.Tensor) -> tf.Tensor:
+    """Returns a float32's bits as an int32 in the floats' order, and those as bits: below zero all but the sign are turned."""
+    return tf.where(bits < 0, tf.bitwise.bitwise_xor(bits, tf.int32.max), bits)
 
 
 def row_parts(x: tf.Tensor) -> list[tf.Tensor]:
@@ -60,7 +82,7 @@ def halving_max(x: tf.Tensor, dim: int) -> tf.Tensor:
     """
     size = x.shape[dim]
     if not _IN_KERNEL.get() or size is None or size & (size - 1):
-        return tf.reduce_max(x, dim)
+        return dim_max(x, dim)
     while x.shape[dim] > 1:
         x = tf.maximum(*tf.split(x, 2, dim))
     return tf.squeeze(x, dim)

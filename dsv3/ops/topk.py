@@ -12,7 +12,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from dsv3.ops.fuse import fused
-from dsv3.ops.reduce import halving_max
+from dsv3.ops.reduce import halving_max, turned
 
 LIMIT = 128
 """Columns up to which this is faster than `tf.math.top_k`, which reads a row once whatever K is."""
@@ -28,13 +28,13 @@ def place_keys(values: tf.Tensor) -> tf.Tensor:
     """Returns int64 keys in the order of float32 `values` `[X, ...]`; of equal values, the lower place along X is above."""
     size = values.shape[0]
     places = tf.reshape(tf.range(size - 1, -1, -1, dtype=tf.int64), [size] + [1] * (values.shape.rank - 1))
-    ordered = tf.cast(_turned(tf.bitcast(values, tf.int32)), tf.int64)
+    ordered = tf.cast(turned(tf.bitcast(values, tf.int32)), tf.int64)
     return tf.bitwise.bitwise_or(tf.bitwise.left_shift(ordered, _shift()), places)
 
 
 def key_values(keys: tf.Tensor) -> tf.Tensor:
     """Returns the float32 values of keys."""
-    return tf.bitcast(_turned(tf.cast(tf.bitwise.right_shift(keys, _shift()), tf.int32)), tf.float32)
+    return tf.bitcast(turned(tf.cast(tf.bitwise.right_shift(keys, _shift()), tf.int32)), tf.float32)
 
 
 def key_places(keys: tf.Tensor, size: int) -> tf.Tensor:
@@ -63,11 +63,6 @@ def _largest(keys):
 @fused
 def _largest_below(keys, bound):
     return halving_max(tf.where(keys < tf.expand_dims(bound, -2), keys, _LOWEST), -2)
-
-
-def _turned(bits: tf.Tensor) -> tf.Tensor:
-    """A float32's bits to an int32 in the floats' order, and back: below zero all bits but the sign are turned."""
-    return tf.where(bits < 0, tf.bitwise.bitwise_xor(bits, tf.int32.max), bits)
 
 
 def _shift() -> tf.Tensor:

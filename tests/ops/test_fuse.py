@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.ops.fuse import fused
-from dsv3.ops.reduce import cpu_kernel, halving_max, row_max, row_parts, row_sum
+from dsv3.ops.reduce import cpu_kernel, dim_max, halving_max, row_max, row_parts, row_sum
 from tests.compare import SWEEP, assert_close, check_gradient, gradients, normal
 
 runs = []
@@ -91,7 +91,7 @@ def test_arrays_alone_are_not_compiled():
 
 
 @SWEEP
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.sampled_from([1, 5, 32, 33, 64, 96]), st.integers(0, 99))
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.sampled_from([1, 5, 33, 64, 65, 96, 131]), st.integers(0, 99))
 def test_reductions_are_the_same_in_a_kernel(lead, width, seed):
     x = normal(seed, *lead, width)
     with cpu_kernel():
@@ -120,9 +120,21 @@ def test_a_maximum_by_halves_is_the_maximum(shape, seed):
     x = normal(seed, *shape)
     for dim in (-1, -2):
         with cpu_kernel():
-            found = halving_max(tf.constant(x), dim)
+            found, plain = halving_max(tf.constant(x), dim), dim_max(tf.constant(x), dim)
         np.testing.assert_array_equal(found, x.max(dim))
+        np.testing.assert_array_equal(plain, found)
         np.testing.assert_array_equal(halving_max(tf.constant(x), dim), found)
+
+
+@pytest.mark.parametrize("width", [3, 65])
+def test_a_maximum_of_what_is_infinite_or_no_number(width):
+    x = np.full([5, width], -np.inf, np.float32)
+    x[1, 1], x[2, 2], x[3, 0], x[4] = np.inf, np.nan, -0.0, np.nan
+    with cpu_kernel():
+        top = row_max(tf.constant(x))[:, 0].numpy()
+        assert np.isnan(row_max(tf.constant(-x))[4, 0])
+    assert np.isneginf(top[0]) and np.isposinf(top[1]) and top[3] == 0 and np.isnan(top[4])
+    assert np.isnan(x - top[:, None])[2].any()  # what is computed of the row is no number either
 
 
 def test_a_kernel_ends_with_its_block():
