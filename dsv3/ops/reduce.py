@@ -61,7 +61,7 @@ def dim_max(x: tf.Tensor, dim: int, *, keepdims: bool = False) -> tf.Tensor:
 
 
 def turned(bits: tf.Tensor) -> tf.Tensor:
-    """Returns a float32's bits as an int32 in the floats' order, and those as bits: below zero all but the sign are turned."""
+    """Returns a float32's bits as an int32 in the floats' order, and back: below zero all but the sign are turned."""
     return tf.where(bits < 0, tf.bitwise.bitwise_xor(bits, tf.int32.max), bits)
 
 
