@@ -119,3 +119,9 @@ def check_gradient(
             size = max(np.linalg.norm(got), abs(want), 0.1 * largest)
             off = abs(float(np.sum(got * u)) - want) / size
             assert off <= tolerance, f"gradient of input {i}: off by {off:.2e} of its norm, {tolerance:.0e} is allowed"
+
+
+def loops(fn: Callable[[], Any]) -> int:
+    """Returns how many loops the graph of a function has."""
+    operations = tf.function(fn, autograph=False).get_concrete_function().graph.get_operations()
+    return sum(op.type in ("While", "StatelessWhile") for op in operations)

@@ -9,7 +9,7 @@ from dsv3 import pretrain_loss, tree
 from dsv3.nn.model import model_apply
 from dsv3.rl.logprobs import token_logprobs
 from dsv3.serve import Request
-from tests.compare import PLAIN, assert_close
+from tests.compare import PLAIN, assert_close, loops
 from tests.rl.model import BFLOAT16, FREE, engine, model, prompts, together
 from tests.small import random_tokens
 
@@ -36,11 +36,12 @@ def compared(pairs, temperature=0.8, experts=None, policy=PLAIN):
         yield np.abs(apart).max(), chosen.any(-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_matches_the_softmax_of_the_logits(temperature):
+@pytest.mark.parametrize("temperature, kept", [(1.0, 0), (0.6, 0), (0.6, 2**25)])
+def test_matches_the_softmax_of_the_logits(temperature, kept):
     cfg, params, router = model()
     tokens = random_tokens(cfg, 2, 7)
-    got = token_logprobs(params, router, tokens, cfg=cfg, temperature=temperature, policy=PLAIN.replace(loss_chunk=5))
+    policy = PLAIN.replace(loss_chunk=5, loss_keep=kept)
+    got = token_logprobs(params, router, tokens, cfg=cfg, temperature=temperature, policy=policy)
     logits = model_apply(params, router, tokens[:, :-1], cfg=cfg, policy=PLAIN).logits.numpy().astype(np.float64)
     logp = logits / temperature - logits.max(-1, keepdims=True) / temperature
     logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
@@ -118,6 +119,17 @@ def test_replay_really_uses_the_given_experts_and_trains_their_gates():
     np.testing.assert_array_equal(got.experts, other)
     assert np.abs(got.logprobs - own.logprobs).max() > 0.01
     assert np.abs(tape.gradient(total, params.moe.ffn.router)).max() > 0
+
+
+def test_few_logits_are_computed_at_once():
+    cfg, params, router = model()
+    tokens = random_tokens(cfg, 2, 7)
+
+    def found(policy):
+        return token_logprobs(params, router, tokens, cfg=cfg, policy=policy).logprobs
+
+    assert loops(lambda: found(PLAIN.replace(loss_chunk=5))) == 0
+    assert loops(lambda: found(PLAIN.replace(loss_chunk=5, loss_keep=0))) == 1
 
 
 def test_padding_changes_nothing_and_counts_nowhere():

@@ -16,7 +16,7 @@ from dsv3.ops.segments import segment_count, segment_inputs
 from dsv3.recipe import RECIPES
 from dsv3.train.distill import DistillBatch, Teacher, distill_loss, distill_update, make_distill_step
 from dsv3.train.state import Limits
-from tests.compare import FUSED, PLAIN, XLA, assert_close, assert_trees_close
+from tests.compare import FUSED, PLAIN, XLA, assert_close, assert_trees_close, loops
 from tests.more import more
 from tests.small import model_config, random_params, random_router
 
@@ -207,6 +207,14 @@ def test_all_parts_of_the_loss_use_one_head(monkeypatch):
     kept = rows()._replace(teacher=stored(rows(), teacher(), LARGER, 4, 2.0))
     distill_loss(*student(), kept, cfg=CFG, **HOW)
     assert len(made) == 1
+
+
+def test_few_logits_are_computed_at_once():
+    def loss(policy):
+        return distill_loss(*student(), rows(), teacher(), cfg=CFG, teacher_cfg=LARGER, **HOW | {"policy": policy})[0]
+
+    assert loops(lambda: loss(PLAIN.replace(loss_chunk=5))) == 0
+    assert loops(lambda: loss(PLAIN.replace(loss_chunk=5, loss_keep=0))) == 3  # the teacher's, the tokens', a module's
 
 
 @pytest.mark.parametrize("policy", [PLAIN, *more(FUSED, XLA)])
