@@ -21,6 +21,6 @@ def test_no_kernel_has_a_reduction_that_two_operations_may_not_run_at_a_time(par
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, PROGRAM, *parts], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    for part, (seen, found) in json.loads(done.stdout).items():
-        assert seen >= 12, part  # a part's kernels are counted where they come first
-        assert found == [], part
+    parts = json.loads(done.stdout)
+    assert sum(seen for seen, _ in parts.values()) > 100 and all(seen for seen, _ in parts.values())
+    assert {part: found for part, (_, found) in parts.items() if found} == {}
