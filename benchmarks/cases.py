@@ -11,6 +11,7 @@ TORCH = "torch"
 OURS = "dsv3"  # the role whose time every ratio is of
 PEER = "peer"
 PRODUCT = "product"  # a large product in dsv3's process: the machine's warm rate
+ALONE = "products alone"  # the case's products and nothing else, in dsv3's process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +165,18 @@ def _decode_modes(all_modes: bool, batch: int) -> list[dict[str, Any]]:
     return _modes(*short, *(more if all_modes else []))
 
 
+def _alone(build: str, **options: Any) -> dict[str, tuple[Contender, ...]]:
+    return {ALONE: (Contender(DSV3, build, options, ALONE),)}
+
+
 def _train(sizes: Sizes, all_modes: bool) -> list[Case]:
     batch, length = sizes.train
     goals = {"bfloat16": (1.5, 2.0), "float32": (1.05, 1.3)}
     return [
         Case(
             f"train_{SHORT[dtype]}", "train",
-            _both("train", _whole_modes(all_modes), batch=batch, length=length, dtype=dtype),
+            _both("train", _whole_modes(all_modes), batch=batch, length=length, dtype=dtype)
+            | _alone("train_products", batch=batch, length=length, dtype=dtype),
             [Bar(f"training step B{batch} × {length}, {SHORT[dtype]}", "ratio", PEER, *goals[dtype])],
             burst=2, skip=1,
             note=_TRAIN_NOTE,
@@ -185,7 +191,8 @@ def _prefill(sizes: Sizes, all_modes: bool) -> list[Case]:
     return [
         Case(
             f"prefill_{SHORT[dtype]}", "prefill",
-            _both("prefill", _whole_modes(all_modes), batch=batch, length=length, dtype=dtype),
+            _both("prefill", _whole_modes(all_modes), batch=batch, length=length, dtype=dtype)
+            | _alone("prefill_products", batch=batch, length=length, dtype=dtype),
             [Bar(f"prefill B{batch} × {length}, {SHORT[dtype]}", "ratio", PEER, *goals[dtype])],
             burst=2, skip=1,
             note=_PREFILL_NOTE,
@@ -218,7 +225,7 @@ def _experts(sizes: Sizes) -> list[Case]:
             options |= {"num_experts": num_experts, "top_k": top_k}
             grouped = Contender(TORCH, "experts", {**options, "kernel": "grouped_mm"}, "transformers grouped_mm")
             loop = Contender(TORCH, "experts", {**options, "kernel": "loop"}, "torch, loop of products")
-            roles = {OURS: (Contender(DSV3, "experts", options, "default policy"),)}
+            roles = {OURS: (Contender(DSV3, "experts", options, "default policy"),)} | _alone("expert_products", **options)
             title = f"experts E{num_experts} k{top_k}, {SHORT[dtype]}"
             if num_experts == 32:
                 rate, grouped_goal, loop_goal = {

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import dsv3
+from benchmarks.products import expert_products, model_products, prepare_products
 from benchmarks.protocol import Prepared, serve
 from dsv3 import tree
 from dsv3.compiled import RowWrite, compile_step, place
@@ -232,6 +233,24 @@ def build_product(size: int, dtype: str) -> Prepared:
     return Prepared(lambda seed: (a, b), lambda inputs: product(*inputs))
 
 
+def build_train_products(batch: int, length: int, dtype: str) -> Prepared:
+    """The products of `build_train`."""
+    found = model_products(_config, batch, length, policy=dsv3.default_policy(), prefill=False)
+    return prepare_products(found, dtype, backward=True)
+
+
+def build_prefill_products(batch: int, length: int, dtype: str) -> Prepared:
+    """The products of `build_prefill`, without the last token's."""
+    found = model_products(_config, batch, length, policy=dsv3.default_policy(), prefill=True)
+    return prepare_products(found, dtype, backward=False)
+
+
+def build_expert_products(tokens: int, width: int, inner: int, num_experts: int, top_k: int, dtype: str) -> Prepared:
+    """The products of `build_experts`."""
+    multiple = dsv3.default_policy().row_multiple(tokens * top_k, num_experts)
+    return prepare_products(expert_products(tokens, width, inner, num_experts, top_k, multiple), dtype, backward=True)
+
+
 BUILDERS = {
     "train": build_train,
     "prefill": build_prefill,
@@ -239,6 +258,9 @@ BUILDERS = {
     "experts": build_experts,
     "attention": build_attention,
     "product": build_product,
+    "train_products": build_train_products,
+    "prefill_products": build_prefill_products,
+    "expert_products": build_expert_products,
 }
 
 

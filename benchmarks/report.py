@@ -10,7 +10,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.cases import OURS, PRODUCT, Bar
+from benchmarks.cases import ALONE, OURS, PEER, PRODUCT, Bar
 from benchmarks.runner import Result
 
 HEADER = ("", "dsv3", "peer", "value", "must", "aim", "")
@@ -21,6 +21,11 @@ after a warm-up, with fresh inputs (and so another routing) every time. The firs
 process has just used the caches. Times are medians of the turns, with the least and the largest. The value is the peer's
 time (or memory) over dsv3's, or dsv3's FLOP/s in percent of a large product's: more is better for dsv3. The peer is the
 fastest mode that a trial found. `pass`: what must be reached is reached; `aim`: the aim too; `below`: neither."""
+
+_ALONE = """\
+The matrix products of a case and nothing else, one after the other, of operands that are all unlike, as dsv3 has each
+computed: no mask or softmax, no gather, norm, activation or optimizer; of a prefill without the first new token's. The
+experts have equally many rows here. The value is the peer's time over this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +132,26 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
+def alone_table(results: Sequence[Result]) -> list[str]:
+    """Returns a markdown table of the cases whose products were also run alone; no line without such a case."""
+    lines = []
+    for result in results:
+        alone, peer = result.values.get(ALONE), result.values.get(PEER)
+        bars = [bar for bar in result.case.bars if bar.kind == "ratio"]
+        if alone and peer and bars:
+            most = statistics.median(peer) / statistics.median(alone)
+            cells = bars[0].name, show_times(alone), _bound(most, "×"), _bound(bars[0].must, "×")
+            lines.append("| " + " | ".join(cells) + " |")
+    head = ["|  | products alone | value, were there nothing else | must |", "| --- | ---: | ---: | ---: |"]
+    return head + lines if lines else []
+
+
 def mode_lines(results: Sequence[Result]) -> list[str]:
     """Says, for each case with a peer, which mode of it was measured, and what its other modes gave."""
     lines = []
     for result in results:
         for role, trials in result.trials.items():
-            if role in (OURS, PRODUCT) and not any(t.error for t in trials):
+            if role in (OURS, PRODUCT, ALONE) and not any(t.error for t in trials):
                 continue
             unit = "MB" if result.case.memory else "ms"
             tried = [
@@ -188,6 +207,12 @@ def page(results: Sequence[Result], *, command: str, versions: Mapping[str, str]
         _METHOD,
         "",
         markdown_table(result_rows(results)),
+        "",
+        "## Products alone",
+        "",
+        _ALONE,
+        "",
+        *alone_table(results),
         "",
         "## What was compared",
         "",

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import cases as cases_lib
 from benchmarks import report
-from benchmarks.cases import OURS, PEER, PRODUCT, Bar, Case, Contender
+from benchmarks.cases import ALONE, OURS, PEER, PRODUCT, Bar, Case, Contender
 from benchmarks.protocol import Worker, WorkerDied, WorkerError, one_line
 from benchmarks.runner import Result, Trial, Workers, measure
 
@@ -113,6 +113,14 @@ def test_measure_takes_turns_and_the_ratio_is_of_medians():
     assert 1.2 < row.value < 3.5
     exact = dataclasses.replace(result, values={OURS: [10.0, 20.0, 90.0], PEER: [1.0, 35.0, 36.0]})
     assert report.result_rows([exact])[0].value == 35.0 / 20.0
+
+
+def test_products_alone_are_a_table_of_their_own():
+    case = make_case([sleeper(1)], [sleeper(1)])
+    result = Result(case, {OURS: [20.0], PEER: [30.0], ALONE: [10.0, 12.0, 17.0]})
+    assert report.alone_table([result])[2:] == ["| a row | 12.0 (10.0–17.0) ms | 2.50× | 1.50× |"]
+    assert report.alone_table([Result(case, {OURS: [20.0], PEER: [30.0]})]) == []
+    assert report.mode_lines([Result(case, trials={ALONE: [Trial("the products", value=1.0)]})]) == []
 
 
 def test_measure_keeps_the_fastest_mode_and_tells_of_the_others():
