@@ -1,6 +1,6 @@
 """Measures dsv3 and transformers' DeepseekV3 side by side, in turns, and prints ratios.
 
-    python examples/benchmark.py                           # everything, under 12 minutes on two cores
+    python examples/benchmark.py                           # everything, half an hour on two cores
     python examples/benchmark.py --cases=train,decode      # some of it
     python examples/benchmark.py --write_docs              # everything, and docs/benchmark.md anew
     python examples/benchmark.py --quick                   # tiny sizes: only shows that the program runs
