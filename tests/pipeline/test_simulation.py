@@ -99,10 +99,10 @@ def test_wrong_times_are_one_line(times, message):
     assert str(caught.value) == message
 
 
-def test_large_tables_are_quick():
-    start = time.process_time()
+def test_large_tables_are_quick(own_garbage):
+    start = time.thread_time()  # other tests' threads may go on
     schedule = dualpipe(16, 120)
     found = simulate(schedule, Times(1, 2, 1))
     schedule_check(schedule, max_activations=17)
     assert found.bubble == 7 * 2
-    assert time.process_time() - start < 1.0  # measured: 0.15 s; a planner asks for many of them
+    assert time.thread_time() - start < 1.0  # measured: 0.15 s; a planner asks for many of them
