@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import dsv3
-from benchmarks.products import expert_products, model_products, prepare_products
+from benchmarks.products import expert_products, model_products, normal, prepare_products
 from benchmarks.protocol import Prepared, serve
 from dsv3 import tree
 from dsv3.compiled import RowWrite, compile_step, place
@@ -102,10 +102,6 @@ def _tokens(seed: int, batch: int, length: int) -> tf.Tensor:
     return tf.constant(ids, tf.int32)
 
 
-def _normal(rng: np.random.Generator, shape: list[int], dtype: str) -> tf.Tensor:
-    return tf.cast(tf.constant(rng.standard_normal(shape, np.float32)), dtype)
-
-
 def build_train(batch: int, length: int, dtype: str) -> Prepared:
     """A training step as users get it: loss, gradients, AdamW, router bias; float32 parameters, products in `dtype`."""
     policy = dsv3.default_policy().replace(dtype=dtype)
@@ -158,7 +154,7 @@ def build_decode(batch: int, context: int, dtype: str) -> Prepared:
 
     step = compile_step(decode)
     cache = cache_init(_config, batch, context + ROOM, dtype=dtype)
-    past = _normal(np.random.default_rng(0), cache.kv.shape.as_list(), dtype)
+    past = normal(np.random.default_rng(0), cache.kv.shape.as_list(), dtype)
     cache, used = Cache(past, tf.fill([batch], context)), 0
 
     def draw(seed):
@@ -180,8 +176,8 @@ def build_decode(batch: int, context: int, dtype: str) -> Prepared:
 def build_experts(tokens: int, width: int, inner: int, num_experts: int, top_k: int, dtype: str) -> Prepared:
     """The routed experts alone, forward and backward, with another routing each time."""
     policy, rng = dsv3.default_policy(), np.random.default_rng(0)
-    gate_up = _normal(rng, [num_experts, width, 2 * inner], dtype) * width**-0.5
-    down = _normal(rng, [num_experts, inner, width], dtype) * inner**-0.5
+    gate_up = normal(rng, [num_experts, width, 2 * inner], dtype) * width**-0.5
+    down = normal(rng, [num_experts, inner, width], dtype) * inner**-0.5
     multiple = policy.row_multiple(tokens * top_k, num_experts)
 
     @tf.function(autograph=False)
@@ -197,7 +193,7 @@ def build_experts(tokens: int, width: int, inner: int, num_experts: int, top_k: 
     def draw(seed):
         rng = np.random.default_rng(seed)
         experts = np.argpartition(rng.random([tokens, num_experts]), top_k, -1)[:, :top_k]
-        x, dy = (_normal(rng, [tokens, width], dtype) for _ in range(2))
+        x, dy = (normal(rng, [tokens, width], dtype) for _ in range(2))
         return x, tf.constant(rng.random([tokens, top_k], np.float32)), tf.constant(experts, tf.int32), dy
 
     return Prepared(draw, lambda inputs: step(*inputs, gate_up, down))
@@ -220,7 +216,7 @@ def build_attention(batch: int, heads: int, length: int, qk: int, v: int, dtype:
 
     def draw(seed):
         rng = np.random.default_rng(seed)
-        return [_normal(rng, [batch, heads, length, width], dtype) for width in (qk, qk, v, v)]
+        return [normal(rng, [batch, heads, length, width], dtype) for width in (qk, qk, v, v)]
 
     return Prepared(draw, lambda inputs: step(*inputs))
 
@@ -228,7 +224,7 @@ def build_attention(batch: int, heads: int, length: int, qk: int, v: int, dtype:
 def build_product(size: int, dtype: str) -> Prepared:
     """One square product: the rate that this machine reaches, warm."""
     rng = np.random.default_rng(0)
-    a, b = (_normal(rng, [size, size], dtype) for _ in range(2))
+    a, b = (normal(rng, [size, size], dtype) for _ in range(2))
     product = tf.function(lambda a, b: tf.matmul(a, b), autograph=False)
     return Prepared(lambda seed: (a, b), lambda inputs: product(*inputs))
 

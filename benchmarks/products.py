@@ -30,7 +30,7 @@ def expert_products(tokens: int, width: int, inner: int, num_experts: int, top_k
 
 
 def model_products(cfg: ModelConfig, batch: int, length: int, *, policy: ComputePolicy, prefill: bool) -> list[Product]:
-    """Of a forward pass; in a `prefill` the last layer has its latents only, and there are no logits."""
+    """Of a forward pass, the routers' apart; in a `prefill` the last layer has its latents only, and there are no logits."""
     n, d, heads, mla, moe = batch * length, cfg.hidden_size, cfg.mla.num_heads, cfg.mla, cfg.moe
     found, block = [], policy.query_block(length)
     for layer in range(cfg.num_layers):
@@ -59,15 +59,15 @@ def prepare_products(products: Sequence[Product], dtype: str, *, backward: bool)
     rng, todo = np.random.default_rng(0), []
     for lead, rows, inner, columns, count in products:
         for _ in range(count):
-            shapes = [(rows, inner), (inner, columns), (rows, columns)]
-            todo.append([_normal(rng, [lead, *shape] if lead else shape, dtype) for shape in shapes])
+            shapes = [(rows, inner), (inner, columns), (rows, columns)][: 3 if backward else 2]
+            todo.append([normal(rng, [lead, *shape] if lead else shape, dtype) for shape in shapes])
 
     @tf.function(autograph=False)
     def run():
         made = []
-        for a, b, dy in todo:
+        for a, b, *dys in todo:
             made.append(tf.matmul(a, b))
-            if backward:
+            for dy in dys:
                 matrices = len(a.shape) == 2
                 made.append(matmul_transposed(dy, b, fuse=True) if matrices else tf.matmul(dy, b, transpose_b=True))
                 made.append(tf.matmul(a, dy, transpose_a=True))
@@ -76,5 +76,6 @@ def prepare_products(products: Sequence[Product], dtype: str, *, backward: bool)
     return Prepared(lambda seed: (), lambda inputs: run().numpy())
 
 
-def _normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> tf.Tensor:
+def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> tf.Tensor:
+    """Normal numbers, drawn in float32."""
     return tf.cast(tf.constant(rng.standard_normal(shape, np.float32)), dtype)

@@ -24,8 +24,8 @@ fastest mode that a trial found. `pass`: what must be reached is reached; `aim`:
 
 _ALONE = """\
 The matrix products of a case and nothing else, one after the other, of operands that are all unlike, as dsv3 has each
-computed: no mask or softmax, no gather, norm, activation or optimizer; of a prefill without the first new token's. The
-experts have equally many rows here. The value is the peer's time over this one."""
+computed: no mask or softmax, no router, gather, norm, activation or optimizer; of a prefill without the first new token's.
+The experts have equally many rows here. The value is the peer's time over this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,12 @@ def result_rows(results: Sequence[Result]) -> list[Row]:
 
 def text_table(rows: Sequence[Row]) -> str:
     """Returns the rows in aligned columns."""
-    cells = [HEADER, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADER))]
+    return aligned([HEADER, *(row.cells() for row in rows)])
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Returns lines of texts, the heading first, in columns: the first and the seventh to the left."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
 
     def line(texts):
         first, *rest = (t.ljust(w) if i in (0, 6) else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths)))
@@ -128,22 +132,23 @@ def text_table(rows: Sequence[Row]) -> str:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """Returns the rows as a markdown table."""
-    cells = [HEADER, ("---", *["---:"] * 5, "---"), *(row.cells() for row in rows)]
+    return _markdown([HEADER, ("---", *["---:"] * 5, "---"), *(row.cells() for row in rows)])
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def alone_table(results: Sequence[Result]) -> list[str]:
-    """Returns a markdown table of the cases whose products were also run alone; no line without such a case."""
-    lines = []
+def alone_cells(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """Returns a heading, and a line of texts for each case whose products were also run alone."""
+    lines = [("", "products alone", "value, were there nothing else", "must")]
     for result in results:
         alone, peer = result.values.get(ALONE), result.values.get(PEER)
         bars = [bar for bar in result.case.bars if bar.kind == "ratio"]
         if alone and peer and bars:
             most = statistics.median(peer) / statistics.median(alone)
-            cells = bars[0].name, show_times(alone), _bound(most, "×"), _bound(bars[0].must, "×")
-            lines.append("| " + " | ".join(cells) + " |")
-    head = ["|  | products alone | value, were there nothing else | must |", "| --- | ---: | ---: | ---: |"]
-    return head + lines if lines else []
+            lines.append((bars[0].name, show_times(alone), _bound(most, "×"), _bound(bars[0].must, "×")))
+    return lines
 
 
 def mode_lines(results: Sequence[Result]) -> list[str]:
@@ -194,6 +199,7 @@ def page(results: Sequence[Result], *, command: str, versions: Mapping[str, str]
       versions: name → version.
       checks: sentences on what was verified before measuring.
     """
+    heading, *alone = alone_cells(results)
     lines = [
         "# dsv3 beside transformers",
         "",
@@ -212,7 +218,7 @@ def page(results: Sequence[Result], *, command: str, versions: Mapping[str, str]
         "",
         _ALONE,
         "",
-        *alone_table(results),
+        _markdown([heading, ("---", *["---:"] * 3), *alone]),
         "",
         "## What was compared",
         "",

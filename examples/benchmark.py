@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
         finally:
             workers.close()
     print("\n" + report.text_table(report.result_rows(results)))
-    print("\n" + "\n".join(report.alone_table(results)))
+    print("\n" + report.aligned(report.alone_cells(results)))
     print("\n" + "\n".join(["Modes of the peers:", *(f"  {line}" for line in report.mode_lines(results))]))
     print(f"\n{time.monotonic() - start:.0f} s")
     if _WRITE_DOCS.value:
