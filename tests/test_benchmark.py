@@ -118,8 +118,10 @@ def test_measure_takes_turns_and_the_ratio_is_of_medians():
 def test_products_alone_are_a_table_of_their_own():
     case = make_case([sleeper(1)], [sleeper(1)])
     result = Result(case, {OURS: [20.0], PEER: [30.0], ALONE: [10.0, 12.0, 17.0]})
-    assert report.alone_table([result])[2:] == ["| a row | 12.0 (10.0–17.0) ms | 2.50× | 1.50× |"]
-    assert report.alone_table([Result(case, {OURS: [20.0], PEER: [30.0]})]) == []
+    assert report.alone_cells([result])[1:] == [("a row", "12.0 (10.0–17.0) ms", "2.50×", "1.50×")]
+    assert report.alone_cells([Result(case, {OURS: [20.0], PEER: [30.0]})])[1:] == []
+    page = report.page([result], command="run", versions={}, checks=[])
+    assert "| a row | 12.0 (10.0–17.0) ms | 2.50× | 1.50× |" in page
     assert report.mode_lines([Result(case, trials={ALONE: [Trial("the products", value=1.0)]})]) == []
 
 

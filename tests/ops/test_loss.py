@@ -133,6 +133,16 @@ def test_gradients_may_be_taken_again(keep):
     assert_close(tape.gradient(nll, hidden), tape.gradient(total, hidden))
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_is_no_number_makes_a_loss_that_is_none(sign, fuse):
+    """A compiled maximum may pass over it."""
+    hidden = np.ones([3, 1], np.float32)
+    hidden[1] = np.copysign(np.nan, sign)
+    found = token_nll(tf.constant(hidden), tf.ones([1, 70]), [0, 1, 2], fuse=fuse).numpy()
+    assert np.isnan(found).tolist() == [False, True, False]
+
+
 def test_wrong_input_is_named():
     hidden, head, targets = inputs(4, 3, 8)
     for arguments, how, message in [

@@ -214,7 +214,7 @@ def test_few_logits_are_computed_at_once():
         return distill_loss(*student(), rows(), teacher(), cfg=CFG, teacher_cfg=LARGER, **HOW | {"policy": policy})[0]
 
     assert loops(lambda: loss(PLAIN.replace(loss_chunk=5))) == 0
-    assert loops(lambda: loss(PLAIN.replace(loss_chunk=5, loss_keep=0))) == 3  # the teacher's, the tokens', a module's
+    assert loops(lambda: loss(PLAIN.replace(loss_chunk=5, loss_keep=0))) == 3  # the divergence, the tokens' loss, a module's
 
 
 @pytest.mark.parametrize("policy", [PLAIN, *more(FUSED, XLA)])
